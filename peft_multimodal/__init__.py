@@ -1,0 +1,54 @@
+"""Five parameter-efficient methods for vision-language models, as PEFT methods.
+
+Importing the package registers the methods: afterwards `peft.get_peft_model`, `PeftModel.from_pretrained` and the rest
+of PEFT know them. Training, evaluation and data names load when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .anatomy import describe
+from .methods import AuroraModeApproxConfig, AuroraModeApproxModel
+from .saving import load, save
+from .tuner import matched_modules
+
+if TYPE_CHECKING:
+    from .data import ImageTextCollator, QuestionAnswerCollator
+    from .evaluation import RetrievalRecall, VQAAccuracy
+    from .training.trainer import ImageTextRetrievalTrainer
+
+_LAZY = {
+    "ImageTextCollator": "data",
+    "QuestionAnswerCollator": "data",
+    "RetrievalRecall": "evaluation",
+    "VQAAccuracy": "evaluation",
+    "ImageTextRetrievalTrainer": "training.trainer",
+}
+
+__all__ = [
+    "AuroraModeApproxConfig",
+    "AuroraModeApproxModel",
+    "ImageTextCollator",
+    "ImageTextRetrievalTrainer",
+    "QuestionAnswerCollator",
+    "RetrievalRecall",
+    "VQAAccuracy",
+    "__version__",
+    "describe",
+    "load",
+    "matched_modules",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,27 @@
+"""Losses and Trainer integration; names are imported when they are first used."""
+
+from importlib import import_module
+from typing import Any
+
+_WHERE = {
+    "contrastive_loss": "losses",
+    "contrastive_loss_func": "losses",
+    "hard_negative_indices": "losses",
+    "matching_loss": "losses",
+    "retrieval_embeddings": "losses",
+    "retrieval_loss": "losses",
+    "similarity_loss": "losses",
+    "ImageTextRetrievalTrainer": "trainer",
+}
+
+__all__ = list(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_WHERE])

@@ -1,0 +1,242 @@
+"""Losses of image-text retrieval as pure functions: contrastive (ITC), matching (ITM), hard negatives, and their sum.
+
+ITC, for unit embeddings v_i, t_j of B pairs, scale s = 1 / temperature, and N(i) the rows that aren't i's match:
+
+    L = -1/2B Σ_i [log e^{s v_i·t_i} / (e^{s v_i·t_i} + Σ_{j∈N(i)} e^{s v_i·t_j}) + the same with v and t exchanged]
+
+(CLIP, Radford et al. 2021). ITM is the cross-entropy of a two-class head on fused pairs, against negatives sampled in
+proportion to e^{s v_i·t_j} (ALBEF, Li et al. 2021; BLIP, Li et al. 2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# BLIP's and CLIP's initial temperature; transformers' BLIP retrieval model holds none.
+LOGIT_SCALE = 1 / 0.07
+
+Reduction = Literal["mean", "none"]
+
+
+def similarity_loss(
+    logits_per_image: Tensor,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Symmetric InfoNCE of scaled similarities, the module's ITC equation, computed in float32.
+
+    Args:
+        logits_per_image: `(B, B)`; row i is image i, column j text j, pair i is on the diagonal.
+        image_ids: Integers `(B,)`. Off the diagonal, an image and a text of equal id are no negatives of each other:
+            they are masked out of both sums (they aren't made targets). One of the two sides stands for both.
+        text_ids: Integers `(B,)`.
+        reduction: `"none"` gives `(B,)`, the mean of a pair's two directions; `"mean"` their mean.
+
+    Raises:
+        ValueError: The matrix isn't square, an id vector isn't `(B,)`, or the reduction is unknown.
+    """
+    size = len(logits_per_image)
+    if logits_per_image.shape != (size, size):
+        raise ValueError(f"Rows must be pairs: the similarities have shape {tuple(logits_per_image.shape)}.")
+    if reduction not in ("mean", "none"):
+        raise ValueError(f'reduction={reduction!r} is neither "mean" nor "none".')
+    logits = logits_per_image.float()
+    same = _same_ids(image_ids, text_ids, size, logits.device)
+    logits = logits.masked_fill(same & ~torch.eye(size, dtype=torch.bool, device=logits.device), -torch.inf)
+    target = torch.arange(size, device=logits.device)
+    loss = (F.cross_entropy(logits, target, reduction="none") + F.cross_entropy(logits.T, target, reduction="none")) / 2
+    return loss.mean() if reduction == "mean" else loss
+
+
+def contrastive_loss(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """`similarity_loss` of embeddings, in float32 also under autocast.
+
+    Args:
+        image_embeds: `(B, d)`, of any length: cosines are taken.
+        text_embeds: `(B, d)`, row i the match of image i.
+        logit_scale: The factor itself, 1 / temperature; CLIP's parameter is its logarithm: pass `logit_scale.exp()`.
+    """
+    return similarity_loss(_cosines(image_embeds, text_embeds) * logit_scale, image_ids, text_ids, reduction)
+
+
+def matching_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of an image-text matching head, in float32.
+
+    Args:
+        logits: `(n, 2)`; class 1 is "match", as in BLIP.
+        labels: `(n,)`, 1 for a match, 0 for a negative.
+    """
+    return F.cross_entropy(logits.float(), labels.long())
+
+
+@torch.no_grad()
+def hard_negative_indices(
+    similarity: Tensor, ids: Tensor | None = None, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """One negative of each row in both directions, the likelier the more similar.
+
+    Text j is drawn for image i with probability softmax_j(similarity[i, j]) over the texts of other ids; likewise by
+    columns.
+
+    Args:
+        similarity: Scaled similarities (images, texts), `(B, B)`.
+        ids: Integers `(B,)`; rows of equal id match each other. By default every row has its own.
+        generator: On the device of `similarity`.
+
+    Returns:
+        `(texts, images)`: int64 `(B,)` each, `texts[i]` a negative of image i and `images[i]` one of text i.
+
+    Raises:
+        ValueError: A row has no negative, as every row has its id.
+    """
+    same = _same_ids(ids, ids, len(similarity), similarity.device) | torch.eye(
+        len(similarity), dtype=torch.bool, device=similarity.device
+    )
+    if same.all(dim=1).any():
+        raise ValueError(
+            f"Rows {same.all(dim=1).nonzero().flatten().tolist()} have no negative: all {len(similarity)} rows share "
+            "one id. Use a larger batch of more ids, or drop a last batch of one row (dataloader_drop_last=True)."
+        )
+    logits = similarity.float().masked_fill(same, -torch.inf)
+    texts, images = (
+        torch.multinomial(rows.softmax(dim=1), 1, generator=generator)[:, 0] for rows in (logits, logits.T)
+    )
+    return texts, images
+
+
+def contrastive_loss_func(
+    outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
+    """ITC for `Trainer(compute_loss_func=contrastive_loss_func)` with integer ids as labels.
+
+    The labels only say which rows match each other. `ImageTextCollator(..., id_column=..., id_name="labels")` makes
+    them; `TrainingArguments(label_names=["labels"], remove_unused_columns=False)` is needed for an eval_loss. For ITM,
+    which needs a second pass through the model, use `ImageTextRetrievalTrainer`.
+
+    Args:
+        outputs: Of a dual encoder, with the scaled `logits_per_image`; or of BLIP's retrieval model called with
+            `use_itm_head=False`, whose `itm_score` are the cosines and get the factor 1 / 0.07.
+        labels: Ids `(B,)`; None means that all differ.
+        num_items_in_batch: Rows of all accumulated batches, by which the sum is then divided.
+    """
+    logits = outputs.get("logits_per_image")
+    if logits is None:
+        cosines = outputs.get("itm_score")
+        if cosines is None or cosines.shape[0] != cosines.shape[1]:
+            raise ValueError(
+                "The outputs have neither logits_per_image nor the (B, B) itm_score of use_itm_head=False."
+            )
+        logits = cosines * LOGIT_SCALE
+    loss = similarity_loss(logits, labels, labels, reduction="none")
+    return loss.mean() if num_items_in_batch is None else loss.sum() / num_items_in_batch
+
+
+def retrieval_embeddings(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """ITC embeddings `(image, text)`, `(B, d)` each and of unit length, of a BLIP-style retrieval model.
+
+    It has no `get_image_features`: this is the `encode` of `peft_multimodal.evaluation.compute_embeddings` for it.
+    """
+    _, image_embeds, text_embeds = _encode(_base(model), batch)
+    return image_embeds, text_embeds
+
+
+def retrieval_loss(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    logit_scale: Tensor | float = LOGIT_SCALE,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """ITC + ITM with in-batch hard negatives, for a model made like `BlipForImageTextRetrieval`.
+
+    The towers run once; only the fusion pass sees 3 B pairs: the B matches, each image with a hard negative text and
+    each text with a hard negative image. Where no row has a negative (one row, or one id) ITM sees the matches alone.
+    Negatives come from this process's batch only. Momentum distillation and queues of ALBEF and BLIP are left out.
+
+    Args:
+        model: Bare or in a `PeftModel`; has vision_model, text_encoder, vision_proj, text_proj and itm_head. Under DDP
+            or FSDP use `ImageTextRetrievalTrainer`, which stays inside the wrapper's forward.
+        batch: pixel_values `(B, 3, H, W)`, input_ids and attention_mask `(B, L)`, row i a matching pair; optionally
+            integer ids `(B,)`: rows of equal id match each other.
+        logit_scale: 1 / temperature of ITC and of the sampling.
+        generator: Of the negatives, on the model's device.
+
+    Returns:
+        `{"loss", "itc_loss", "itm_loss"}`, scalars, the first the sum of the others.
+    """
+    with _adapters_active(model):
+        base = _base(model)
+        image_states, image_embeds, text_embeds = _encode(base, batch)
+        ids, size = batch.get("ids"), len(image_embeds)
+        similarity = _cosines(image_embeds, text_embeds) * logit_scale
+        itc = similarity_loss(similarity, ids, ids)
+
+        image_index = text_index = own = torch.arange(size, device=similarity.device)
+        if not _same_ids(ids, ids, size, similarity.device).all() and size > 1:
+            texts, images = hard_negative_indices(similarity, ids, generator)
+            image_index, text_index = torch.cat([own, own, images]), torch.cat([own, texts, own])
+        logits = _match_logits(base, image_states[image_index], batch, text_index)
+        itm = matching_loss(logits, torch.arange(len(logits), device=logits.device) < size)
+    return {"loss": itc + itm, "itc_loss": itc.detach(), "itm_loss": itm.detach()}
+
+
+def _same_ids(image_ids: Tensor | None, text_ids: Tensor | None, size: int, device: torch.device) -> Tensor:
+    """(B, B) bool: image i and text j have the same id; all False without ids."""
+    image_ids, text_ids = (text_ids if image_ids is None else image_ids), (image_ids if text_ids is None else text_ids)
+    if image_ids is None or text_ids is None:
+        return torch.zeros(size, size, dtype=torch.bool, device=device)
+    if image_ids.shape != (size,) or text_ids.shape != (size,):
+        raise ValueError(f"Ids have shapes {tuple(image_ids.shape)} and {tuple(text_ids.shape)}, not ({size},).")
+    return image_ids.to(device)[:, None] == text_ids.to(device)
+
+
+def _cosines(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+    with torch.autocast(image_embeds.device.type, enabled=False):
+        return F.normalize(image_embeds.float(), dim=-1) @ F.normalize(text_embeds.float(), dim=-1).T
+
+
+def _base(model: Any) -> Any:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    parts = ("vision_model", "text_encoder", "vision_proj", "text_proj", "itm_head")
+    if missing := [part for part in parts if not hasattr(base, part)]:
+        raise TypeError(f"{type(base).__name__} is not made like BlipForImageTextRetrieval: it has no {missing}.")
+    return base
+
+
+def _adapters_active(model: nn.Module) -> Any:
+    """What `PeftModel.forward` enters: adapters that look at a call do so here too."""
+    enter = getattr(model, "_enable_peft_forward_hooks", None)
+    return nullcontext() if enter is None else enter()
+
+
+def _encode(base: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Image states (B, n, d_v) and the two sides' unit embeddings (B, d), as BLIP's forward with use_itm_head=False."""
+    image_states = base.vision_model(pixel_values=batch["pixel_values"]).last_hidden_state
+    text = base.text_encoder(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"))
+    image_embeds = F.normalize(base.vision_proj(image_states[:, 0]), dim=-1)
+    return image_states, image_embeds, F.normalize(base.text_proj(text.last_hidden_state[:, 0]), dim=-1)
+
+
+def _match_logits(base: Any, image_states: Tensor, batch: Mapping[str, Tensor], text_index: Tensor) -> Tensor:
+    """(n, 2) ITM logits of images (n, ...) with the batch's texts text_index (n,), as BLIP's forward."""
+    mask = batch.get("attention_mask")
+    fused = base.text_encoder(
+        input_ids=batch["input_ids"][text_index],
+        attention_mask=None if mask is None else mask[text_index],
+        encoder_hidden_states=image_states,
+        encoder_attention_mask=torch.ones(image_states.shape[:2], dtype=torch.long, device=image_states.device),
+    )
+    return base.itm_head(fused.last_hidden_state[:, 0])

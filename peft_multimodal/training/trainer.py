@@ -1,0 +1,82 @@
+"""Trainer integration of losses that a model's own forward doesn't compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from .losses import LOGIT_SCALE, retrieval_loss
+
+
+class ImageTextRetrievalTrainer(Trainer):
+    """`transformers.Trainer` whose loss is `retrieval_loss`: ITC + ITM, for models like `BlipForImageTextRetrieval`.
+
+    Use it with `ImageTextCollator` and `TrainingArguments(remove_unused_columns=False)`. Evaluation gives eval_loss
+    with negatives drawn from `args.seed`, thus the same each time; recall is for `peft_multimodal.evaluation`.
+    Gradient accumulation, mixed precision and DDP work as ever; `torch_compile` doesn't reach this loss.
+
+    Args:
+        logit_scale: 1 / temperature of ITC and of the hard negatives.
+    """
+
+    loss_is_scaled_for_ga = False  # a mean over its own batch
+
+    def __init__(self, *args: Any, logit_scale: float = LOGIT_SCALE, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.logit_scale = logit_scale
+        self.model_accepts_loss_kwargs = False
+        if self.args.n_gpu > 1:
+            raise ValueError("DataParallel isn't supported: start one process a GPU with `accelerate launch`.")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        # accelerate's mixed precision lives in the forward that is replaced here.
+        with self.accelerator.autocast():
+            outputs = _call_inside(
+                model, module, lambda batch: retrieval_loss(module, batch, self.logit_scale, generator), inputs
+            )
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        generator = torch.Generator(device=self.args.device).manual_seed(self.args.seed)
+        with torch.no_grad():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs), generator=generator)
+        return loss.detach(), None, None  # type: ignore[union-attr]
+
+
+def _call_inside(wrapper: nn.Module, module: nn.Module, function: Callable[[dict[str, Any]], Any], batch: Any) -> Any:
+    """`function(batch)` as module's forward for one call: a DDP or FSDP wrapper's hooks run, as for any forward."""
+    wrapper = getattr(wrapper, "_orig_mod", wrapper)  # torch.compile is the outermost wrapper
+    own = vars(module).get("forward")  # accelerate's mixed precision, or an adapter's
+
+    def restore() -> None:
+        vars(module).pop("forward", None)
+        if own is not None:
+            module.forward = own
+
+    def forward(batch: dict[str, Any]) -> Any:
+        restore()  # the function may call the module itself
+        return function(batch)
+
+    module.forward = forward
+    try:
+        return wrapper(batch)
+    finally:
+        restore()

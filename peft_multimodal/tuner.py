@@ -1,0 +1,457 @@
+"""What must be identical in every method: the config's common fields, the layer's switches, matching, storage.
+
+A method subclasses `MultimodalConfig`, `MultimodalLayer` and `MultimodalTuner`. It gets from here
+
+- `target_modules` in PEFT's forms, scoped by `towers=`, with an error that names what exists;
+- adapters stored under roles (`vision.q.3`) instead of module paths, checked strictly when they are loaded;
+- parts that are attached to a module instead of wrapping it (shared factors, hooks), removed by `unload()`;
+- `disable_adapter()` that leaves every `requires_grad` as it was.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from torch import Tensor, nn
+
+from . import anatomy
+from ._version import __version__
+from .anatomy import Anatomy, Matrix
+
+FORMAT_VERSION = 1  # of the adapter's files; raised when an older version of the package couldn't read them
+
+_PEFT_PREFIX = "base_model.model."
+_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
+
+
+@dataclass
+class MultimodalConfig(PeftConfig):
+    """The fields that every method of the package has.
+
+    Args:
+        target_modules: PEFT's forms: a regex, a list of name endings, `"all-linear"`; None takes the method's default.
+        exclude_modules: Names or a regex that are left out.
+        towers: Any of "vision", "text", "fusion", "decoder"; None takes all. `describe(model)` shows what a model has.
+        layers_to_transform: Only layers with these indices (with a list of name endings as `target_modules`).
+        layers_pattern: The name of the list of layers that the indices refer to.
+        modules_to_save: Modules that are trained and saved as a whole beside the adapter, such as a projection.
+        format_version, package_version, base_signature: Filled in; they travel with the adapter and are checked
+            when it is loaded.
+    """
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    towers: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    format_version: int = FORMAT_VERSION
+    package_version: str | None = None
+    base_signature: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.package_version = self.package_version or __version__
+        if isinstance(self.towers, str):
+            self.towers = [self.towers]
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            self.check(
+                name, "a string or a list of strings", lambda v: v is None or isinstance(v, str) or is_strings(v)
+            )
+        for name in ("towers", "modules_to_save"):
+            self.check(name, "a list of strings", lambda v: v is None or is_strings(v))
+        self.check("towers", f"any of {anatomy.TOWERS}", lambda v: v is None or (v and set(v) <= set(anatomy.TOWERS)))
+        self.check(
+            "layers_to_transform",
+            "an index or a list of indices",
+            lambda v: v is None or all(type(i) is int and i >= 0 for i in (v if isinstance(v, (list, tuple)) else [v])),
+        )
+        self.check(
+            "layers_pattern",
+            "set together with layers_to_transform",
+            lambda v: not v or self.layers_to_transform is not None,
+        )
+        self.check("base_signature", "a dictionary", lambda v: v is None or isinstance(v, dict))
+        if type(self.format_version) is not int or self.format_version < 1:
+            raise ValueError(f"format_version must be a positive integer, got {self.format_version!r}")
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"This adapter has format {self.format_version}, written by peft_multimodal {self.package_version}; this is "
+                f"{__version__}, which reads formats up to {FORMAT_VERSION}. Upgrade: pip install -U peft-multimodal"
+            )
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, sorted(value) if isinstance(value, (list, tuple, set)) else value)
+
+    def check(self, name: str, expected: str, accepts: Callable[[Any], Any]) -> None:
+        """Raise the one message for a bad field unless `accepts(value)`."""
+        value = getattr(self, name)
+        if not accepts(value):
+            raise ValueError(f"{type(self).__name__}.{name} must be {expected}, got {value!r}")
+
+    def check_number(self, name: str, low: float, high: float = float("inf"), integer: bool = False) -> None:
+        """The field is a number (no bool, no string) within [low, high]."""
+        kinds = (int,) if integer else (int, float)
+        expected = f"{'an integer' if integer else 'a number'} >= {low}" + (
+            f" and <= {high}" if high < float("inf") else ""
+        )
+        self.check(name, expected, lambda v: type(v) in kinds and low <= v <= high)
+
+    def check_choice(self, name: str, choices: Collection[str]) -> None:
+        self.check(name, "one of " + ", ".join(map(repr, choices)), lambda v: isinstance(v, str) and v in choices)
+
+    def check_flag(self, name: str) -> None:
+        self.check(name, "True or False", lambda v: isinstance(v, bool))
+
+
+def is_strings(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set)) and all(isinstance(v, str) for v in value)
+
+
+class CallScope(threading.local):
+    """What the submodules of one module tell each other during one call of it, in one thread.
+
+    Hooks of the owning module open and close it, inside the region that gradient checkpointing recomputes; so a
+    recomputation (on a GPU in another thread) opens its own, two threads never meet, and nothing outlives the call.
+    `torch.compile` traces it without a graph break.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self.seen: Any = None
+        self.values: dict[Any, Tensor] = {}
+
+    def open(self, *_: Any) -> None:
+        self.is_open = True
+
+    def close(self, *_: Any) -> None:
+        self.is_open = False
+        self.seen = None
+        self.values = {}
+
+    def attach(self, owner: nn.Module) -> list[Any]:
+        """Open and close with each call of `owner`; returns the hooks' handles."""
+        return [owner.register_forward_pre_hook(self.open), owner.register_forward_hook(self.close, always_call=True)]
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(self), ()  # a copy or a pickled model starts with a closed scope
+
+
+class MultimodalLayer(BaseTunerLayer):
+    """Base of everything that a method puts into a model: wrapped layers and attached parts.
+
+    `role` is the stored name. Containers named in `adapter_layer_names` are keyed by the adapter's name.
+    """
+
+    role: str
+
+    def enable_adapters(self, enabled: bool) -> None:
+        # PEFT turns gradients off and on here, and so thaws adapters that were frozen on purpose.
+        self._disable_adapters = not enabled
+
+    def has_adapter(self, adapter_name: str) -> bool:
+        return adapter_name in self._get_available_adapters()
+
+    def live_adapters(self) -> list[str]:
+        """The adapters that act in this call."""
+        if self.disable_adapters:
+            return []
+        return [name for name in self.active_adapters if self.has_adapter(name)]
+
+
+class AttachedPart(MultimodalLayer):
+    """A part that hangs below a module as a child of its own, acting through hooks or as a store, wrapping nothing."""
+
+    def __init__(self) -> None:
+        self.hooks: list[Any] = []
+
+    def remove_hooks(self) -> None:
+        for handle in self.hooks:
+            handle.remove()
+        self.hooks = []
+
+    def host(self) -> nn.Module | None:
+        """The module whose device and dtype the part follows."""
+        return None
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        host = self.host()
+        reference = next((p for p in host.parameters() if p.is_floating_point()), None) if host is not None else None
+        if device is None and reference is not None and reference.device.type != "meta":
+            device = reference.device
+        for name in self.adapter_layer_names + self.other_param_names:
+            container = getattr(self, name)
+            if (
+                device is not None
+                and isinstance(container, (nn.ModuleDict, nn.ParameterDict))
+                and adapter_name in container
+            ):
+                item = container[adapter_name]
+                tensors = [item] if isinstance(item, Tensor) else [*item.parameters(), *item.buffers()]
+                if not any(t.is_meta for t in tensors):
+                    container[adapter_name] = item.to(device)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing to merge: whether that is right is checked once for the whole adapter, by the tuner."""
+
+    def unmerge(self) -> None:
+        """Nothing was merged."""
+
+
+class MultimodalTuner(BaseTuner):
+    """Base of the five methods' models: scoping by towers, strict storage by roles, attached parts."""
+
+    tuner_layer_cls: type[MultimodalLayer]
+    target_module_mapping: dict[str, list[str]] = {}
+
+    # --- matching ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def default_targets(cls, config: Any, found: Anatomy) -> list[Matrix]:
+        """What `target_modules=None` means for this method."""
+        raise NotImplementedError
+
+    @classmethod
+    def match(cls, config: Any, model: nn.Module) -> list[Matrix]:
+        """The matrices that `config` selects in `model`, in the model's order; an error names what exists."""
+        found = anatomy.describe(model)
+        wanted = config.towers or None
+        if config.target_modules is None:
+            selected = cls.default_targets(config, found)
+        elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+            head = getattr(anatomy.base_model(model), "get_output_embeddings", lambda: None)()
+            heads = {p for p, m in anatomy.base_model(model).named_modules() if head is not None and m is head}
+            selected = [m for m in found.matrices if m.module not in heads]
+        else:
+            selected = [m for m in found.matrices if check_target_module_exists(config, m.module)]
+        selected = [m for m in selected if (wanted is None or m.tower in wanted) and not _left_out(config, m.module)]
+        if not selected:
+            raise ValueError(_nothing_matched(config, found))
+        return selected
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        """Match once, before anything is changed; `target_modules` stays what the user wrote."""
+        matrices = self.match(peft_config, self.model)
+        found = anatomy.describe(self.model)
+        signature = {"model_class": found.model_class, "towers": found.signature()}
+        check_same_base(peft_config, signature, {m.tower for m in matrices})
+        self.check_model(peft_config, matrices, found)
+        peft_config.base_signature = signature
+        by_module: dict[str, list[Matrix]] = {}
+        for matrix in matrices:
+            by_module.setdefault(matrix.module, []).append(matrix)
+        self._matched = by_module
+        return peft_config
+
+    def check_model(self, config: Any, matrices: list[Matrix], found: Anatomy) -> None:
+        """Refuse what this method can't do on this model, before the model is touched."""
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        return _ExcludedModule() if _left_out(peft_config, key) else key in self._matched
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, MultimodalLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:  # taken out again: the base layer is as it was (nn.MultiheadAttention has no `weight` to hand over)
+            setattr(parent, child_name, new_module)
+
+    # --- inputs of a call --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"{type(self).__name__} has one adapter for the whole batch: adapter_names=[...] isn't supported. Call "
+                "model.set_adapter(name) and pass the rows of each adapter separately."
+            )
+        yield
+
+    # --- attached parts ----------------------------------------------------------------------------------------------
+
+    def attached_parts(self) -> Iterator[tuple[nn.Module, str, AttachedPart]]:
+        """(parent, name, part) of every part that wraps nothing."""
+        for parent in list(self.model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, AttachedPart) and isinstance(child, self.tuner_layer_cls):
+                    yield parent, name, child
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        for _, _, part in self.attached_parts():  # PEFT's loop passes over modules that bear the prefix
+            part.delete_adapter(adapter_name)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        layers = [m for m in self.model.modules() if isinstance(m, self.tuner_layer_cls)]
+        parts = list(self.attached_parts())
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for layer in layers:
+            layer.remove_hooks() if hasattr(layer, "remove_hooks") else None
+        for parent, name, _ in parts:
+            delattr(parent, name)
+        return model
+
+    # --- storage -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def checkpoint_keys(cls, model: nn.Module, adapter_name: str) -> dict[str, str]:
+        """{key in the adapter's file: key in the model} for every tensor of an adapter.
+
+        `model.vision_tower.layers.3.self_attn.q_proj.<prefix>P_norm.default` is stored as
+        `base_model.model.vision.q.3.<prefix>P_norm`: no module path, no adapter name.
+        """
+        keys: dict[str, str] = {}
+        for path, module in model.named_modules():
+            if not isinstance(module, cls.tuner_layer_cls):
+                continue
+            path = _WRAPPERS.sub("", path)
+            for container_name in module.adapter_layer_names + module.other_param_names:
+                container = getattr(module, container_name)
+                if not isinstance(container, (nn.ModuleDict, nn.ParameterDict)) or adapter_name not in container:
+                    continue
+                item = container[adapter_name]
+                inside = [""] if isinstance(item, Tensor) else [f".{name}" for name in item.state_dict()]
+                role = f"{module.role}." if module.role else ""
+                for tail in inside:
+                    model_key = ".".join(filter(None, (path, container_name, adapter_name))) + tail
+                    keys[f"{_PEFT_PREFIX}{role}{container_name}{tail}"] = model_key
+        return keys
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        state_dict = {_WRAPPERS.sub("", key): value for key, value in state_dict.items()}
+        return {stored: state_dict[key] for stored, key in cls.checkpoint_keys(model, adapter_name).items()}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return key  # the stored keys bear no adapter name (which might be a part of a role)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        expected = cls.checkpoint_keys(model, adapter_name)
+        own = model.state_dict()
+        stored, others = {}, {}
+        for key, value in state_dict.items():
+            canonical = _PEFT_PREFIX + key.removeprefix(_PEFT_PREFIX)
+            if canonical in expected:
+                stored[canonical] = value
+            else:
+                others[key] = value
+        problems = [f"missing: {_some(expected.keys() - stored.keys())}"] if expected.keys() - stored.keys() else []
+        if extra := [k for k in others if k not in own and _PEFT_PREFIX + k not in own]:
+            problems.append(f"not of this adapter: {_some(extra)}")
+        for key, value in stored.items():
+            shape = tuple(own[expected[key]].shape)
+            if tuple(value.shape) != shape:
+                problems.append(f"{_short(key)} has shape {tuple(value.shape)}, the model needs {shape}")
+            elif value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all()):
+                problems.append(f"{_short(key)} holds NaN or infinite values")
+        if problems:
+            base = config.base_model_name_or_path or "unknown"
+            raise ValueError(
+                f"The weights don't fit adapter {adapter_name!r} ({config.peft_type.value}, trained on {base!r}); nothing "
+                f"was loaded. "
+                + "; ".join(problems[:6])
+                + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
+                + ". Load it into the model it was trained on, with the config it was saved with."
+            )
+        return {expected[key]: value for key, value in stored.items()} | others
+
+
+def matched_modules(model: nn.Module, config: MultimodalConfig) -> MatchTable:
+    """What `get_peft_model(model, config)` would adapt: names, shapes, towers. The model is not changed.
+
+    Raises:
+        ValueError: nothing matches; the message names what exists.
+    """
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type) if isinstance(config, PeftConfig) else None
+    if tuner is None or not issubclass(tuner, MultimodalTuner):
+        raise TypeError(f"matched_modules takes a config of this package, got {type(config).__name__}")
+    return MatchTable(tuner.match(config, model))
+
+
+@dataclass
+class MatchTable:
+    """The result of `matched_modules`: iterate over its matrices, or print it as a table."""
+
+    matrices: list[Matrix] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Matrix]:
+        return iter(self.matrices)
+
+    def __len__(self) -> int:
+        return len(self.matrices)
+
+    def __str__(self) -> str:
+        rows = [
+            (m.module, m.letter, f"{m.d_out} x {m.d_in}", f"{m.rows[0]}:{m.rows[1]}", m.tower, m.role)
+            for m in self.matrices
+        ]
+        return anatomy.table(("module", "matrix", "shape", "rows", "tower", "role"), rows) + f"\n{len(rows)} matrices"
+
+    __repr__ = __str__
+
+
+def check_same_base(config: MultimodalConfig, signature: dict[str, Any], towers: set[str]) -> None:
+    """Refuse a base whose adapted towers differ from those that the adapter was trained on."""
+    trained = config.base_signature or {}
+    theirs, ours = trained.get("towers") or {}, signature["towers"]
+    differing = {t: (theirs[t], ours.get(t)) for t in theirs if t in towers and ours.get(t) != theirs[t]}
+    if differing:
+        details = "; ".join(
+            f"{t} tower: {then[0]} attentions of width {then[1]} then, "
+            + (f"{now[0]} of width {now[1]} now" if now else "none now")
+            for t, (then, now) in differing.items()
+        )
+        raise ValueError(
+            f"This adapter belongs to another base: it was trained on {trained.get('model_class')} "
+            f"({config.base_model_name_or_path or 'unnamed'}), this is {signature['model_class']}. {details}. Load the base "
+            "that the adapter's adapter_config.json names."
+        )
+
+
+def _left_out(config: Any, path: str) -> bool:
+    saved_whole = any(re.match(rf"(.*\.)?{re.escape(name)}(\.|$)", path) for name in config.modules_to_save or ())
+    return saved_whole or _named(config.exclude_modules, path)
+
+
+def _named(names: list[str] | str | None, path: str) -> bool:
+    if not names:
+        return False
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == n or path.endswith(f".{n}") for n in names)
+
+
+def _nothing_matched(config: Any, found: Anatomy) -> str:
+    counts: dict[str, dict[str, int]] = {}
+    for matrix in found.matrices:
+        leaf = matrix.module.rpartition(".")[2]
+        counts.setdefault(matrix.tower, {}).setdefault(leaf, 0)
+        counts[matrix.tower][leaf] += 1
+    exists = "; ".join(
+        f"{tower}: " + ", ".join(f"{n} ({k})" for n, k in leaves.items()) for tower, leaves in counts.items()
+    )
+    asked = "the default q, k, v" if config.target_modules is None else f"target_modules={config.target_modules!r}"
+    return (
+        f"No module of {found.model_class} matches {asked} in towers={config.towers or 'all'}. Its linear modules by tower: "
+        f"{exists or 'none'}. print(peft_multimodal.describe(model)) shows the towers."
+    )
+
+
+def _short(key: str) -> str:
+    return key.removeprefix(_PEFT_PREFIX)
+
+
+def _some(keys: Collection[str]) -> str:
+    names = sorted(_short(k) for k in keys)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
