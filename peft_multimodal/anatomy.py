@@ -33,7 +33,7 @@ _LEAF_LETTER = {
 LETTER = {leaf: letter for letter, leaves in _LEAF_LETTER.items() for leaf in leaves}
 
 
-def unwrap(module: nn.Module) -> nn.Module:
+def unwrap(module: nn.Module) -> Any:
     """The base layer below any PEFT layers."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
@@ -161,7 +161,7 @@ def describe(model: nn.Module) -> Anatomy:
     return Anatomy(type(model).__name__, towers, matrices, fusion_layers(modules), _media_tokens(model))
 
 
-def base_model(model: nn.Module) -> nn.Module:
+def base_model(model: Any) -> Any:
     """The Hugging Face model inside a `PeftModel` or a tuner, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -202,7 +202,7 @@ def table(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
 # --- towers ----------------------------------------------------------------------------------------------------------
 
 
-def _tower_roots(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str]:
+def _tower_roots(model: Any, modules: dict[str, nn.Module]) -> dict[str, str]:
     """{module path: tower name} for the vision, text and decoder towers; what remains is fusion (or no tower)."""
     token_embeddings = _token_embeddings(model, modules)
     pixels = [p for p, m in modules.items() if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m.in_channels == 3]
@@ -217,7 +217,7 @@ def _tower_roots(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, s
     return roots
 
 
-def _token_embeddings(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+def _token_embeddings(model: Any, modules: dict[str, nn.Module]) -> list[str]:
     """Paths of the embeddings that read tokens (not positions, not types)."""
     sizes = {getattr(c, "vocab_size", None) for c in _configs(getattr(model, "config", None))}
     try:
@@ -235,7 +235,8 @@ def _token_embeddings(model: nn.Module, modules: dict[str, nn.Module]) -> list[s
 
 def _highest(leaves: list[str], avoid: Iterable[str]) -> list[str]:
     """For every leaf its highest ancestor that contains nothing of `avoid`; each ancestor once."""
-    avoid, found = list(avoid), []
+    avoid = list(avoid)
+    found: list[str] = []
     for leaf in leaves:
         root, parts = leaf, leaf.split(".")
         for i in reversed(range(len(parts))):
@@ -248,7 +249,7 @@ def _highest(leaves: list[str], avoid: Iterable[str]) -> list[str]:
     return found
 
 
-def _predicts_tokens(model: nn.Module, modules: dict[str, nn.Module], path: str, num_text: int) -> bool:
+def _predicts_tokens(model: Any, modules: dict[str, nn.Module], path: str, num_text: int) -> bool:
     """Whether a text tower is a decoder: causal attention, encoder-decoder, or a head over its vocabulary."""
     inside = {p: m for p, m in modules.items() if is_below(p, path)}
     if any(getattr(m, "is_causal", None) is True for p, m in inside.items() if p in set(_attentions(inside))):
@@ -259,7 +260,7 @@ def _predicts_tokens(model: nn.Module, modules: dict[str, nn.Module], path: str,
         return False
     sizes = {m.num_embeddings for p, m in inside.items() if isinstance(m, nn.Embedding)}
     if any(
-        isinstance(m, nn.Linear) and m.out_features in sizes and "cls" in p or p.endswith("lm_head")
+        (isinstance(m, nn.Linear) and m.out_features in sizes and "cls" in p) or p.endswith("lm_head")
         for p, m in inside.items()
     ):
         return True

@@ -209,6 +209,8 @@ class AttachedPart(MultimodalLayer):
 class MultimodalTuner(BaseTuner):
     """Base of the five methods' models: scoping by towers, strict storage by roles, attached parts."""
 
+    model: Any  # the wrapped Hugging Face model
+    peft_config: dict[str, Any]  # {adapter name: config}, of the method's config class
     tuner_layer_cls: type[MultimodalLayer]
     target_module_mapping: dict[str, list[str]] = {}
 
@@ -288,15 +290,13 @@ class MultimodalTuner(BaseTuner):
         for _, _, part in self.attached_parts():  # PEFT's loop passes over modules that bear the prefix
             part.delete_adapter(adapter_name)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        layers = [m for m in self.model.modules() if isinstance(m, self.tuner_layer_cls)]
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         parts = list(self.attached_parts())
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for layer in layers:
-            layer.remove_hooks() if hasattr(layer, "remove_hooks") else None
-        for parent, name, _ in parts:
+        super()._unload_and_optionally_merge(*args, **kwargs)
+        for parent, name, part in parts:
+            part.remove_hooks()
             delattr(parent, name)
-        return model
+        return self.model
 
     # --- storage -----------------------------------------------------------------------------------------------------
 
@@ -373,7 +373,7 @@ def matched_modules(model: nn.Module, config: MultimodalConfig) -> MatchTable:
     """
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type) if isinstance(config, PeftConfig) else None
+    tuner: Any = dict(PEFT_TYPE_TO_TUNER_MAPPING).get(config.peft_type) if isinstance(config, PeftConfig) else None  # type: ignore[call-overload]
     if tuner is None or not issubclass(tuner, MultimodalTuner):
         raise TypeError(f"matched_modules takes a config of this package, got {type(config).__name__}")
     return MatchTable(tuner.match(config, model))

@@ -88,10 +88,8 @@ def shrink(config: hf.PreTrainedConfig, tokens: dict[int, int]) -> hf.PreTrained
     """Make a config and its sub-configs tiny, in place. `tokens`: special token -> its new place in the vocabulary."""
     fields = {k: v for k, v in vars(config).items() if not k.startswith("_")}
     layers = next((fields[k] for k in LAYER_COUNT if isinstance(fields.get(k), int)), 0)
-    grouped = any(
-        isinstance(fields.get(kv), int) and fields[kv] < fields.get("num_attention_heads", 0)
-        for kv in ("num_key_value_heads",)
-    )
+    kv_heads = fields.get("num_key_value_heads")
+    shared = kv_heads is not None and kv_heads < fields.get("num_attention_heads", 0)
     for name, value in fields.items():
         if isinstance(value, hf.PreTrainedConfig):
             shrink(value, tokens)
@@ -102,8 +100,8 @@ def shrink(config: hf.PreTrainedConfig, tokens: dict[int, int]) -> hf.PreTrained
             half = int(WIDTH // HEADS * (value or {}).get("partial_rotary_factor", 1)) // 2
             third = half // 3
             config.rope_parameters = {**(value or {}), "mrope_section": [half - 2 * third, third, third]}
-        elif name == "num_key_value_heads" and not grouped and value is not None:
-            setattr(config, name, HEADS)
+        elif name == "num_key_value_heads" and not shared:
+            config.num_key_value_heads = None if value is None else HEADS
         else:
             smaller = shrunk(name, value, layers, tokens)
             if smaller != value:
@@ -112,22 +110,20 @@ def shrink(config: hf.PreTrainedConfig, tokens: dict[int, int]) -> hf.PreTrained
 
 
 def shrunk(name: str, value: Any, layers: int, tokens: dict[int, int]) -> Any:
+    """The small value of one field of a config that had `layers` layers."""
     if re.search(r"image_token_i(d|ndex)$", name) and value is None:
         return tokens.setdefault(-1, VOCAB - 1 - len(tokens))
-    if isinstance(value, bool) or value is None:
+    if isinstance(value, bool | dict) or value is None:
         return value
     if name == "vision_feature_layer":
         return [max(-LAYERS, min(v, LAYERS)) for v in value] if isinstance(value, list | tuple) else max(-LAYERS, value)
-    if isinstance(value, dict):
-        return value
     if isinstance(value, list | tuple):
         if value and layers > LAYERS:
             if len(value) == layers:  # one entry a layer: keep one of each kind
                 kinds = list(dict.fromkeys(value)) if all(isinstance(v, str) for v in value) else list(value)
                 return type(value)((kinds + list(value))[:LAYERS])
-            if all(type(v) is int and 0 <= v <= layers for v in value) and re.search(
-                r"layers?$|ind(ice|exe)s$|idxs$", name
-            ):
+            indices = all(type(v) is int and 0 <= v <= layers for v in value)
+            if indices and re.search(r"layers?$|ind(ice|exe)s$|idxs$", name):
                 return type(value)([LAYERS - 1])
         if name == "image_grid_pinpoints":
             return type(value)([[SIZE, SIZE]])
@@ -284,6 +280,9 @@ class AutoCase:
 
     model_class_name: str
 
+    def __str__(self) -> str:
+        return self.model_class_name
+
     def build(self) -> hf.PreTrainedModel:
         """A fresh tiny model: the same weights at each call, eval mode, float32."""
         model_class = getattr(hf, self.model_class_name, None)
@@ -321,7 +320,7 @@ class AutoCase:
                     pixels = next(iter(picture))
                     try:
                         before = self.output(model(**text, **picture))
-                        after = self.output(model(**text, **{**picture, pixels: picture[pixels] + noise(7)[3]}))
+                        after = self.output(model(**text, **{**picture, pixels: picture[pixels] + 0.5}))
                     except Exception as error:
                         reasons.append(brief(error))
                         continue

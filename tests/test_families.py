@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from auto_families import AutoCase, Unsupported, auto_cases
 from families import FAMILIES, Family
 
 
@@ -101,3 +102,17 @@ def test_saves_and_loads(family: Family, tmp_path):
     model = family.build()
     model.save_pretrained(tmp_path)
     assert torch.equal(output(family, type(model).from_pretrained(tmp_path)), output(family, model))
+
+
+@pytest.mark.parametrize("case", auto_cases(), ids=str)
+def test_auto_case(case: AutoCase):
+    """A class that is shrunk and called generically: what can't be is skipped with its reason."""
+    try:
+        model = case.build()
+        inputs = case.inputs(model)
+    except Unsupported as reason:
+        assert case.model_class_name not in {type(family.build()).__name__ for family in FAMILIES.values()}
+        pytest.skip(str(reason))
+    with torch.no_grad():
+        first, second = (case.output(m(**inputs)) for m in (model, case.build()))
+    torch.testing.assert_close(first, second)

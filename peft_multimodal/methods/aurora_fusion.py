@@ -1,0 +1,164 @@
+"""The two parts of AuroraModeApprox that repair a fusion encoder: gated query transformation, context enhancement.
+
+Both act through hooks, are the identity at the start, and are no weight updates. The equations stand in
+`aurora_mode_approx.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..anatomy import is_cross
+from ..tuner import AttachedPart, CallScope
+from .aurora_layers import AuroraModeApproxLayer
+
+
+class GatedQueryTransformation(AttachedPart, AuroraModeApproxLayer, nn.Module):
+    """y' = y + tanh(g) ((1 + s_q) q + b_q), q the output of the layer's self-attention block (B x L x d).
+
+    Acts when the layer's cross-attention ran. Everything happens in hooks of the layer, hence inside the region that
+    gradient checkpointing recomputes. 2 d + 1 parameters a branch.
+    """
+
+    adapter_layer_names = ("aurora_mode_approx_gqt",)
+    aurora_mode_approx_gqt: Any  # {adapter: {name: Parameter}}
+
+    def __init__(self, layer: nn.Module, path: str, attentions: list[str], role: str) -> None:
+        nn.Module.__init__(self)
+        AttachedPart.__init__(self)
+        self.role = role
+        self.aurora_mode_approx_gqt = nn.ModuleDict()
+        self.scope = CallScope()
+        self._layer = (layer,)
+        blocks = {is_cross(a): a.removeprefix(path + ".").partition(".")[0] for a in attentions}
+        opening, closing = self.scope.attach(layer)
+        self.hooks = [
+            opening,
+            layer.get_submodule(blocks[False]).register_forward_hook(self._keep_query),
+            layer.get_submodule(blocks[True]).register_forward_hook(self._keep_cross),
+            closing,
+        ]
+        # After the closing hook was registered: PyTorch calls hooks in their order, so put this one first.
+        self.hooks.append(layer.register_forward_hook(self._inject, prepend=True))
+
+    def host(self) -> nn.Module:
+        return self._layer[0]
+
+    def add(self, adapter_name: str, branches: list[str], width: int) -> None:
+        parameters = {}
+        for branch in branches:
+            parameters[f"{branch}_gate_norm"] = torch.zeros(())
+            parameters[f"{branch}_scale_norm"] = torch.zeros(width)
+            parameters[f"{branch}_shift_norm"] = torch.zeros(width)
+        self.aurora_mode_approx_gqt[adapter_name] = nn.ParameterDict(parameters)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _keep_query(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.scope.values["query"] = output[0] if isinstance(output, tuple) else output
+
+    def _keep_cross(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.scope.values["cross"] = output[0] if isinstance(output, tuple) else output
+
+    def _inject(self, layer: nn.Module, args: Any, output: Any) -> Any:
+        adapters = self.live_adapters()
+        if not adapters or "cross" not in self.scope.values:  # text alone: nothing is fused
+            return output
+        y = output[0] if isinstance(output, tuple) else output
+        for adapter in adapters:
+            parameters = self.aurora_mode_approx_gqt[adapter]
+            for branch in ("query", "cross"):
+                if f"{branch}_gate_norm" in parameters:
+                    gate, scale, shift = (parameters[f"{branch}_{n}_norm"] for n in ("gate", "scale", "shift"))
+                    kept = self.scope.values[branch].to(scale.dtype)
+                    y = y + (torch.tanh(gate) * ((1 + scale) * kept + shift)).to(y.dtype)
+        return (y, *output[1:]) if isinstance(output, tuple) else y
+
+
+class ContextBank(nn.Module):
+    """gamma and the K latest text features (K x d, zeros until filled) of one adapter."""
+
+    texts: Tensor
+    count: Tensor
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.gamma_norm = nn.Parameter(torch.zeros(()))
+        self.register_buffer("texts", torch.zeros(size, width))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def push(self, features: Tensor) -> None:
+        """Put B x d features in, the oldest fall out."""
+        size = len(self.texts)
+        features = features[-size:].to(self.texts.dtype)
+        self.texts.copy_(torch.cat([features, self.texts])[:size])
+        self.count.add_(len(features)).clamp_(max=size)
+
+    def context(self, fused: Tensor) -> Tensor:
+        """gamma softmax(F T^T / sqrt(d)) T for F of shape (..., d); zero while the bank is empty."""
+        texts = self.texts.to(fused.dtype)
+        scores = fused @ texts.t() / math.sqrt(fused.shape[-1])
+        empty = torch.arange(len(texts), device=fused.device) >= self.count
+        return self.gamma_norm.to(fused.dtype) * (
+            scores.masked_fill(empty, torch.finfo(scores.dtype).min).softmax(-1) @ texts
+        )
+
+
+class InformativeContext(AttachedPart, AuroraModeApproxLayer, nn.Module):
+    """F' = F + gamma softmax(F T^T / sqrt(d)) T on every fused token of a text encoder.
+
+    In training, calls of the encoder without a picture fill the bank with their first tokens' states (detached);
+    retrieval training makes such calls for its contrastive loss. Elsewhere call `collect_context`.
+    """
+
+    adapter_layer_names = ("aurora_mode_approx_ice",)
+    aurora_mode_approx_ice: Any  # {adapter: ContextBank}
+
+    def __init__(self, encoder: nn.Module, role: str) -> None:
+        nn.Module.__init__(self)
+        AttachedPart.__init__(self)
+        self.role = role
+        self.aurora_mode_approx_ice = nn.ModuleDict()
+        self._encoder = (encoder,)
+        self._position = list(inspect.signature(encoder.forward).parameters).index("encoder_hidden_states")
+        self.hooks = [encoder.register_forward_hook(self._enhance, with_kwargs=True)]
+
+    def host(self) -> nn.Module:
+        return self._encoder[0]
+
+    def add(self, adapter_name: str, size: int, width: int) -> None:
+        self.aurora_mode_approx_ice[adapter_name] = ContextBank(size, width)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _enhance(self, encoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        adapters = self.live_adapters()
+        if not adapters:
+            return output
+        picture = kwargs.get("encoder_hidden_states")
+        picture = args[self._position] if picture is None and len(args) > self._position else picture
+        fused = output[0]
+        for adapter in adapters:
+            bank = self.aurora_mode_approx_ice[adapter]
+            if picture is None:
+                if self.training:
+                    bank.push(fused[:, 0].detach())
+            else:
+                fused = fused + bank.context(fused)
+        if picture is None:
+            return output
+        if isinstance(output, tuple):
+            return (fused, *output[1:])
+        output["last_hidden_state"] = fused
+        return output
+
+
+def reads_pictures(model: nn.Module, path: str) -> bool:
+    """Whether a text tower can read a picture: its forward takes `encoder_hidden_states` and it has cross-attentions."""
+    tower = model.get_submodule(path)
+    takes = "encoder_hidden_states" in inspect.signature(tower.forward).parameters
+    return takes and any(is_cross(name) for name, _ in tower.named_modules())

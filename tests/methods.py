@@ -1,0 +1,195 @@
+"""The methods under contract, and what the contract's tests do with each of them alike.
+
+    METHODS["my_method"] = my_method   # a function (family, **changes) -> config, or None where it doesn't apply
+
+A new method joins the contract by such a line and its formula in `PARAMETERS`.
+
+    python tests/methods.py FOLDER     # the fresh process: reloads what `save_all` saved, prints {family: difference}
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from families import FAMILIES, Family
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+
+from peft_multimodal import AuroraModeApproxConfig
+
+R = 4
+
+# Families whose layers hold a self- and a cross-attention, and those whose text encoder also runs without the picture.
+CROSS_ATTENTION = ("blip_retrieval", "bridgetower", "blip_vqa", "blip_captioning", "blip_2", "florence2")
+TEXT_ENCODER = ("blip_retrieval", "blip_vqa")
+
+
+def aurora(family: Family, **changes: Any) -> PeftConfig:
+    return AuroraModeApproxConfig(**{"r": R, "alpha": 2.0 * R, "dropout": 0.0, **changes})
+
+
+def aurora_fusion(family: Family, **changes: Any) -> PeftConfig | None:
+    """With the gated query transformation and the context enhancement, where the model has a fusion encoder."""
+    if family.name not in CROSS_ATTENTION:
+        return None
+    parts = {"use_gqt": True, "use_ice": family.name in TEXT_ENCODER, "ice_bank_size": 4}
+    return aurora(family, **{**parts, "gqt_branches": ["query", "cross"], **changes})
+
+
+METHODS: dict[str, Callable[..., PeftConfig | None]] = {
+    "aurora_mode_approx": aurora,
+    "aurora_mode_approx-fusion": aurora_fusion,
+}
+
+CASES = [
+    (name, method) for method, config in METHODS.items() for name, family in FAMILIES.items() if config(family) is not None
+]
+
+
+def aurora_parameters(base: nn.Module, config: AuroraModeApproxConfig) -> int:
+    """(d_in + d_out) R + N R + R a group of N matrices of equal shape, 2 d + 1 a layer and branch, 1 for the context.
+
+    Counted on the base model's own modules: the default targets are its attentions' q, k and v.
+    """
+    shapes: dict[tuple[int, int], int] = {}
+    for path, module in base.named_modules():
+        leaf = path.rpartition(".")[2]
+        if isinstance(module, nn.MultiheadAttention):
+            shape, count = (module.embed_dim, module.embed_dim), 3
+        elif not isinstance(module, nn.Linear):
+            continue
+        elif leaf == "qkv":
+            shape, count = (module.in_features, module.out_features // 3), 3
+        elif re.fullmatch("[qkv]_proj|query|key|value", leaf):
+            shape, count = (module.in_features, module.out_features), 1
+        else:
+            continue
+        shapes[shape] = shapes.get(shape, 0) + count
+    total = sum((d_in + d_out) * config.r + n * config.r + config.r for (d_in, d_out), n in shapes.items())
+    if config.use_gqt:
+        widths = [
+            next(m.in_features for p, m in layer.named_modules() if re.search("(query|q_proj)$", p))
+            for path, layer in base.named_modules()
+            if re.search(r"\.\d+$", path)
+            and any(re.search("crossattention$|encoder_attn$", p) for p, _ in layer.named_modules())
+        ]
+        total += sum((2 * d + 1) * len(config.gqt_branches) for d in widths)
+    return total + config.use_ice
+
+
+PARAMETERS: dict[str, Callable[[nn.Module, Any], int]] = {
+    "aurora_mode_approx": aurora_parameters,
+    "aurora_mode_approx-fusion": aurora_parameters,
+}
+
+# What no optimizer may decay.
+NO_DECAY = re.compile(r"norm|bias|gate|scale|shift|gamma|lambda|_P[._]")
+
+
+# ------------------------------------------------------------------------------------------------------------- steps
+
+
+def wrap(family: Family, method: str, stirred: bool = True, base: nn.Module | None = None, **changes: Any) -> PeftModel:
+    """A fresh model with an adapter: as it is at its start, or `stirred`, far from it."""
+    name = changes.pop("adapter_name", "default")
+    model = get_peft_model(base or family.build(), METHODS[method](family, **changes), adapter_name=name)
+    fill(family, model)
+    return stir(model, name) if stirred else model
+
+
+def fill(family: Family, model: PeftModel) -> None:
+    """Put something into the context banks, without which their gate has no gradient."""
+    if any(getattr(config, "use_ice", False) for config in model.peft_config.values()):
+        model.base_model.collect_context([family.text_inputs(model)])
+
+
+def adapter(model: PeftModel, name: str = "default") -> dict[str, nn.Parameter]:
+    """The parameters of an adapter."""
+    found = {n: p for n, p in model.named_parameters() if model.base_model.prefix in n and f".{name}" in n}
+    assert found
+    return found
+
+
+@torch.no_grad()
+def stir(model: PeftModel, name: str = "default", seed: int = 0) -> PeftModel:
+    """Move every parameter of an adapter by noise."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in adapter(model, name).values():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.add_(0.3 * noise.to(parameter))
+    return model
+
+
+@torch.no_grad()
+def run(family: Family, model: nn.Module, **changes: Any) -> Tensor:
+    """The model's output on the family's batch."""
+    return family.output(model(**{**inputs(family, model), **changes}))
+
+
+def inputs(family: Family, model: nn.Module) -> dict[str, Any]:
+    """The batch in the dtype of the model."""
+    dtype = next(p.dtype for p in model.parameters())
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in family.inputs(model).items()}
+
+
+def gradients(family: Family, model: PeftModel, name: str = "default") -> dict[str, Tensor | None]:
+    model.zero_grad()
+    family.loss(model).backward()
+    return {n: None if p.grad is None else p.grad.clone() for n, p in adapter(model, name).items()}
+
+
+def silent(family: Family, parameter: str) -> bool:
+    """Whether the output never depends on the module of a parameter."""
+    return parameter.removeprefix("base_model.model.").startswith(family.silent or " ")
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).abs().max())
+
+
+def trace(model: nn.Module) -> dict[str, Any]:
+    """Everything that a method could leave behind in a model."""
+    return {
+        path: (
+            type(module),
+            set(vars(module)) - {"peft_config"},  # PEFT leaves it after any method
+            {k: len(v) for k, v in vars(module).items() if "hooks" in k and hasattr(v, "__len__")},
+            *(list(vars(module)[k]) for k in ("_modules", "_parameters", "_buffers")),
+        )
+        for path, module in model.named_modules()
+    }
+
+
+# --------------------------------------------------------------------------------------------------- a fresh process
+
+
+def save_all(method: str, folder: Path) -> None:
+    """An adapter of each family and its outputs."""
+    for name in (n for n, m in CASES if m == method):
+        family = FAMILIES[name]
+        model = wrap(family, method)
+        model.save_pretrained(folder / name)
+        torch.save({"base": run(family, family.build()), "adapted": run(family, model)}, folder / name / "outputs.pt")
+
+
+def reload_all(folder: Path) -> dict[str, list[float]]:
+    """{family: [distance to the output that was saved, to the base model's]}."""
+    result = {}
+    for path in sorted(folder.iterdir()):
+        family, saved = FAMILIES[path.name], torch.load(path / "outputs.pt")
+        output = run(family, PeftModel.from_pretrained(family.build(), path))
+        result[path.name] = [distance(output, saved["adapted"]), distance(output, saved["base"])]
+    return result
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(reload_all(Path(sys.argv[1]))))
+
