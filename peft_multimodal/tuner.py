@@ -130,6 +130,7 @@ class CallScope(threading.local):
         self.values: dict[Any, Tensor] = {}
 
     def open(self, *_: Any) -> None:
+        self.close()  # an interrupt in an earlier call may have left it open
         self.is_open = True
 
     def close(self, *_: Any) -> None:
@@ -185,19 +186,14 @@ class AttachedPart(MultimodalLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         host = self.host()
         reference = next((p for p in host.parameters() if p.is_floating_point()), None) if host is not None else None
-        if device is None and reference is not None and reference.device.type != "meta":
-            device = reference.device
-        for name in self.adapter_layer_names + self.other_param_names:
-            container = getattr(self, name)
-            if (
-                device is not None
-                and isinstance(container, (nn.ModuleDict, nn.ParameterDict))
-                and adapter_name in container
-            ):
+        if reference is None or (device is None and reference.is_meta):
+            return
+        for name in self.adapter_layer_names:
+            container: Any = getattr(self, name)
+            if adapter_name in container:
                 item = container[adapter_name]
-                tensors = [item] if isinstance(item, Tensor) else [*item.parameters(), *item.buffers()]
-                if not any(t.is_meta for t in tensors):
-                    container[adapter_name] = item.to(device)
+                if not any(t.is_meta for t in [*item.parameters(), *item.buffers()]):
+                    container[adapter_name] = item.to(device or reference.device, reference.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing to merge: whether that is right is checked once for the whole adapter, by the tuner."""

@@ -1,17 +1,20 @@
-"""The English CLIP: frozen DINOv2-S and MiniLM, joined by projections that are trained here.
+"""The English CLIP: frozen DINOv2-S and MiniLM, joined by projections that are fitted here.
 
 No package ships a CLIP, so `english_clip()` assembles one: a `VisionTextDualEncoderModel` with its
 `VisionTextDualEncoderProcessor` (84-pixel pictures, English tokenizer) in one folder. Both towers stay as they came,
-MiniLM's pooler included; the two projections and the logit scale learn from the training families' pictures in the old
-styles, captioned with names and keywords. The new style and every other family are never seen. `assembly.json` beside
-the weights holds the settings and the recalls.
+MiniLM's pooler included. The two projections are a shrunken canonical correlation analysis of the towers' outputs on
+the training families' pictures in the old styles, captioned with names and keywords; with a thousand concepts it finds
+unseen ones better than contrastive training of the same projections, it takes a second, and it has no learning rate.
+The logit scale is the one that suits the validation families best. The new style and the test families are never seen.
+`assembly.json` beside the weights holds the settings and the recalls.
 
-The settings were chosen by the old styles' recall on the validation families, means of three seeds.
+The settings were chosen by the old styles' recall on the validation families.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -24,9 +27,9 @@ from PIL import Image, ImageOps
 from rich.progress import track
 from torch.nn import functional as F
 from transformers import (
-    AutoModel,
     AutoTokenizer,
     BitImageProcessorPil,
+    VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
     VisionTextDualEncoderProcessor,
 )
@@ -38,67 +41,66 @@ from .towers import dinov2_small, minilm
 
 @dataclass(frozen=True)
 class Settings:
-    """How the projections are trained."""
+    """How the projections are fitted."""
 
-    projection_dim: int = 512
-    steps: int = 240
-    batch_size: int = 256
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.1
-    temperature: float = 0.1
-    """Where the learned temperature starts."""
-    dropout: float = 0.1
-    """Dropout on the towers' outputs."""
+    projection_dim: int = 256
+    picture_shrinkage: float = 0.1
+    """Ridge of the pictures' covariance, in units of its mean eigenvalue."""
+    text_shrinkage: float = 1.0
+    """The same for the texts."""
     views: int = 3
     """Shrunken, shifted, sometimes grey views of each picture, beside the picture itself."""
     captions: int = 8
     """Captions sampled from a concept's name and keywords, beside the name itself."""
-    caption_share: float = 0.7
-    """How often a batch takes a sampled caption rather than the name."""
+    name_weight: int = 4
+    """How many captions the name counts for."""
     seed: int = 0
 
 
 def english_clip() -> Path:
     """The model's folder: load it with `VisionTextDualEncoderModel` and `VisionTextDualEncoderProcessor`."""
-    return build_once("english-clip-1", lambda folder: _build(folder, Settings()))
+    return build_once("english-clip-2", lambda folder: _build(folder, Settings()))
 
 
 def _build(folder: Path, settings: Settings) -> None:
     started = time.perf_counter()
     pictures = emoji_pictures()
     rng = random.Random(settings.seed)
-    torch.manual_seed(settings.seed)
     processor = VisionTextDualEncoderProcessor(image_processor(), AutoTokenizer.from_pretrained(minilm()))
-    model = VisionTextDualEncoderModel.from_vision_text_pretrained(
-        str(dinov2_small()),
-        str(minilm()),
-        projection_dim=settings.projection_dim,
-        logit_scale_init_value=float(-torch.tensor(settings.temperature).log()),
+    vision_model, text_model = AutoModel.from_pretrained(dinov2_small()), AutoModel.from_pretrained(minilm())
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(
+        vision_model.config, text_model.config, projection_dim=settings.projection_dim
     )
-    for projection in (model.visual_projection, model.text_projection):
-        torch.nn.init.kaiming_uniform_(projection.weight, a=5**0.5)
-    model.eval().requires_grad_(False)
+    model = VisionTextDualEncoderModel(config, vision_model, text_model).eval()
 
-    train = pictures.filter(lambda split, style: split == "train" and style in OLD_STYLES, input_columns=["split", "style"])
-    seen = list(train["image"])
-    views = [seen] + [[augmented(picture, rng) for picture in seen] for _ in range(settings.views)]
-    image_outputs = torch.stack([encode_pictures(model, processor, view, "training pictures") for view in views])
-    image_outputs = image_outputs.unflatten(1, (-1, len(OLD_STYLES)))  # view, concept, style, width: rows go by concept
-    names = train.select(range(0, len(train), len(OLD_STYLES)))
-    captions = [list(names["label_en"])]
-    for _ in range(settings.captions):
-        captions.append([caption(label, tags, rng) for label, tags in zip(names["label_en"], names["tags_en"], strict=True)])
-    text_outputs = torch.stack([encode_texts(model, processor, texts) for texts in captions])  # caption, concept, width
-    train_projections(model, image_outputs.transpose(1, 2).flatten(0, 1), text_outputs, settings)
+    train = [rows_of(pictures, "train", style) for style in OLD_STYLES]
+    names, tags = train[0]["label_en"], train[0]["tags_en"]
+    captions = [list(names)] * settings.name_weight
+    captions += [[caption(*pair, rng) for pair in zip(names, tags, strict=True)] for _ in range(settings.captions)]
+    views = [list(rows["image"]) for rows in train]
+    views += [[augmented(picture, rng) for picture in view] for view in views for _ in range(settings.views)]
+    model.visual_projection.weight.data, model.text_projection.weight.data = canonical_projections(
+        torch.stack([encode_pictures(model, processor, view) for view in track(views, "Encoding", console=CONSOLE)]),
+        torch.stack([encode_texts(model, processor, texts) for texts in captions]),
+        settings,
+    )
+    similarities = [similarity(model, processor, rows_of(pictures, "validation", style)) for style in OLD_STYLES]
+    model.logit_scale.data.fill_(best_logit_scale(similarities))
 
-    model.requires_grad_(True)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     recalls = {split: evaluate(model, processor, pictures, split) for split in ("validation", "test")}
     seconds = round(time.perf_counter() - started, 1)
     report = {"settings": asdict(settings), "recall": recalls, "build_seconds": seconds}
     (folder / "assembly.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    CONSOLE.print(f"English CLIP assembled in {seconds:.0f} s; mean recall in per cent:", recall_means(recalls))
+    means = {split: {style: row["mean"] for style, row in styles.items()} for split, styles in recalls.items()}
+    CONSOLE.print(f"English CLIP assembled in {seconds:.0f} s; mean recall in per cent:", means)
+
+
+def rows_of(pictures: datasets.Dataset, split: str, style: str) -> datasets.Dataset:
+    """The rows of one split in one style; the concepts come in the same order for every style."""
+    wanted = zip(pictures["split"], pictures["style"], strict=True)
+    return pictures.select([row for row, is_in in enumerate(wanted) if is_in == (split, style)])
 
 
 def image_processor() -> BitImageProcessorPil:
@@ -128,14 +130,11 @@ def caption(label: str, tags: Sequence[str], rng: random.Random) -> str:
 
 @torch.inference_mode()
 def encode_pictures(
-    model: VisionTextDualEncoderModel,
-    processor: VisionTextDualEncoderProcessor,
-    pictures: Sequence[Image.Image],
-    what: str,
+    model: VisionTextDualEncoderModel, processor: VisionTextDualEncoderProcessor, pictures: Sequence[Image.Image]
 ) -> torch.Tensor:
     """The vision tower's pooled outputs, before the projection: `(pictures, width)`."""
     outputs = []
-    for start in track(range(0, len(pictures), 64), f"Encoding {what}", console=CONSOLE, transient=True):
+    for start in range(0, len(pictures), 64):
         batch = processor.image_processor(images=list(pictures[start : start + 64]), return_tensors="pt")
         outputs.append(model.vision_model(**batch).pooler_output)
     return torch.cat(outputs)
@@ -153,65 +152,71 @@ def encode_texts(
     return torch.cat(outputs)
 
 
-def train_projections(
-    model: VisionTextDualEncoderModel, images: torch.Tensor, texts: torch.Tensor, settings: Settings
-) -> None:
-    """Symmetric InfoNCE over the projections and the logit scale.
+def canonical_projections(
+    pictures: torch.Tensor, texts: torch.Tensor, settings: Settings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The projections `(dim, width)` of both towers whose outputs correlate most, weighted by how much they do.
+
+    With V and T the outputs of both towers, their ridged covariances and `V'T` between them,
+    `Cvv^-1/2 Cvt Ctt^-1/2 = A S B'` gives `S A' Cvv^-1/2` and `S B' Ctt^-1/2`. The projections have no bias, so that
+    instead of subtracting the means they leave out the means' directions.
 
     Args:
-        images: `(views, concepts, width)`, the vision tower's outputs for every view in every style.
-        texts: `(captions, concepts, width)`, the text tower's outputs; the first caption is the name.
-        settings: How long and how fast.
+        pictures: `(views, concepts, width)`, every view of a concept's picture.
+        texts: `(captions, concepts, width)`, every caption of the same concepts.
+        settings: The dimension and the ridges.
     """
-    generator = torch.Generator().manual_seed(settings.seed)
-    projections = [model.visual_projection.weight, model.text_projection.weight]
-    trained = [*projections, model.logit_scale]
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    groups = [
-        {"params": projections, "weight_decay": settings.weight_decay},
-        {"params": [model.logit_scale], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.1
-    )
-    order = torch.empty(0, dtype=torch.long)
-    size, target = settings.batch_size, torch.arange(settings.batch_size)
-    for _ in range(settings.steps):
-        if len(order) < size:
-            order = torch.randperm(images.shape[1], generator=generator)
-        concepts, order = order[:size], order[size:]
-        view = torch.randint(len(images), (size,), generator=generator)
-        sampled = torch.randint(1, len(texts), (size,), generator=generator)
-        named = torch.rand(size, generator=generator) >= settings.caption_share
-        image = F.dropout(images[view, concepts], settings.dropout)
-        text = F.dropout(texts[sampled.masked_fill(named, 0), concepts], settings.dropout)
-        image = F.normalize(model.visual_projection(image), dim=-1)
-        text = F.normalize(model.text_projection(text), dim=-1)
-        logits = model.logit_scale.exp() * text @ image.T
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+
+    def whitener(outputs: torch.Tensor, ridge: float) -> torch.Tensor:
+        mean = F.normalize(outputs.mean(dim=(0, 1)), dim=0)
+        without_mean = torch.eye(len(mean), dtype=outputs.dtype) - torch.outer(mean, mean)
+        flat = outputs.flatten(0, 1) @ without_mean
+        values, vectors = torch.linalg.eigh(flat.T @ flat / len(flat))
+        scale = (values.clamp_min(0) + ridge * values.mean()).rsqrt()
+        return (vectors * scale) @ vectors.T @ without_mean
+
+    pictures, texts = pictures.double(), texts.double()
+    whiten_picture = whitener(pictures, settings.picture_shrinkage)
+    whiten_text = whitener(texts, settings.text_shrinkage)
+    between = pictures.mean(dim=0).T @ texts.mean(dim=0) / pictures.shape[1]
+    left, correlations, right = torch.linalg.svd(whiten_picture @ between @ whiten_text.T)
+    kept = slice(settings.projection_dim)
+    strength = correlations[kept, None]
+    weights = strength * (left[:, kept].T @ whiten_picture), strength * (right[kept] @ whiten_text)
+    # Only directions count; the size is that of a fresh nn.Linear, which optimizers' step sizes are made for.
+    visual, text = (weight / weight.std() / (3 * weight.shape[1]) ** 0.5 for weight in weights)
+    return visual.float().contiguous(), text.float().contiguous()
 
 
 @torch.inference_mode()
+def similarity(
+    model: VisionTextDualEncoderModel, processor: VisionTextDualEncoderProcessor, rows: datasets.Dataset
+) -> torch.Tensor:
+    """Cosines of the rows' English names (down) with their pictures (across)."""
+    texts = model.text_projection(encode_texts(model, processor, list(rows["label_en"])))
+    images = model.visual_projection(encode_pictures(model, processor, list(rows["image"])))
+    return F.normalize(texts, dim=-1) @ F.normalize(images, dim=-1).T
+
+
+def best_logit_scale(similarities: Sequence[torch.Tensor]) -> float:
+    """The logarithm of the scale, to half a unit, that has the least contrastive loss on these galleries."""
+
+    def loss(scale: float) -> float:
+        losses = [
+            F.cross_entropy(scale * scores, torch.arange(len(scores)))
+            for gallery in similarities
+            for scores in (gallery, gallery.T)
+        ]
+        return torch.stack(losses).mean().item()
+
+    return math.log(min((half / 2 for half in range(2, 201)), key=loss))
+
+
 def evaluate(
-    model: VisionTextDualEncoderModel,
-    processor: VisionTextDualEncoderProcessor,
-    pictures: datasets.Dataset,
-    split: str,
+    model: VisionTextDualEncoderModel, processor: VisionTextDualEncoderProcessor, pictures: datasets.Dataset, split: str
 ) -> dict[str, dict[str, float]]:
     """Recalls of the split's English names against its pictures, for each style by itself."""
-    recalls = {}
-    for style in STYLES:
-        rows = pictures.filter(lambda s, t, style=style: s == split and t == style, input_columns=["split", "style"])
-        images = model.visual_projection(encode_pictures(model, processor, list(rows["image"]), f"{split} pictures"))
-        texts = model.text_projection(encode_texts(model, processor, list(rows["label_en"])))
-        recalls[style] = recall(F.normalize(texts, dim=-1) @ F.normalize(images, dim=-1).T)
-    return recalls
+    return {style: recall(similarity(model, processor, rows_of(pictures, split, style))) for style in STYLES}
 
 
 def recall(text_by_image: torch.Tensor) -> dict[str, float]:
@@ -221,8 +226,3 @@ def recall(text_by_image: torch.Tensor) -> dict[str, float]:
         rank = (scores > scores.diagonal()[:, None]).sum(dim=1)
         result |= {f"{direction}_R@{k}": 100 * (rank < k).float().mean().item() for k in (1, 5, 10)}
     return {name: round(value, 2) for name, value in {**result, "mean": sum(result.values()) / len(result)}.items()}
-
-
-def recall_means(recalls: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """The mean recall alone, for each split and style."""
-    return {split: {style: row["mean"] for style, row in styles.items()} for split, styles in recalls.items()}

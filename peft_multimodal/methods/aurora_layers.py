@@ -181,15 +181,15 @@ class AuroraMatrixLayer(AuroraModeApproxLayer, nn.Module):
 
         group, first, end = block
         factors, scale = self.factors, self.slices[adapter].scaling
-        U = factors.U(adapter, group).float()
-        P = self.aurora_mode_approx_P_norm[adapter][first:end].float()
-        V = factors.aurora_mode_approx_V[adapter][group].float()
+        dtype = torch.promote_types(factors.U(adapter, group).dtype, torch.float32)
+        U, V = factors.U(adapter, group).to(dtype), factors.aurora_mode_approx_V[adapter][group].to(dtype)
+        P = self.aurora_mode_approx_P_norm[adapter][first:end].to(dtype)
         with tl.backend_context("pytorch", local_threadsafe=True):
             if adapter in factors.aurora_mode_approx_core:
-                core = factors.aurora_mode_approx_core[adapter][group].float()
+                core = factors.aurora_mode_approx_core[adapter][group].to(dtype)
                 core = scale * tl.tenalg.mode_dot(core.permute(2, 1, 0), P, mode=0)  # n x j x i
                 return tl.tenalg.multi_mode_dot(core, [V, U], modes=[1, 2])
-            lam = factors.aurora_mode_approx_lambda_norm[adapter][group].float()
+            lam = factors.aurora_mode_approx_lambda_norm[adapter][group].to(dtype)
             return cp_to_tensor((scale * lam, [P, V, U]))
 
     def _weights(self) -> list[Tensor]:
@@ -279,37 +279,53 @@ class AuroraMultiheadAttention(AuroraMatrixLayer):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention`; shapes (B, L, d) if `batch_first` else (L, B, d)."""
+        """As `nn.MultiheadAttention`; shapes (B, L, d) if `batch_first`, else (L, B, d), or (L, d) without a batch."""
         adapters = self.acting()
         base: Any = self.get_base_layer()
         if not adapters:
             return self.base_layer(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
-        weights = self._weights()
-        biases = [None] * 3 if base.in_proj_bias is None else base.in_proj_bias.chunk(3)
-        q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
-        for adapter in adapters:
-            for group, first, end in self.slices[adapter].blocks:
-                for i in range(first, end):
-                    x, W = (query, key, value)[i], self.modes(adapter, (group, i, i + 1))
-                    update = F.linear(self.product(x, adapter, group), W).to(q.dtype)
-                    q, k, v = q + update * (i == 0), k + update * (i == 1), v + update * (i == 2)
-        if not base.batch_first:
-            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        heads = (base.num_heads, base.head_dim)
-        q, k, v = (x.unflatten(-1, heads).transpose(1, 2) for x in (q, k, v))  # B x h x L x d_h
+        inputs = [query, key, value]
+        if batched := query.dim() == 3:
+            inputs = inputs if base.batch_first else [x.transpose(0, 1) for x in inputs]
+        else:
+            inputs = [x[None] for x in inputs]
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+        projected = self._project(inputs, adapters)
+        q, k, v = (
+            x.unflatten(-1, (base.num_heads, base.head_dim)).transpose(1, 2) for x in projected
+        )  # B x h x L x d_h
         mask = _additive_mask(attn_mask, key_padding_mask, q)
         attention = None
         if need_weights:
             scores = q @ k.transpose(-1, -2) / math.sqrt(base.head_dim)
             attention = F.dropout((scores if mask is None else scores + mask).softmax(-1), base.dropout, self.training)
             out = attention @ v
+            attention = attention.mean(1) if average_attn_weights else attention
         else:
             out = F.scaled_dot_product_attention(q, k, v, mask, base.dropout if self.training else 0.0)
         out = base.out_proj(out.transpose(1, 2).flatten(2))
-        out = out if base.batch_first else out.transpose(0, 1)
-        return out, attention.mean(1) if attention is not None and average_attn_weights else attention
+        if not batched:
+            return out[0], None if attention is None else attention[0]
+        return out if base.batch_first else out.transpose(0, 1), attention
+
+    def _project(self, inputs: list[Tensor], adapters: list[str]) -> list[Tensor]:
+        """q, k and v (B x L x d) with the adapters' updates; equal inputs share the product x U."""
+        bias: Any = self.get_base_layer().in_proj_bias
+        biases = [None] * 3 if bias is None else bias.chunk(3)
+        projected = [F.linear(x, w, b) for x, w, b in zip(inputs, self._weights(), biases, strict=True)]
+        sources = [next(j for j in range(3) if inputs[j] is inputs[i]) for i in range(3)]
+        for adapter in adapters:
+            products: dict[tuple[int, str], Tensor] = {}
+            for group, first, end in self.slices[adapter].blocks:
+                for i in range(first, end):
+                    source = (sources[i], group)
+                    if source not in products:
+                        products[source] = self._product(inputs[i], adapter, group)
+                    update = F.linear(products[source], self.modes(adapter, (group, i, i + 1)))
+                    projected[i] = projected[i] + update.to(projected[i].dtype)
+        return projected
 
     def _weights(self) -> list[Tensor]:
         base: Any = self.get_base_layer()

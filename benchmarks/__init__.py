@@ -1,0 +1,1 @@
+"""Benchmarks on real models and real data: `python -m benchmarks.run`."""

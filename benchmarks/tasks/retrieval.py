@@ -1,0 +1,286 @@
+"""Retrieval: the English CLIP learns a new style of pictures from some concepts and is tested on others.
+
+The model has seen the old styles only. It trains on the training concepts' pictures in the new style, captioned with
+their English names, by `transformers.Trainer` and the model's own contrastive loss. Measured are text-to-image and
+image-to-text recall on unseen concepts in the new style, and in the old ones (forgetting).
+
+The lower vision layers are frozen in every experiment, so their outputs are computed once per picture and kept: exact,
+and less work a step. `benchmarks.quickstart` does the same job without that shortcut.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import ProcessorMixin, VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
+
+from peft_multimodal.evaluation import compute_embeddings, embedding_ranks, retention
+
+from .. import measure
+from .. import report as tables
+from ..assets import emoji_pictures, english_clip
+from ..experiment import Experiment
+from ..records import Record
+from . import Split
+
+KS = (1, 5, 10)
+DIRECTIONS = ("t2i", "i2t")
+PEER, BASE, ALONE = "lora/r64", "base/frozen", "projections/alone"
+PROJECTIONS = re.compile(r"\b(visual|text)_projection\b")
+
+
+def run(experiment: Experiment, seed: int, split: Split) -> dict[str, Any]:
+    """Adapt to the new style, then recall on the split's concepts in every style."""
+    model, processor = load_clip()
+    new, old, frozen = (experiment.settings[key] for key in ("new_style", "old_styles", "frozen_vision_layers"))
+    collator = KeptStatesCollator(processor)
+    styles = [new] if split == "validation" else [new, *old]
+    test = {style: KeptStates(split, style, frozen) for style in styles}
+    train = KeptStates("train", new, frozen) if experiment.trains else None
+
+    skip_lower_layers(model, frozen)
+    model = measure.prepare(model, experiment)
+    cost: dict[str, Any] = measure.footprint(model)
+    if train is not None:
+        cost = measure.fit(model, train, collator, experiment.training, seed)
+    towers = (p.numel() for name, p in model.named_parameters() if p.requires_grad and not PROJECTIONS.search(name))
+    cost["tower_parameters"] = sum(towers)
+    ranks = {style: ranks_of(compute_embeddings(model, rows, collator, progress=False)) for style, rows in test.items()}
+    concepts = list(select_pictures(split, new)["concept"])
+    return {
+        "metrics": metrics(ranks, new, old),
+        "items": {"concepts": concepts, "ranks": {style: as_lists(found) for style, found in ranks.items()}},
+        "cost": cost,
+    }
+
+
+def score(metrics: Mapping[str, float]) -> float:
+    """Mean recall in the new style."""
+    return metrics["new_mean_recall"]
+
+
+# ---------------------------------------------------------------------------------------------------- model and data
+
+
+def load_clip() -> tuple[Any, ProcessorMixin]:
+    """The English CLIP and its processor."""
+    folder = english_clip()
+    return VisionTextDualEncoderModel.from_pretrained(folder), VisionTextDualEncoderProcessor.from_pretrained(folder)
+
+
+def select_pictures(split: str, style: str) -> datasets.Dataset:
+    """The pictures of one split in one style, a row a concept, always in the same order."""
+    return _pictures().filter(lambda s, t: s == split and t == style, input_columns=["split", "style"])
+
+
+@lru_cache(maxsize=1)
+def _pictures() -> datasets.Dataset:
+    datasets.disable_progress_bars()
+    return emoji_pictures()
+
+
+class KeptStates(torch.utils.data.Dataset):
+    """A split's pictures in one style as the outputs of the first frozen vision layers, with their names."""
+
+    def __init__(self, split: str, style: str, layers: int):
+        self.states = kept_states(split, style, layers)
+        self.names = list(select_pictures(split, style)["label_en"])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"states": self.states[index], "label_en": self.names[index]}
+
+
+class KeptStatesCollator:
+    """Rows of `KeptStates` to a batch; the states stand where a model after `skip_lower_layers` expects them."""
+
+    def __init__(self, processor: Any):
+        self.tokenizer = processor.tokenizer
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        texts = self.tokenizer([row["label_en"] for row in rows], padding=True, truncation=True, return_tensors="pt")
+        return {**texts, "pixel_values": torch.stack([row["states"] for row in rows]), "return_loss": True}
+
+
+@cache
+@torch.inference_mode()
+def kept_states(split: str, style: str, layers: int, batch_size: int = 64) -> Tensor:
+    """Outputs `(pictures, tokens, width)` of the frozen model's first vision layers, kept while the process lives."""
+    model, processor = load_clip()
+    encoder = model.eval().vision_model.encoder
+    seen: list[Tensor] = []
+    encoder.layer[layers].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+    del encoder.layer[layers + 1 :]
+    loader: DataLoader[Any] = DataLoader(list(select_pictures(split, style)["image"]), batch_size, collate_fn=list)
+    for images in track(loader, f"Lower layers, {split} {style}", transient=True):
+        model.vision_model(**processor.image_processor(images, return_tensors="pt"))  # type: ignore[operator]
+    return torch.cat(seen)
+
+
+def skip_lower_layers(model: nn.Module, layers: int) -> None:
+    """Let the vision tower begin behind its first `layers`: what it gets as `pixel_values` are their outputs.
+
+    The modules stay where they are, so that an adapter trained so fits the whole model.
+    """
+    vision: Any = model.vision_model
+    for module in (vision.embeddings, *vision.encoder.layer[:layers]):
+        module.forward = _pass_on
+
+
+def _pass_on(states: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    given = kwargs.get("pixel_values") if states is None else states
+    assert given is not None
+    return given
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+
+def ranks_of(embeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each query's rank of its match over the whole set, row i matching row i: `{"t2i": (n,), "i2t": (n,)}`."""
+    images, texts = embeds["image_embeds"], embeds["text_embeds"]
+    return {"t2i": embedding_ranks(texts, images), "i2t": embedding_ranks(images, texts)}
+
+
+def recalls(ranks: Mapping[str, Tensor]) -> dict[str, float]:
+    """`{"t2i_r@1", ..., "i2t_r@10", "mean_recall"}` in percent."""
+    found = {f"{d}_r@{k}": 100 * (ranks[d] <= k).double().mean().item() for d in DIRECTIONS for k in KS}
+    return found | {"mean_recall": sum(found.values()) / len(found)}
+
+
+def metrics(ranks: Mapping[str, Mapping[str, Tensor]], new: str, old: Sequence[str]) -> dict[str, float]:
+    """The new style's recalls, and the means of the old styles' as far as they were measured."""
+    by_style = {style: recalls(found) for style, found in ranks.items()}
+    flat = {f"new_{name}": value for name, value in by_style[new].items()}
+    if all(style in by_style for style in old):
+        for name in by_style[new]:
+            flat[f"old_{name}"] = sum(by_style[style][name] for style in old) / len(old)
+        flat |= {f"{style}_{name}": value for style in old for name, value in by_style[style].items()}
+    return flat
+
+
+def as_lists(ranks: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {direction: found.tolist() for direction, found in ranks.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def concept_recalls(record: Record, styles: Sequence[str]) -> tuple[list[float], list[Hashable]]:
+    """Each concept's share in the mean recall over `styles`, in percent, and the concepts."""
+    ranks = torch.tensor([record.items["ranks"][style][d] for style in styles for d in DIRECTIONS])
+    hits = torch.stack([(ranks <= k).double() for k in KS])
+    return (100 * hits.mean(dim=(0, 1))).tolist(), record.items["concepts"]
+
+
+def report(records: Sequence[Record], plots: Path) -> str:
+    """Quality, then cost, then what the paired bootstrap says; two plots."""
+    groups = tables.by_experiment(records)
+    settings = records[0].config["task"]
+    sides = {"new": [settings["new_style"]], "old": settings["old_styles"]}
+    columns = [f"{d}_r@{k}" for d in DIRECTIONS for k in KS]
+    quality, costs, pairs = [], [], []
+    reference_step = tables.median(r.cost["step_seconds"] for r in groups[PEER]) if PEER in groups else None
+    for name, runs in groups.items():
+        label = runs[0].label
+        quality.append(
+            [label, str(len(runs))]
+            + [tables.mean_spread([r.metrics[f"new_{column}"] for r in runs]) for column in columns]
+            + [tables.mean_spread([r.metrics[f"{side}_mean_recall"] for r in runs]) for side in sides]
+        )
+        cost = runs[0].cost
+        steps = [r.cost["step_seconds"] for r in runs if "step_seconds" in r.cost]
+        relative = f"{tables.median(steps) / reference_step:.2f}" if steps and reference_step else ""
+        memory = tables.megabytes(tables.median(r.cost["peak_extra_bytes"] for r in runs)) if steps else ""
+        adapter, total = adapter_parameters(runs[0]), tables.parameters(runs[0])
+        rate = runs[0].config["training"].get("learning_rate") if steps else None
+        costs.append(
+            [
+                label,
+                tables.count(adapter),
+                tables.count(total),
+                tables.megabytes(cost["adapter_bytes"]),
+                relative,
+                memory,
+                "" if rate is None else f"{rate:g}",
+            ]
+        )
+        row = [label]
+        for styles in sides.values():
+            for other in (PEER, BASE):
+                found = None
+                if other in groups and other != name:
+                    found = tables.paired(runs, groups[other], lambda r, styles=styles: concept_recalls(r, styles))  # type: ignore[misc]
+                row.append(tables.difference(found))
+        pairs.append(row)
+
+    draw(groups, plots)
+    heads = [f"{'text to image' if d == 't2i' else 'image to text'} R@{k}" for d in DIRECTIONS for k in KS]
+    seeds = max(len(runs) for runs in groups.values())
+    return (
+        f"Unseen concepts, {len(records[0].items['concepts'])} in each style; percent, mean ± standard deviation over "
+        f"up to {seeds} seeds. Mean recall is the mean of six recalls; the old styles' is that of both.\n\n"
+        + tables.markdown(["new style", "seeds", *heads, "mean recall", "old styles, mean recall"], quality)
+        + "\nWhat it costs. Adapter parameters leave out the two projections, which every trained row trains and keeps.\n\n"
+        + tables.markdown(
+            [
+                "",
+                "adapter parameters",
+                "trained parameters",
+                "file, MB",
+                "step / LoRA r=64",
+                "peak extra, MB",
+                "learning rate",
+            ],
+            costs,
+        )
+        + "\nDifference in mean recall with its 95 % interval, paired bootstrap over test concepts (each concept's mean "
+        "over seeds).\n\n"
+        + tables.markdown(
+            ["", "new: − LoRA r=64", "new: − frozen base", "old: − LoRA r=64", "old: − frozen base"], pairs
+        )
+        + "\n![Mean recall in the new style against parameters](results/retrieval_parameters.png)\n"
+        "![New style against what is left of the old ones](results/retrieval_forgetting.png)\n"
+    )
+
+
+def adapter_parameters(record: Record) -> int:
+    """Trained parameters without those of the projections."""
+    return record.cost["tower_parameters"]
+
+
+def draw(groups: Mapping[str, Sequence[Record]], plots: Path) -> None:
+    """Mean recall against parameters, and the new style against what is left of the old ones."""
+    own = {name: name.startswith(tables.OWN) for name in groups}
+    new = {name: [r.metrics["new_mean_recall"] for r in runs] for name, runs in groups.items()}
+    old = {name: [r.metrics["old_mean_recall"] for r in runs] for name, runs in groups.items()}
+    label = {name: runs[0].label for name, runs in groups.items()}
+    sized = {name: [adapter_parameters(r) for r in runs] for name, runs in groups.items()}
+    tables.plot_points(
+        [tables.Point(label[n], sized[n], new[n], own[n]) for n in groups if min(sized[n]) > 0],
+        plots / "retrieval_parameters.png",
+        "adapter parameters",
+        "mean recall in the new style, %",
+        log=True,
+        level=("projections alone", sum(new[ALONE]) / len(new[ALONE])) if ALONE in groups else None,
+    )
+    if BASE in groups:
+        before = sum(old[BASE]) / len(old[BASE])
+        kept = {name: [retention(value, before) for value in values] for name, values in old.items()}
+        tables.plot_points(
+            [tables.Point(label[n], kept[n], new[n], own[n]) for n in groups],
+            plots / "retrieval_forgetting.png",
+            "old styles: mean recall kept, % of the frozen base's",
+            "mean recall in the new style, %",
+        )
