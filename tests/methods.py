@@ -99,13 +99,15 @@ NO_DECAY = re.compile(r"norm|bias|gate|scale|shift|gamma|lambda|_P[._]")
 def wrap(family: Family, method: str, stirred: bool = True, base: nn.Module | None = None, **changes: Any) -> PeftModel:
     """A fresh model with an adapter: as it is at its start, or `stirred`, far from it."""
     name = changes.pop("adapter_name", "default")
-    model = get_peft_model(base or family.build(), METHODS[method](family, **changes), adapter_name=name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = get_peft_model(base or family.build(), METHODS[method](family, **changes), adapter_name=name)
     fill(family, model)
     return stir(model, name) if stirred else model
 
 
 def fill(family: Family, model: PeftModel) -> None:
-    """Put something into the context banks, without which their gate has no gradient."""
+    """Put something into the active adapter's context bank, without which its gate has no gradient."""
     if any(getattr(config, "use_ice", False) for config in model.peft_config.values()):
         model.base_model.collect_context([family.text_inputs(model)])
 

@@ -6,15 +6,13 @@ import copy
 import math
 import operator
 import threading
-import warnings
 
-import peft
 import pytest
 import tensorly
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from families import FAMILIES, VOCAB, blip_config, pairs, text_tower, tiny, vision_tower, wake
+from families import FAMILIES, VOCAB, pairs, text_tower, tiny, tower, vision_tower, wake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from methods import adapter, distance, stir
@@ -26,7 +24,8 @@ from peft_multimodal import AuroraModeApproxConfig, AuroraModeApproxModel
 from peft_multimodal.methods.aurora_fusion import ContextBank
 from peft_multimodal.tuner import CallScope
 
-# ------------------------------------------------------------------------------------------------------------ helpers
+BLIP = FAMILIES["blip_retrieval"]  # vision 48 wide, text 32; two layers each
+close = torch.testing.assert_close
 
 
 def adapt(base: nn.Module, *, stirred: bool = True, **config) -> PeftModel:
@@ -34,25 +33,31 @@ def adapt(base: nn.Module, *, stirred: bool = True, **config) -> PeftModel:
     return stir(model) if stirred else model
 
 
-def store(model: PeftModel, part: str, group: str, name: str = "default") -> Tensor:
-    """U, V, lambda_norm or core of a group, in float64."""
-    shared = model.base_model.model.aurora_mode_approx_shared
-    return getattr(shared, f"aurora_mode_approx_{part}")[name][group].detach().double()
+def factor(model: PeftModel, part: str, group: str, name: str = "default") -> nn.Parameter:
+    """U, V, lambda_norm or core of a group."""
+    return getattr(model.base_model.model.aurora_mode_approx_shared, f"aurora_mode_approx_{part}")[name][group]
 
 
-def dense(model: PeftModel, path: str, shapes: list[tuple[int, int]], s: float = 1.0, name: str = "default") -> Tensor:
-    """s sum_r lambda_r P_nr v_r u_r^T of each matrix (d_in, d_out) of a module, one below the other; float64."""
-    P = model.base_model.model.get_submodule(path).aurora_mode_approx_P_norm[name].detach().double()
-    assert len(P) == len(shapes)
+def slices(model: PeftModel, path: str, shapes: list[tuple[int, int]], s: float = 1, name: str = "default") -> list[Tensor]:
+    """s sum_r lambda_r P_nr v_r u_r^T of each matrix (d_in, d_out) of a module, in float64."""
+    P = model.get_submodule(f"base_model.model.{path}").aurora_mode_approx_P_norm[name].detach().double()
     updates = []
-    for n, (d_in, d_out) in enumerate(shapes):
-        U, V, lam = (store(model, part, f"{d_in}x{d_out}", name) for part in ("U", "V", "lambda_norm"))
+    for row, (d_in, d_out) in zip(P, shapes, strict=True):
+        U, V, lam = (factor(model, p, f"{d_in}x{d_out}", name).detach().double() for p in ("U", "V", "lambda_norm"))
         assert (U.shape, V.shape) == ((d_in, len(lam)), (d_out, len(lam)))
-        update = torch.zeros(d_out, d_in, dtype=torch.float64)
+        updates.append(torch.zeros(d_out, d_in, dtype=torch.float64))
         for r in range(len(lam)):
-            update += s * lam[r] * P[n, r] * torch.outer(V[:, r], U[:, r])
-        updates.append(update)
-    return torch.cat(updates)
+            updates[-1] += s * lam[r] * row[r] * torch.outer(V[:, r], U[:, r])
+    return updates
+
+
+def dense(*args, **kwargs) -> Tensor:
+    return torch.cat(slices(*args, **kwargs))
+
+
+def base_output(model: PeftModel, *args) -> Tensor:
+    with model.disable_adapter():
+        return model(*args)
 
 
 class Attention(nn.Module):
@@ -69,14 +74,23 @@ class Attention(nn.Module):
         return self.out_proj((q @ k.mT).softmax(-1) @ v)
 
 
-class Fused(nn.Module):
+class Fused(Attention):
     def __init__(self, d: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.qkv, self.out_proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         return self.out_proj((q @ k.mT).softmax(-1) @ v)
+
+
+class Multihead(nn.Module):
+    def __init__(self, d: int = 8, **options) -> None:
+        super().__init__()
+        self.attn = wake(nn.MultiheadAttention(d, 2, **options))
+
+    def forward(self, *inputs: Tensor, **options):
+        return self.attn(*inputs, **options) if len(inputs) == 3 else self.attn(*inputs * 3, need_weights=False)[0]
 
 
 class Stack(nn.Module):
@@ -91,32 +105,26 @@ class Stack(nn.Module):
 
 
 class Products(TorchDispatchMode):
-    """Counts the matrix products x U."""
+    """Counts the matrix products x U (R = 4)."""
 
-    def __init__(self, model: nn.Module, r: int = 4) -> None:
+    def __init__(self, model: PeftModel) -> None:
         super().__init__()
-        factors = model.get_submodule("base_model.model.aurora_mode_approx_shared")
-        self.pointers = {U.data_ptr() for U in factors.aurora_mode_approx_U["default"].values()}
-        self.count, self.r = 0, r
+        factors = model.base_model.model.aurora_mode_approx_shared.aurora_mode_approx_U["default"]
+        self.pointers, self.count = {U.data_ptr() for U in factors.values()}, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func._schema.name.partition("::")[2] in ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul"):
             reads_U = any(isinstance(a, Tensor) and a.data_ptr() in self.pointers for a in args)
-            self.count += reads_U and out.shape[-1] == self.r
+            self.count += reads_U and out.shape[-1] == 4
         return out
 
 
-def scopes(model: nn.Module) -> list[CallScope]:
-    return [v for m in model.modules() for v in vars(m).values() if isinstance(v, CallScope)]
-
-
 def assert_nothing_left(model: nn.Module) -> None:
-    assert scopes(model)
-    for scope in scopes(model):
-        assert not scope.is_open
-        assert scope.seen is None
-        assert scope.values == {}
+    scopes = [v for m in model.modules() for v in vars(m).values() if isinstance(v, CallScope)]
+    assert scopes
+    for scope in scopes:
+        assert (scope.is_open, scope.seen, scope.values) == (False, None, {})
 
 
 def gradients(model: PeftModel, loss: Tensor) -> dict[str, Tensor]:
@@ -125,10 +133,12 @@ def gradients(model: PeftModel, loss: Tensor) -> dict[str, Tensor]:
     return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in adapter(model).items()}
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
-    assert found.keys() == expected.keys()
-    for name in found:
-        torch.testing.assert_close(found[name], expected[name], msg=lambda m, n=name: f"{n}: {m}", **tolerance)
+def checkpoint(model: PeftModel, reentrant: bool, *embeddings: str) -> None:
+    """transformers' own hook makes a leaf that BLIP's embeddings add to in place; so take the embeddings' outputs."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.get_base_model().disable_input_require_grads()
+    for path in embeddings:
+        model.get_base_model().get_submodule(path).register_forward_hook(lambda m, a, out: out.requires_grad_())
 
 
 # ---------------------------------------------------------------------------------------------------- the CP algebra
@@ -146,8 +156,8 @@ def phi3() -> hf.PreTrainedModel:
 TEXT = "text_encoder.encoder.layer.1"
 PLACES = {
     "linear": (FAMILIES["clip"].build, "text_model.encoder.layers.1.self_attn.k_proj", [(32, 32)]),
-    "cross key": (FAMILIES["blip_retrieval"].build, f"{TEXT}.crossattention.self.key", [(48, 32)]),
-    "fused": (FAMILIES["blip_retrieval"].build, "vision_model.encoder.layers.0.self_attn.qkv", [(48, 48)] * 3),
+    "cross key": (BLIP.build, f"{TEXT}.crossattention.self.key", [(48, 32)]),
+    "fused": (BLIP.build, "vision_model.encoder.layers.0.self_attn.qkv", [(48, 48)] * 3),
     "fused Conv1D": (gpt2, "transformer.h.0.attn.c_attn", [(32, 32)] * 3),
     "fused Conv1D, k and v": (gpt2, "transformer.h.0.crossattention.c_attn", [(32, 32)] * 2),
     "fused, grouped queries": (phi3, "model.layers.0.self_attn.qkv_proj", [(32, 32), (32, 16), (32, 16)]),
@@ -159,26 +169,23 @@ def test_update_is_a_sum_of_outer_products(place):
     build, path, shapes = PLACES[place]
     model = adapt(build(), alpha=6.0)  # s = 6 / 4
     layer = model.base_model.model.get_submodule(path)
-    base, transposed = layer.get_base_layer(), "Conv1D" in place
-    update = dense(model, path, shapes, s=1.5)
-    W = base.weight.detach().double().clone()
-    W = W.T if transposed else W
-    bias = None if base.bias is None else base.bias.double()
-    x = torch.randn(2, 3, shapes[0][0])
-    expected = F.linear(x.double(), W + update, bias).float()
+    base, update = layer.get_base_layer(), dense(model, path, shapes, s=1.5)
+    weight = lambda: (base.weight.detach().T if "Conv1D" in place else base.weight.detach()).double()  # noqa: E731
+    W, x = weight().clone(), torch.randn(2, 3, shapes[0][0])
+    expected = F.linear(x.double(), W + update, None if base.bias is None else base.bias.double()).float()
     assert distance(expected, base(x)) > 0.1
-    torch.testing.assert_close(layer.get_delta_weight("default"), update.float())
-    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+    close(layer.get_delta_weight("default"), update.float())
+    close(layer(x), expected, atol=1e-5, rtol=1e-5)
     model.merge_adapter(safe_merge=True)
-    torch.testing.assert_close((base.weight.T if transposed else base.weight).double(), W + update, atol=1e-6, rtol=0)
-    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+    close(weight(), W + update, atol=1e-6, rtol=0)
+    close(layer(x), expected, atol=1e-5, rtol=1e-5)
     model.unmerge_adapter()
-    torch.testing.assert_close((base.weight.T if transposed else base.weight).double(), W, atol=1e-6, rtol=0)
+    close(weight(), W, atol=1e-6, rtol=0)
 
 
 def test_tucker_core_is_the_triple_sum():
-    model = adapt(Stack(Attention(6, 5), Attention(6, 5)), core="tucker", alpha=2.0)
-    U, V, C = (store(model, part, "6x5") for part in ("U", "V", "core"))
+    model = adapt(Stack(Attention(), Attention()), core="tucker", alpha=2.0)
+    U, V, C = (factor(model, part, "6x5").detach().double() for part in ("U", "V", "core"))
     layer = model.base_model.model.layers[1].v_proj
     (c,) = layer.aurora_mode_approx_P_norm["default"].detach().double()
     G = torch.zeros(4, 4, dtype=torch.float64)
@@ -186,92 +193,70 @@ def test_tucker_core_is_the_triple_sum():
         for j in range(4):
             for k in range(4):
                 G[i, j] += C[i, j, k] * c[k]
-    update = 0.5 * V @ G.T @ U.T
-    x = torch.randn(2, 6)
-    expected = (x.double() @ (layer.base_layer.weight.double() + update).T + layer.base_layer.bias.double()).float()
-    torch.testing.assert_close(layer.get_delta_weight("default"), update.float())
-    torch.testing.assert_close(layer(x), expected)
-    # with a super-diagonal core it is the CP form
-    with torch.no_grad():
-        core = model.base_model.model.aurora_mode_approx_shared.aurora_mode_approx_core["default"]["6x5"].zero_()
-        core[range(4), range(4), range(4)] = lam = torch.tensor([1.0, -2.0, 0.5, 3.0])
-    torch.testing.assert_close(layer.get_delta_weight("default"), (0.5 * V * (lam * c) @ U.T).float())
+    update, x = (0.5 * V @ G.T @ U.T).float(), torch.randn(2, 6)
+    close(layer.get_delta_weight("default"), update)
+    close(layer(x), F.linear(x, layer.base_layer.weight + update, layer.base_layer.bias))
 
 
-def count(groups: list[tuple[int, int, int]], r: int) -> int:
+def count(groups: list[tuple[int, int, int]], r: int = 4) -> int:
     """(d_in + d_out) R + N R + R a group (d_in, d_out, N)."""
     return sum((d_in + d_out + n + 1) * r for d_in, d_out, n in groups)
 
 
-BLIP_GROUPS = {  # tiny BLIP: vision 48, text 32, two layers each
-    "per_shape": [(48, 48, 6), (32, 32, 8), (48, 32, 4)],  # text q, k, v and cross q; cross k, v
+SHARES = {
+    "per_shape": [(48, 48, 6), (32, 32, 8), (48, 32, 4)],  # vision; text q, k, v and cross q; cross k, v
     "per_modality": [(48, 48, 6), (32, 32, 6), (32, 32, 2), (48, 32, 4)],
     "none": [(48, 48, 1)] * 6 + [(32, 32, 1)] * 8 + [(48, 32, 1)] * 4,
+    "global": [(48, 48, 6)],
 }
 
 
-@pytest.mark.parametrize("share", BLIP_GROUPS)
+@pytest.mark.parametrize("share", SHARES)
 def test_share(share):
-    model = adapt(FAMILIES["blip_retrieval"].build(), share=share)
-    groups = BLIP_GROUPS[share]
-    shared = model.base_model.model.aurora_mode_approx_shared
-    for part, size in (("U", lambda g: (g[0], 4)), ("V", lambda g: (g[1], 4)), ("lambda_norm", lambda g: (4,))):
-        shapes = [tuple(p.shape) for p in getattr(shared, f"aurora_mode_approx_{part}")["default"].values()]
-        assert sorted(shapes) == sorted(map(size, groups)), part
-    assert model.get_nb_trainable_parameters()[0] == count(groups, 4)
-    assert len({p.data_ptr() for p in adapter(model).values()}) == 3 * len(groups) + 14  # a P for each module
-    family = FAMILIES["blip_retrieval"]
-    assert distance(family.output(model(**family.inputs())), family.output(family.build()(**family.inputs()))) > 1e-3
-
-
-def test_share_global_needs_one_shape():
-    with pytest.raises(ValueError, match="share='global'.*32.*48"):
-        adapt(FAMILIES["blip_retrieval"].build(), share="global")
-    model = adapt(FAMILIES["blip_retrieval"].build(), share="global", towers=["vision"])
-    assert model.get_nb_trainable_parameters()[0] == count([(48, 48, 6)], 4)
-
-
-def test_tucker_count():
-    model = adapt(FAMILIES["blip_retrieval"].build(), core="tucker", towers=["vision"])
-    assert model.get_nb_trainable_parameters()[0] == (48 + 48 + 6) * 4 + 4**3
+    towers, modules = (["vision"], 2) if share == "global" else (None, 14)
+    model = adapt(BLIP.build(), share=share, towers=towers)
+    for part, sizes in (("U", (0,)), ("V", (1,)), ("lambda_norm", ())):
+        store = getattr(model.base_model.model.aurora_mode_approx_shared, f"aurora_mode_approx_{part}")["default"]
+        expected = sorted((*(g[i] for i in sizes), 4) for g in SHARES[share])
+        assert sorted(tuple(p.shape) for p in store.values()) == expected, part
+    assert model.get_nb_trainable_parameters()[0] == count(SHARES[share])
+    assert len({p.data_ptr() for p in adapter(model).values()}) == 3 * len(SHARES[share]) + modules  # a P each
+    assert distance(BLIP.output(model(**BLIP.inputs())), BLIP.output(BLIP.build()(**BLIP.inputs()))) > 1e-3
+    tucker = adapt(BLIP.build(), share=share, towers=towers, core="tucker")  # R^3 for R
+    assert tucker.get_nb_trainable_parameters()[0] == count(SHARES[share]) + len(SHARES[share]) * (4**3 - 4)
+    if share == "global":
+        with pytest.raises(ValueError, match="share='global'.*32.*48"):
+            adapt(BLIP.build(), share="global")
 
 
 def test_counts_at_full_size():
     with torch.device("meta"):
         blip, clip = hf.BlipForImageTextRetrieval(hf.BlipConfig()), hf.CLIPModel(hf.CLIPConfig())
     model = get_peft_model(blip, AuroraModeApproxConfig(r=64), low_cpu_mem_usage=True)
-    rows = [p for n, p in adapter(model).items() if "P_norm" in n]
-    assert sum(len(p) for p in rows) == 108
+    assert sum(len(p) for n, p in adapter(model).items() if "P_norm" in n) == 108
     assert model.get_nb_trainable_parameters()[0] == 105_280 == count([(768, 768, 108)], 64)
     targets = ["q_proj", "k_proj", "v_proj", "out_proj"]
     model = get_peft_model(clip, AuroraModeApproxConfig(r=64, target_modules=targets), low_cpu_mem_usage=True)
-    assert len([n for n in adapter(model) if "P_norm" in n]) == 96
-    assert len([n for n in adapter(model) if "_U." in n]) == 2
+    assert sum(len(p) for n, p in adapter(model).items() if "P_norm" in n) == 96
     assert model.get_nb_trainable_parameters()[0] == 170_112 == count([(768, 768, 48), (512, 512, 48)], 64)
 
 
 def test_dropout_is_of_training_and_unbiased():
     model = adapt(Stack(Attention()), dropout=0.3).train()
-    layer = model.base_model.model.layers[0].q_proj
-    x = torch.randn(6)
-    many = x.expand(40_000, 6)
-    base = layer.base_layer(x)
-    exact = (dense(model, "layers.0.q_proj", [(6, 5)]) @ x.double()).float()
-    drawn = layer(many) - base
-    error = drawn.std(0) / math.sqrt(len(many))
-    assert (drawn.std(0) > 0.01).all()
-    assert ((drawn.mean(0) - exact).abs() < 5 * error).all()
-    assert drawn.detach().round(decimals=4).unique(dim=0).shape[0] == 2**4  # entries of x U are dropped, R = 4
+    layer, x = model.base_model.model.layers[0].q_proj, torch.randn(6)
+    exact = dense(model, "layers.0.q_proj", [(6, 5)]).float() @ x
+    drawn = layer(x.expand(40_000, 6)) - layer.base_layer(x)
+    assert ((drawn.mean(0) - exact).abs() < 5 * drawn.std(0) / 200).all()
+    assert len(drawn.detach().round(decimals=4).unique(dim=0)) == 2**4  # entries of x U are dropped, R = 4
     model.eval()
-    torch.testing.assert_close(layer(x) - base, exact)
-    assert torch.equal(layer(many)[0], layer(many)[1])
+    close(layer(x.expand(9, 6)) - layer.base_layer(x), exact.expand(9, 5))
 
 
 @pytest.mark.parametrize("core", ["cp", "tucker"])
 def test_gradients_against_finite_differences(core):
     model = adapt(Stack(Attention(4, 3)), r=2, alpha=3.0, core=core).double()
     names, values = zip(*adapter(model).items(), strict=True)
-    assert {n.split("approx_")[-1].split(".")[0] for n in names} >= {"U", "V", "P_norm"}
+    assert len(names) == 3 + 3
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
 
     def output(x: Tensor, *tensors: Tensor) -> Tensor:
@@ -285,113 +270,73 @@ def test_base_of_another_dtype(dtype):
     x = torch.randn(2, 3, 6, dtype=dtype)
     model = adapt(Stack(Attention()).to(dtype), stirred=False)
     assert torch.equal(model(x), base_output(model, x))
-    stir(model)
-    assert model(x).dtype == dtype
-    exact = dense(model, "layers.0.q_proj", [(6, 5)])
-    layer = model.base_model.model.layers[0].q_proj
+    assert stir(model)(x).dtype == dtype
+    layer, exact = model.base_model.model.layers[0].q_proj, dense(model, "layers.0.q_proj", [(6, 5)])
+    close((layer(x) - layer.base_layer(x)).double(), x.double() @ exact.T, atol=0.05, rtol=0.05)
     if dtype == torch.float64:
-        torch.testing.assert_close(layer.get_delta_weight("default").double(), exact, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close((layer(x) - layer.base_layer(x)).double(), x.double() @ exact.T, atol=0.05, rtol=0.05)
+        close(layer.get_delta_weight("default"), exact, atol=1e-12, rtol=1e-12)
 
 
-def base_output(model: PeftModel, x: Tensor) -> Tensor:
-    with model.disable_adapter():
-        return model(x)
-
-
-def test_first_gradient_is_that_of_V_alone():
-    family = FAMILIES["blip_retrieval"]
-    model = adapt(family.build(), stirred=False, use_gqt=True, use_ice=True)
-    model.collect_context([family.text_inputs()])
-    moved = {n for n, g in gradients(model, family.loss(model)).items() if g.abs().max() > 0}
-    by_hand = {n for n in adapter(model) if "_V." in n or "query_gate" in n or "gamma" in n}
-    assert moved == by_hand
-    assert len(by_hand) == 3 + 2 + 1
+def test_first_gradient_is_that_of_V_and_the_gates():
+    model = adapt(BLIP.build(), stirred=False, use_gqt=True, use_ice=True)
+    model.collect_context([BLIP.text_inputs()])
+    moved = {n for n, g in gradients(model, BLIP.loss(model)).items() if g.abs().max() > 0}
+    assert moved == {n for n in adapter(model) if "_V." in n or "query_gate" in n or "gamma" in n}
+    assert len(moved) == 3 + 2 + 1
 
 
 # ---------------------------------------------------------------------------------------------- nn.MultiheadAttention
 
 
-class Holder(nn.Module):
-    def __init__(self, **options) -> None:
-        super().__init__()
-        self.attn = wake(nn.MultiheadAttention(8, 2, **options))
-
-    def forward(self, *args, **kwargs):
-        return self.attn(*args, **kwargs)
-
-
-def merged_by_hand(model: PeftModel, shapes: list[tuple[int, int]]) -> nn.MultiheadAttention:
-    attn = copy.deepcopy(model.base_model.model.attn.get_base_layer())
-    parts = dense(model, "attn", shapes).float().split([8, 8, 8]) if len({s[0] for s in shapes}) == 1 else None
-    with torch.no_grad():
-        if parts:
-            attn.in_proj_weight += torch.cat(parts)
-        else:  # rows of different widths: one matrix at a time
-            P = model.base_model.model.attn.aurora_mode_approx_P_norm["default"]
-            for row, (d_in, _), W in zip(P, shapes, (attn.q_proj_weight, attn.k_proj_weight, attn.v_proj_weight), strict=True):
-                U, V, lam = (store(model, part, f"{d_in}x8").float() for part in ("U", "V", "lambda_norm"))
-                for r in range(4):
-                    W += lam[r] * row[r] * torch.outer(V[:, r], U[:, r])
+def merged_by_hand(model: PeftModel, widths: tuple[int, int, int] = (8, 8, 8)) -> nn.MultiheadAttention:
+    attn = copy.deepcopy(model.base_model.model.attn.get_base_layer()).eval()
+    separate = (attn.q_proj_weight, attn.k_proj_weight, attn.v_proj_weight)
+    weights = separate if attn.in_proj_weight is None else attn.in_proj_weight.data.chunk(3)
+    for W, update in zip(weights, slices(model, "attn", [(d, 8) for d in widths]), strict=True):
+        W.data += update.float()
     return attn
 
 
-MASKS = {
-    None: lambda b, q, k: None,
-    "bool 2D": lambda b, q, k: torch.rand(q, k) < 0.3,
-    "float 2D": lambda b, q, k: torch.randn(q, k),
-    "bool 3D": lambda b, q, k: torch.rand(2 * b, q, k) < 0.3,
-    "float 3D": lambda b, q, k: torch.randn(2 * b, q, k).masked_fill(torch.rand(2 * b, q, k) < 0.2, -torch.inf),
-}
+MASKS = (  # (B, Lq, Lk) -> attn_mask
+    lambda b, q, k: None,
+    lambda b, q, k: torch.rand(q, k) < 0.3,
+    lambda b, q, k: torch.randn(q, k),
+    lambda b, q, k: torch.rand(2 * b, q, k) < 0.3,
+    lambda b, q, k: torch.randn(2 * b, q, k).masked_fill(torch.rand(2 * b, q, k) < 0.2, -torch.inf),
+)
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("kind", ["self", "cross", "one query", "other widths", "no bias"])
 def test_multihead_attention(kind, batch_first):
-    options = {"kdim": 6, "vdim": 10} if kind == "other widths" else {"bias": kind != "no bias"}
-    shapes = [(8, 8), (6, 8), (10, 8)] if kind == "other widths" else [(8, 8)] * 3
-    model = adapt(Holder(batch_first=batch_first, **options)).eval()
-    expected_attn = merged_by_hand(model, shapes).eval()
-    b, lq, lk = 3, {"self": 5, "one query": 1}.get(kind, 4), 5
-    query, key, value = (torch.randn(b, n, d) for n, (d, _) in zip((lq, lk, lk), shapes, strict=True))
-    inputs = (query,) * 3 if kind in ("self", "no bias") else (query, key, value)
-    lk = inputs[1].shape[1]
+    widths = (8, 6, 10) if kind == "other widths" else (8, 8, 8)
+    options = {"kdim": widths[1], "vdim": widths[2], "bias": kind != "no bias", "batch_first": batch_first}
+    model = adapt(Multihead(**options)).eval()
+    by_hand, b, lk = merged_by_hand(model, widths), 3, 5
+    lq = {"self": 5, "one query": 1}.get(kind, 4)
+    inputs = tuple(torch.randn(b, n, d) for n, d in zip((lq, lk, lk), widths, strict=True))
+    inputs = (inputs[0],) * 3 if kind == "self" else inputs
     inputs = inputs if batch_first else tuple(t.transpose(0, 1) for t in inputs)
-    padding = torch.zeros(b, lk, dtype=torch.bool)
-    padding[1, 2:] = True
-    for name, mask in MASKS.items():
+    padding = torch.arange(lk) >= torch.tensor([5, 2, 4])[:, None]
+    for mask in MASKS:
         attn_mask = mask(b, lq, lk)
         if attn_mask is not None:
             attn_mask[..., 0] = 0  # every query sees something
         for key_padding_mask in (None, padding, torch.zeros(b, lk).masked_fill(padding, -torch.inf)):
             for weights in ({"need_weights": False}, {}, {"average_attn_weights": False}):
                 call = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, **weights}
-                out, attention = model(*inputs, **call)
-                expected, expected_attention = expected_attn(*inputs, **call)
-                torch.testing.assert_close(out, expected, msg=lambda m, n=name: f"{n}: {m}")
-                torch.testing.assert_close(attention, expected_attention)
-    assert distance(expected, model.base_model.model.attn.get_base_layer()(*inputs, **call)[0]) > 1e-2
+                close(model(*inputs, **call), by_hand(*inputs, **call))
+    assert distance(model(*inputs)[0], base_output(model, *inputs)[0]) > 1e-2
 
 
 def test_multihead_attention_causal_and_unbatched():
-    model = adapt(Holder()).eval()
-    expected_attn = merged_by_hand(model, [(8, 8)] * 3).eval()
+    model = adapt(Multihead()).eval()
     x, causal = torch.randn(5, 2, 8), torch.ones(5, 5, dtype=torch.bool).triu(1)
     call = {"attn_mask": causal, "is_causal": True, "need_weights": False}
-    torch.testing.assert_close(model(x, x, x, **call)[0], expected_attn(x, x, x, **call)[0])
+    close(model(x, x, x, **call), merged_by_hand(model)(x, x, x, **call))
     x = x[:, 0]
-    torch.testing.assert_close(model(x, x, x), expected_attn(x, x, x))
-
-
-def test_multihead_attention_products():
-    """The q, k and v of one input share a product there too."""
-    model = adapt(Holder(batch_first=True))
-    x, y = torch.randn(2, 3, 8), torch.randn(2, 4, 8)
-    for call, expected in (((x, x, x), 1), ((x, y, y), 2)):
-        with Products(model) as products:
-            model(*call)
-        assert products.count == expected
+    close(model(x, x, x), merged_by_hand(model)(x, x, x))
 
 
 # ----------------------------------------------------------------------------------------------- one product x U a call
@@ -399,18 +344,21 @@ def test_multihead_attention_products():
 
 def test_one_product_per_input():
     """Self-attentions need one, cross-attentions two (the text's and the picture's), fused ones one."""
-    for name, expected in (("clip", 2 + 2), ("blip_retrieval", 2 + 2 + 2 * 2), ("bridgetower", None)):
-        family = FAMILIES[name]
-        model = adapt(family.build())
+    clip = FAMILIES["clip"]
+    for family, share, expected in ((clip, "per_shape", 2 + 2), (BLIP, "per_shape", 2 + 2 + 4), (clip, "none", 12)):
+        model = adapt(family.build(), share=share)
         with Products(model) as products:
             model(**family.inputs())
-        if expected is not None:
-            assert products.count == expected, name
+        assert products.count == expected
         assert_nothing_left(model)
-    three = adapt(FAMILIES["clip"].build(), share="none")  # nothing to share
-    with Products(three) as products:
-        three(**FAMILIES["clip"].inputs())
-    assert products.count == 3 * (2 + 2)
+
+
+@pytest.mark.parametrize(("inputs", "expected"), [("xxx", 1), ("xyy", 2), ("xyz", 3)])
+def test_multihead_attention_shares_products_too(inputs, expected):
+    model, tensors = adapt(Multihead()), {name: torch.randn(3, 2, 8) for name in "xyz"}
+    with Products(model) as products:
+        model(*(tensors[i] for i in inputs))
+    assert products.count == expected
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -418,45 +366,38 @@ def test_one_product_in_a_recomputation(reentrant):
     family = FAMILIES["clip"]
     model = adapt(family.build()).train()
     expected = gradients(model, family.loss(model))
-    model.enable_input_require_grads()
-    model.get_base_model().vision_model.embeddings.register_forward_hook(lambda m, a, out: out.requires_grad_())
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpoint(model, reentrant, "vision_model.embeddings", "text_model.embeddings")
     with Products(model) as products:
         loss = family.loss(model)
         assert products.count == 2 + 2
-        found = gradients(model, loss)
+        close(gradients(model, loss), expected)
     assert products.count == 2 * (2 + 2)
-    assert_close(found, expected)
     assert_nothing_left(model)
 
 
 def test_threads_do_not_meet():
     model = adapt(Stack(Attention(), Attention()))
     inputs = [torch.randn(2, 3 + i, 6) for i in range(4)]
-    expected = [model(x).detach() for x in inputs]
-    between, results = threading.Barrier(len(inputs), timeout=20), {}
+    U = factor(model, "U", "6x5")
+    step = lambda x: (model(x), torch.autograd.grad(model(x).square().sum(), U)[0])  # noqa: E731
+    expected, results = [step(x) for x in inputs], {}
+    between = threading.Barrier(len(inputs), timeout=20)
     for layer in model.base_model.model.layers:  # all threads stand between q and k at once
         layer.k_proj.register_forward_pre_hook(lambda *_: [between.wait()] and None)
 
     def work(i: int) -> None:
         with Products(model) as products:
-            outputs = [model(inputs[i]) for _ in range(3)]
-            (gradient,) = torch.autograd.grad(outputs[0].sum(), [store_parameter(model)])
-        results[i] = (outputs, products.count, gradient)
+            results[i] = step(inputs[i])
+        assert products.count == 2 * 2
         assert_nothing_left(model)
+        results[i] += ("done",)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
     [t.start() for t in threads]
     [t.join() for t in threads]
-    assert results.keys() == set(range(4))
-    for i, (outputs, number, _) in results.items():
-        assert number == 3 * 2
-        assert all(torch.equal(out, expected[i]) for out in outputs)
+    for i, (out, gradient) in enumerate(expected):
+        close(results[i], (out, gradient, "done"))
     assert_nothing_left(model)
-
-
-def store_parameter(model: PeftModel) -> nn.Parameter:
-    return model.base_model.model.aurora_mode_approx_shared.aurora_mode_approx_U["default"]["6x5"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -464,44 +405,42 @@ def test_nothing_outlives_an_interrupted_call(error):
     def interrupt(*_):
         raise error
 
-    model = adapt(Stack(Attention()))
-    x = torch.randn(2, 3, 6)
-    hook = model.base_model.model.layers[0].v_proj.register_forward_pre_hook(interrupt)
+    model, x = adapt(Stack(Attention())), torch.randn(2, 3, 6)
+    layer = model.base_model.model.layers[0]
+    hook = layer.v_proj.register_forward_pre_hook(interrupt)
     with pytest.raises(error):
         model(x)
     hook.remove()
-    with torch.no_grad():
-        store_parameter(model).mul_(3)
-    path, layer = "layers.0.q_proj", model.base_model.model.layers[0].q_proj
-    expected = layer.base_layer(x) + x @ dense(model, path, [(6, 5)]).float().T
-    found = []
-    layer.register_forward_hook(lambda m, a, out: found.append(out))
-    model(x)
-    torch.testing.assert_close(found[0], expected)
+    factor(model, "U", "6x5").data.mul_(3)
+    close(model(x), model(x.clone()))  # the same x, other factors: no product of the call that was cut off
     assert_nothing_left(model)
+    blip = adapt(BLIP.build(), use_gqt=True)  # text alone after a picture that was cut off
+    expected = blip(**BLIP.inputs(), use_itm_head=False).itm_score
+    hook = blip.base_model.model.get_submodule(TEXT).output.register_forward_pre_hook(interrupt)
+    with pytest.raises(error):
+        blip(**BLIP.inputs())
+    hook.remove()
+    assert torch.equal(blip(**BLIP.inputs(), use_itm_head=False).itm_score, expected)
+    assert_nothing_left(blip)
 
 
-def test_shared_products_keep_inputs_apart():
+def test_shared_products_keep_inputs_and_copies_apart():
     model = adapt(Stack(Attention(), Attention()))
     attention = model.base_model.model.layers[0]
     x, y = torch.randn(2, 2, 3, 6)
-    W = {n: (getattr(attention, n).base_layer, dense(model, f"layers.0.{n}", [(6, 5)])) for n in ("q_proj", "k_proj", "v_proj")}
-
-    def expected(x: Tensor, context: Tensor) -> Tensor:
-        q, k, v = (F.linear(i, m.weight + d.float(), m.bias) for i, (m, d) in zip((x, context, context), W.values(), strict=True))
-        return attention.out_proj((q @ k.mT).softmax(-1) @ v)
-
     for context in (None, x, y, x.clone(), y[:, :2], x[:, :2], x[:, :]):
-        torch.testing.assert_close(attention(x, context), expected(x, x if context is None else context))
-    torch.testing.assert_close(attention(y, x), expected(y, x))
-    twin = copy.deepcopy(model)  # its own scopes and factors
-    with torch.no_grad():
-        twin.base_model.model.aurora_mode_approx_shared.aurora_mode_approx_V["default"]["6x5"].zero_()
-    torch.testing.assert_close(twin(x), base_output(model, x))
-    assert not torch.allclose(model(x), twin(x))
+        parts = []
+        for name in ("q_proj", "k_proj", "v_proj"):
+            base, update = getattr(attention, name).base_layer, dense(model, f"layers.0.{name}", [(6, 5)]).float()
+            parts.append(F.linear(x if name == "q_proj" or context is None else context, base.weight + update, base.bias))
+        q, k, v = parts
+        close(attention(x, context), attention.out_proj((q @ k.mT).softmax(-1) @ v))
+    twin = copy.deepcopy(model)  # has its own scopes and factors
+    factor(twin, "V", "6x5").data.zero_()
     with Products(twin) as products:
-        twin(x)
+        close(twin(x), base_output(model, x))
     assert products.count == 2
+    assert distance(model(x), twin(x)) > 1e-2
 
 
 def test_compiled_in_one_graph_with_one_product_an_attention():
@@ -512,30 +451,26 @@ def test_compiled_in_one_graph_with_one_product_an_attention():
         found.append(sum(n.meta["example_value"].shape[-1] == 4 for n in calls))
         return graph.forward
 
-    model = adapt(Stack(Attention(), Attention()))
-    x = torch.randn(2, 3, 6)
+    model, x = adapt(Stack(Attention(), Attention())), torch.randn(2, 3, 6)
     expected = gradients(model, model(x).square().sum())
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    torch.testing.assert_close(compiled(x), model(x))
+    close(compiled(x), model(x))
     assert found == [2]
-    assert_close(gradients(model, compiled(x).square().sum()), expected)
+    close(gradients(model, compiled(x).square().sum()), expected)
     assert_nothing_left(model)
-    family = FAMILIES["clip"]
-    clip = adapt(family.build())
-    eager = family.output(clip(**family.inputs()))
+    clip = adapt(FAMILIES["clip"].build())
+    eager = clip(**FAMILIES["clip"].inputs()).logits_per_image
     torch._dynamo.reset()
-    out = torch.compile(clip, fullgraph=True, backend="eager")(**family.inputs())
-    torch.testing.assert_close(family.output(out), eager)
+    close(torch.compile(clip, fullgraph=True, backend="eager")(**FAMILIES["clip"].inputs()).logits_per_image, eager)
 
 
 class LargestNew(TorchDispatchMode):
-    """The most elements of any tensor that is made, views of what exists apart."""
+    """The most elements of any tensor that is made, views of parameters apart."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self.largest = 0
+        self.known, self.largest = {p.untyped_storage().data_ptr() for p in model.parameters()}, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -546,358 +481,258 @@ class LargestNew(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("core", ["cp", "tucker"])
-@pytest.mark.parametrize("layer", [lambda: Attention(40, 44), lambda: Fused(40), lambda: Holder8()], ids=["q k v", "fused", "mha"])
+@pytest.mark.parametrize("layer", [lambda: Attention(40, 44), lambda: Fused(40), lambda: Multihead(40)])
 def test_training_step_never_makes_a_matrix(layer, core):
     model = adapt(Stack(layer()), core=core, dropout=0.1).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    x = torch.randn(2, 3, 40, requires_grad=True)
     with LargestNew(model) as tensors:
-        model(x).square().mean().backward()
+        model(torch.randn(2, 3, 40, requires_grad=True)).square().mean().backward()
         optimizer.step()
     assert tensors.largest < 40 * 40
-    with LargestNew(model) as tensors:
-        next(iter(model.base_model.matrix_layers("default").values())).get_delta_weight("default")
+    with tensors:
+        next(m for m in model.modules() if hasattr(m, "get_delta_weight")).get_delta_weight("default")
     assert tensors.largest >= 40 * 40
-
-
-class Holder8(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attn = nn.MultiheadAttention(40, 4, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attn(x, x, x, need_weights=False)[0]
 
 
 # ------------------------------------------------------------------------------------------- algebra outside training
 
 
-def lora_of_rank(base: nn.Module, targets: list[str], rank: int) -> PeftModel:
-    """A LoRA whose updates are slices of a CP tensor of that rank: A is shared, B_n = V diag(c_n)."""
-    model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
-    factors: dict[tuple[int, ...], Tensor] = {}
-    with torch.no_grad():
-        for module in model.modules():
-            if hasattr(module, "lora_A") and module.lora_A:
-                A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
-                pieces = len(B) // A.shape[1]
-                shared = factors.setdefault((A.shape[1],), torch.randn(2, rank, A.shape[1]) / A.shape[1] ** 0.5)
-                A.copy_(shared[0])
-                B.copy_(torch.cat([shared[1].T * torch.randn(rank) for _ in range(pieces)]))
-    return model.eval()
+def lora_of_rank(base: nn.Module, targets: list[str], rank: int) -> tuple[PeftModel, dict[str, Tensor]]:
+    """A LoRA whose updates are slices of a CP tensor of that rank (A is shared, B_n = V diag(c_n)), and its updates."""
+    model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)).eval()
+    factors: dict[int, Tensor] = {}
+    layers = {n: m for n, m in model.get_base_model().named_modules() if len(getattr(m, "lora_A", ()))}
+    for module in layers.values():
+        A, B = module.lora_A["default"].weight.data, module.lora_B["default"].weight.data
+        d = A.shape[1]
+        U, V = factors.setdefault(d, torch.randn(2, rank, d) / d**0.5)
+        A.copy_(U)
+        B.copy_(torch.cat([V.T * (0.5 + torch.rand(rank)) * torch.randn(rank).sign() for _ in range(len(B) // d)]))
+    deltas = {n: m.get_delta_weight("default").detach() for n, m in layers.items()}
+    return model, {n: d.T if isinstance(base, hf.GPT2LMHeadModel) else d for n, d in deltas.items()}
 
 
-@pytest.mark.parametrize(("kind", "r"), [("linear", 3), ("linear", 5), ("Conv1D", 3)])
-def test_from_lora_recovers_an_exact_cp(kind, r):
-    family = FAMILIES["clip"]
+@pytest.mark.parametrize(("kind", "r"), [("linear", 3), ("linear", 5), ("Conv1D", 3), ("linear", 1)])
+def test_from_lora(kind, r):
+    """A CP tensor of rank 3 is recovered from rank 3 on; the errors are true at any rank."""
+    family, lossy = FAMILIES["clip"], r < 3
     base, targets = (family.build(), ["q_proj", "k_proj", "v_proj"]) if kind == "linear" else (gpt2(), ["c_attn"])
     inputs = family.inputs() if kind == "linear" else {"input_ids": family.inputs()["input_ids"]}
     output = family.output if kind == "linear" else lambda out: out.logits
     start = output(base(**inputs))
-    lora = lora_of_rank(base, targets, 3)
+    lora, deltas = lora_of_rank(base, targets, 3)
     expected = output(lora(**inputs))
-    deltas = {n: m.get_delta_weight("default") for n, m in lora.get_base_model().named_modules() if hasattr(m, "lora_A")}
-    if kind == "Conv1D":
-        deltas = {n: d.T for n, d in deltas.items()}
-    model, errors = AuroraModeApproxModel.from_lora(lora, AuroraModeApproxConfig(r=r))
+    model, errors = AuroraModeApproxModel.from_lora(lora, AuroraModeApproxConfig(r=r, alpha=7.0))
     assert errors.keys() == deltas.keys()
-    assert max(errors.values()) < 1e-3
+    assert (max(errors.values()) > 0.1) if lossy else (max(errors.values()) < 1e-3)
     for path, delta in deltas.items():
         mine = dense(model, path, [(delta.shape[1],) * 2] * (len(delta) // delta.shape[1])).float()
         assert errors[path] == pytest.approx(float((mine - delta).norm() / delta.norm()), abs=1e-5)
     assert not any("lora" in n for n, _ in model.named_parameters())
     assert distance(start, expected) > 0.1
-    torch.testing.assert_close(output(model.eval()(**inputs)), expected, atol=0.02, rtol=0.02)
+    if not lossy:
+        close(output(model.eval()(**inputs)), expected, atol=0.02, rtol=0.02)
 
 
-def test_from_lora_reports_what_it_loses_and_refuses():
-    family = FAMILIES["clip"]
-    lora = lora_of_rank(family.build(), ["q_proj"], 3)
-    deltas = {n: m.get_delta_weight("default") for n, m in lora.get_base_model().named_modules() if hasattr(m, "lora_A")}
+def test_from_lora_of_an_untrained_tower():
+    lora, deltas = lora_of_rank(FAMILIES["clip"].build(), ["q_proj"], 2)
+    for path in (p for p in deltas if "vision" in p):
+        lora.get_base_model().get_submodule(path).lora_B["default"].weight.data.zero_()
+    model, errors = AuroraModeApproxModel.from_lora(lora, AuroraModeApproxConfig(r=2))
+    assert max(errors.values()) < 1e-3
+    assert all(not dense(model, p, [(48, 48)]).any() for p in errors if "vision" in p)
+
+
+def test_from_lora_refuses():
+    lora, _ = lora_of_rank(FAMILIES["clip"].build(), ["q_proj"], 3)
     with pytest.raises(ValueError, match="no LoRA adapter 'other'"):
         AuroraModeApproxModel.from_lora(lora, adapter_name="other")
     with pytest.raises(ValueError, match="core='cp'"):
         AuroraModeApproxModel.from_lora(lora, AuroraModeApproxConfig(core="tucker"))
-    model, errors = AuroraModeApproxModel.from_lora(lora, AuroraModeApproxConfig(r=1, alpha=7.0))
-    for path, delta in deltas.items():
-        mine = dense(model, path, [(delta.shape[1],) * 2]).float()
-        assert errors[path] == pytest.approx(float((mine - delta).norm() / delta.norm()), rel=1e-4)
-    assert max(errors.values()) > 0.1
-    convolution = get_peft_model(family.build(), LoraConfig(target_modules=["q_proj", "patch_embedding"]))
+    convolution = get_peft_model(FAMILIES["clip"].build(), LoraConfig(target_modules=["q_proj", "patch_embedding"]))
     with pytest.raises(ValueError, match="patch_embedding"):  # not dropped in silence
         AuroraModeApproxModel.from_lora(convolution)
 
 
 def test_inherit_takes_the_weights_factors():
-    base = Stack(Attention(12, 10), Attention(12, 10))
+    base, x = Stack(Attention(12, 10), Attention(12, 10)), torch.randn(2, 3, 12)
     U, V, P = torch.randn(12, 2), torch.randn(10, 2), torch.randn(6, 2)
-    with torch.no_grad():
-        for row, name in enumerate(f"layers.{i}.{n}_proj" for i in range(2) for n in "qkv"):
-            base.get_submodule(name).weight.copy_((V * P[row]) @ U.T)
-    x = torch.randn(2, 3, 12)
-    before = base(x)
-    options = {"r": 2, "stirred": False, "init_weights": "inherit"}
+    for row, name in enumerate(f"layers.{i}.{n}_proj" for i in range(2) for n in "qkv"):
+        base.get_submodule(name).weight.data.copy_((V * P[row]) @ U.T)
     found = []
-    for seed in (1, 2):
+    for seed, init in ((1, "inherit"), (2, "inherit"), (1, "gauss")):
         torch.manual_seed(seed)
-        found.append(adapt(copy.deepcopy(base), **options))
-        assert torch.equal(found[-1](x), before)
-    for name, value in adapter(found[0]).items():
-        assert torch.equal(value, adapter(found[1])[name]), name
-    mine = store(found[0], "U", "12x10").float()
-    cosines = F.normalize(mine, dim=0).T @ F.normalize(U, dim=0)
+        found.append(adapt(copy.deepcopy(base), r=2, stirred=False, init_weights=init))
+        assert torch.equal(found[-1](x), base(x))
+    first, second, gauss = (adapter(model) for model in found)
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    assert all(distance(first[n], gauss[n]) > 0.01 for n in first if "_U" in n or "_P" in n)
+    cosines = F.normalize(factor(found[0], "U", "12x10"), dim=0).T @ F.normalize(U, dim=0)
     assert (cosines.abs().amax(0) > 0.9).all()
-    torch.manual_seed(1)
-    gauss = adapt(copy.deepcopy(base), r=2, stirred=False)
-    assert distance(mine, store(gauss, "U", "12x10")) > 0.01
 
 
 @pytest.mark.parametrize("options", [{"r": 16}, {"share": "none"}, {"r": 1, "target_modules": ["q_proj"]}])
 def test_inherit_is_finite(options):
     """A rank above the widths, groups of one matrix, one number in all of P."""
-    model = adapt(Stack(Attention()), init_weights="inherit", **{"stirred": False, **options})
-    for name, value in adapter(model).items():
+    for name, value in adapter(adapt(Stack(Attention()), init_weights="inherit", stirred=False, **options)).items():
         assert value.isfinite().all(), name
         assert "_V." in name or value.abs().max() > 0, name
 
 
 def test_tensorly_backend_is_left_alone():
-    def everything():
-        model = adapt(Stack(Attention()), init_weights="inherit")
-        model.merge_adapter()
-        model.unmerge_adapter()
-        AuroraModeApproxModel.from_lora(lora_of_rank(Stack(Attention(6, 6)), ["q_proj"], 2), AuroraModeApproxConfig(r=2))
+    def everything(own: str | None = None) -> None:
+        if own:
+            tensorly.set_backend(own, local_threadsafe=True)
+        adapt(Stack(Attention()), init_weights="inherit").merge_and_unload()
         adapt(Stack(Attention()), core="tucker").merge_and_unload()
+        lora, _ = lora_of_rank(Stack(Attention(6, 6)), ["q_proj"], 2)
+        AuroraModeApproxModel.from_lora(lora, AuroraModeApproxConfig(r=2))
+        seen.append(tensorly.get_backend())
 
-    def in_thread(work):
-        seen, errors = [], []
-
-        def run():
-            try:
-                seen.append(work())
-            except Exception as error:  # noqa: BLE001
-                errors.append(error)
-
-        thread = threading.Thread(target=run)
+    seen: list[str] = []
+    everything()
+    for work in (everything, lambda: everything("pytorch"), lambda: seen.append(tensorly.get_backend())):
+        thread = threading.Thread(target=work)
         thread.start()
         thread.join()
-        assert not errors
-        return seen[0]
-
-    def own_backend():
-        tensorly.set_backend("pytorch", local_threadsafe=True)
-        everything()
-        return tensorly.get_backend()
-
-    assert tensorly.get_backend() == "numpy"
-    everything()
-    assert tensorly.get_backend() == "numpy"
-    assert in_thread(tensorly.get_backend) == "numpy"
-    in_thread(everything)
-    assert in_thread(tensorly.get_backend) == "numpy"
-    assert in_thread(own_backend) == "pytorch"  # a thread's own choice stays, and stays its own
-    assert tensorly.get_backend() == "numpy"
-    assert in_thread(tensorly.get_backend) == "numpy"
+    # a thread's own choice stays, and stays its own
+    assert [*seen, tensorly.get_backend()] == ["numpy", "numpy", "pytorch", "numpy", "numpy"]
 
 
 def test_add_weighted_adapter_is_the_exact_sum():
-    family = FAMILIES["blip_retrieval"]
-    model = adapt(family.build(), alpha=6.0)
+    model, by_hand = adapt(BLIP.build(), alpha=6.0), BLIP.build()
     model.add_adapter("other", AuroraModeApproxConfig(r=3, dropout=0.0))
     stir(model, "other", seed=1)
-    assert model.active_adapters == ["default"]
     model.base_model.add_weighted_adapter(["default", "other"], [0.7, -1.3], "sum")
     assert model.active_adapters == ["default"]
-    by_hand = family.build()
-    with torch.no_grad():
-        for path, module in by_hand.named_modules():
-            shapes = {"qkv": [(48, 48)] * 3, "query": [(32, 32)]}.get(path.rpartition(".")[2])
-            if path.endswith(("key", "value")):
-                shapes = [(48 if "cross" in path else 32, 32)]
-            if shapes:
-                parts = (0.7 * dense(model, path, shapes, 1.5), -1.3 * dense(model, path, shapes, 1.0, "other"))
-                module.weight += sum(parts).float()
-                delta = model.base_model.model.get_submodule(path).get_delta_weight("sum")
-                torch.testing.assert_close(delta, sum(parts).float())
-    expected = family.output(by_hand(**family.inputs()))
+    for path, module in by_hand.named_modules():
+        shapes = {"qkv": [(48, 48)] * 3, "query": [(32, 32)]}.get(path.rpartition(".")[2], [])
+        shapes = [(48 if "cross" in path else 32, 32)] if path.endswith(("key", "value")) else shapes
+        if shapes:
+            update = 0.7 * dense(model, path, shapes, 1.5) - 1.3 * dense(model, path, shapes, 1.0, "other")
+            close(model.base_model.model.get_submodule(path).get_delta_weight("sum"), update.float())
+            module.weight.data += update.float()
     model.set_adapter("sum")
-    torch.testing.assert_close(family.output(model(**family.inputs())), expected, atol=1e-4, rtol=1e-4)
-    assert distance(expected, base_output_of(family, model)) > 1e-2
-
-
-def base_output_of(family, model: PeftModel) -> Tensor:
-    with model.disable_adapter():
-        return family.output(model(**family.inputs()))
+    close(BLIP.output(model(**BLIP.inputs())), BLIP.output(by_hand(**BLIP.inputs())), atol=1e-4, rtol=1e-4)
 
 
 def test_add_weighted_adapter_refuses_what_is_no_sum():
-    model = adapt(FAMILIES["blip_retrieval"].build())
-    others = {"gqt": {"use_gqt": True}, "ice": {"use_ice": True}, "tucker": {"core": "tucker"}, "alone": {"share": "none"}}
-    others |= {"vision": {"towers": ["vision"]}}
-    for name, options in others.items():
+    model = adapt(BLIP.build())
+    others = {"gqt": {"use_gqt": True}, "ice": {"use_ice": True}, "tucker": {"core": "tucker"}}
+    for name, options in {**others, "alone": {"share": "none"}, "vision": {"towers": ["vision"]}}.items():
         model.add_adapter(name, AuroraModeApproxConfig(r=4, **options))
         with pytest.raises(ValueError, match="Only CP adapters"):
             model.base_model.add_weighted_adapter(["default", name], [1.0, 1.0], "sum")
-    for adapters, weights, name in (([], [], "sum"), (["default"], [1.0, 2.0], "sum"), (["default"], [1.0], "gqt"), (["nobody"], [1.0], "sum")):
+    for arguments in (([], [], "sum"), (["default"], [1, 2], "sum"), (["default"], [1], "gqt"), (["nobody"], [1], "sum")):
         with pytest.raises(ValueError, match="nobody|as many weights"):
-            model.base_model.add_weighted_adapter(adapters, weights, name)
+            model.base_model.add_weighted_adapter(*arguments)
     assert "sum" not in model.peft_config
 
 
 # ------------------------------------------------------------------------------------------- gated query transformation
 
 
-def captured(module: nn.Module, calls: list[Tensor]) -> None:
-    module.register_forward_hook(lambda m, a, out: calls.append(out[0] if isinstance(out, tuple) else out))
+def captured(module: nn.Module) -> list[Tensor]:
+    """The list that the outputs of a module's calls go into."""
+    calls: list[Tensor] = []
+    module.register_forward_hook(lambda m, a, out: calls.append(out if isinstance(out, Tensor) else out[0]))
+    return calls
 
 
 @pytest.mark.parametrize("branches", [["query"], ["query", "cross"], ["cross"]])
 def test_gqt_is_the_equation(branches):
-    family = FAMILIES["blip_retrieval"]
-    model = adapt(family.build(), stirred=False, use_gqt=True, gqt_branches=branches).eval()
-    assert torch.equal(family.output(model(**family.inputs())), family.output(family.build()(**family.inputs())))
-    assert model.get_nb_trainable_parameters()[0] == count(BLIP_GROUPS["per_shape"], 4) + 2 * len(branches) * (2 * 32 + 1)
-    stir(model)
-    layer = model.base_model.model.get_submodule(TEXT)
-    q, x, y, out = [], [], [], []
-    for module, calls in ((layer.attention, q), (layer.crossattention, x), (layer.output, y), (layer, out)):
-        captured(module, calls)
-    model(**family.inputs())
-    expected = y[0].double()
-    p = {n: v.double() for n, v in layer.aurora_mode_approx_gqt.aurora_mode_approx_gqt["default"].items()}
+    model = adapt(BLIP.build(), stirred=False, use_gqt=True, gqt_branches=branches)
+    assert torch.equal(BLIP.output(model(**BLIP.inputs())), BLIP.output(BLIP.build()(**BLIP.inputs())))
+    assert model.get_nb_trainable_parameters()[0] == count(SHARES["per_shape"]) + 2 * len(branches) * (2 * 32 + 1)
+    layer = stir(model).base_model.model.get_submodule(TEXT)
+    q, x, y, out = map(captured, (layer.attention, layer.crossattention, layer.output, layer))
+    model(**BLIP.inputs())
+    expected = y[0].double().clone()
+    parameters = {n: v.double() for n, v in layer.aurora_mode_approx_gqt.aurora_mode_approx_gqt["default"].items()}
     for branch, kept in (("query", q[0]), ("cross", x[0])):
         if branch in branches:
-            gate, scale, shift = (p[f"{branch}_{n}_norm"] for n in ("gate", "scale", "shift"))
-            for b, t, c in [(b, t, c) for b in range(len(kept)) for t in range(kept.shape[1]) for c in range(32)]:
-                expected[b, t, c] += math.tanh(gate) * ((1 + scale[c]) * kept[b, t, c] + shift[c])
-    torch.testing.assert_close(out[0], expected.float())
+            g, s, shift = (parameters[f"{branch}_{n}_norm"] for n in ("gate", "scale", "shift"))
+            for b, t, c in torch.cartesian_prod(*map(torch.arange, kept.shape)):
+                expected[b, t, c] += math.tanh(g) * ((1 + s[c]) * kept[b, t, c] + shift[c])
+    close(out[0], expected.float())
     assert distance(out[0], y[0]) > 0.05
-    # Text alone is not fused: a layer gives what its own output block gives.
-    model(**family.inputs(), use_itm_head=False)
+    model(**BLIP.inputs(), use_itm_head=False)  # text alone isn't fused: the layer gives what its output block gives
     assert torch.equal(out[1], y[1])
 
 
-def test_gqt_forgets_an_interrupted_call():
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    family = FAMILIES["blip_retrieval"]
-    model = adapt(family.build(), use_gqt=True)
-    layer = model.base_model.model.get_submodule(TEXT)
-    expected = model(**family.inputs(), use_itm_head=False).itm_score
-    hook = layer.output.register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        model(**family.inputs())
-    hook.remove()
-    assert torch.equal(model(**family.inputs(), use_itm_head=False).itm_score, expected)
-    assert_nothing_left(model)
-
-
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("name", ["blip_vqa", "blip_captioning"])
-def test_gqt_decodes_alike_with_and_without_cache(name, beams):
-    family = FAMILIES[name]
-    options = {"use_gqt": True, "gqt_branches": ["query", "cross"], "use_ice": name == "blip_vqa", "ice_bank_size": 4}
+@pytest.mark.parametrize(("name", "layers"), [("blip_vqa", 4), ("blip_captioning", 2)])
+def test_gqt_decodes_alike_with_and_without_cache(name, layers, beams):
+    family, vqa = FAMILIES[name], name == "blip_vqa"
+    options = {"use_gqt": True, "gqt_branches": ["query", "cross"], "use_ice": vqa, "ice_bank_size": 4}
     model = adapt(family.build(), stirred=False, **options)
-    layers = {n for n in adapter(model) if "query_gate" in n}
-    assert len(layers) == (4 if name == "blip_vqa" else 2)  # question encoder and decoder
-    if name == "blip_vqa":
+    if vqa:
         model.collect_context([family.text_inputs()])
-    stir(model)
-    call = {"max_new_tokens": 6, "num_beams": beams, "output_logits": True, "return_dict_in_generate": True}
-    call |= {"do_sample": False, "min_new_tokens": 6}
+    gates = [p for n, p in adapter(stir(model)).items() if "gate" in n]
+    assert len(gates) == 2 * layers
+    call = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": beams, "do_sample": False}
+    call |= {"output_logits": True, "return_dict_in_generate": True}
     cached, uncached = (model.generate(**family.generate_inputs(), use_cache=c, **call) for c in (True, False))
     assert torch.equal(cached.sequences, uncached.sequences)
-    for a, b in zip(cached.logits, uncached.logits, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    with torch.no_grad():
-        for n, p in adapter(model).items():
-            if "gate" in n or "gamma" in n:
-                p.zero_()
-    ungated = model.generate(**family.generate_inputs(), **call)
-    assert distance(ungated.logits[0], cached.logits[0]) > 1e-2
+    close(cached.logits, uncached.logits, atol=1e-4, rtol=1e-4)
+    [gate.data.zero_() for gate in gates]
+    assert distance(model.generate(**family.generate_inputs(), **call).logits[0], cached.logits[0]) > 1e-2
 
 
 @pytest.mark.parametrize(("name", "layers"), [("blip_2", 1), ("bridgetower", 4), ("florence2", 2)])
 def test_gqt_in_other_fusion_encoders(name, layers):
     family = FAMILIES[name]
-    model = adapt(family.build(), stirred=False, use_gqt=True, gqt_branches=["query", "cross"])
-    inputs = family.inputs()
-    assert torch.equal(family.output(model(**inputs)), family.output(family.build()(**inputs)))
+    model, inputs = adapt(family.build(), stirred=False, use_gqt=True, gqt_branches=["query", "cross"]), family.inputs()
+    before = family.output(model(**inputs))
+    assert torch.equal(before, family.output(family.build()(**inputs)))
     gates = [p for n, p in adapter(model).items() if "query_gate" in n]
     assert len(gates) == layers
-    before = family.output(model(**inputs))
-    with torch.no_grad():
-        for gate in gates:
-            gate.fill_(1.0)
+    [gate.data.fill_(1.0) for gate in gates]
     assert distance(family.output(model(**inputs)), before) > 1e-3
 
 
-def test_gqt_in_a_q_former_that_reads_text_and_queries():
-    """Its cross-attention sees the queries alone: only they are transformed, and text-only calls are unchanged."""
-    vision = hf.Blip2VisionConfig(**vision_tower(48))
-    qformer = {"encoder_hidden_size": 48, "use_qformer_text_input": True, "max_position_embeddings": 64}
+@pytest.mark.parametrize("branch", ["query", "cross"])
+def test_gqt_in_a_q_former_that_reads_text_and_queries(branch):
+    """The cross-attention sees the three queries alone: nothing else is transformed."""
     text = hf.OPTConfig(**text_tower(40), ffn_dim=80, word_embed_proj_dim=40)
-    qformer = hf.Blip2QFormerConfig(**text_tower(32), **{k: v for k, v in qformer.items() if k != "max_position_embeddings"})
-    config = hf.Blip2Config(vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=3)
-    base = tiny(hf.Blip2ForImageTextRetrieval, config)()
-    inputs = pairs()()
-    call = {**inputs, "use_image_text_matching_head": True}
-    model = adapt(base, stirred=False, use_gqt=True, gqt_branches=["query", "cross"])
-    path = next(n.rpartition(".aurora_mode_approx_gqt.")[0] for n, _ in model.named_parameters() if "query_gate" in n)
-    layer = model.get_submodule(path.removesuffix(".aurora_mode_approx_gqt"))
-    out: list[Tensor] = []
-    captured(layer, out)
-    before = model(**call).logits_per_image
-    gates = [p for n, p in adapter(model).items() if "gate" in n]
-    with torch.no_grad():
-        [g.fill_(1.0) for g in gates]
-    assert distance(model(**call).logits_per_image, before) > 1e-3
-    assert out[0].shape == out[1].shape
-    assert distance(out[0][:, :3], out[1][:, :3]) > 1e-3
-    assert torch.equal(out[0][:, 3:], out[1][:, 3:])  # text tokens had no cross-attention
+    qformer = hf.Blip2QFormerConfig(**tower(32), vocab_size=VOCAB, encoder_hidden_size=48, use_qformer_text_input=True)
+    config = hf.Blip2Config(hf.Blip2VisionConfig(**vision_tower(48)), qformer, text, num_query_tokens=3)
+    model = adapt(tiny(hf.Blip2ForImageTextRetrieval, config)(), stirred=False, use_gqt=True, gqt_branches=[branch])
+    out = captured(next(m for m in model.modules() if hasattr(m, "aurora_mode_approx_gqt") and hasattr(m, "attention")))
+    for value in (0.0, 1.0):
+        [p.data.fill_(value) for n, p in adapter(model).items() if "gate" in n]
+        model(**pairs()(), use_image_text_matching_head=True)
+    assert distance(out[0][:, :3], out[1][:, :3]) > 1e-2
+    assert torch.equal(out[0][:, 3:], out[1][:, 3:])
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gqt_gradients_survive_checkpointing(reentrant):
-    family = FAMILIES["blip_retrieval"]
-    model = adapt(family.build(), use_gqt=True, gqt_branches=["query", "cross"]).train()
-    expected = gradients(model, family.loss(model))
-    assert all(g.abs().max() > 0 for g in expected.values())
-    for embeddings in ("vision_model.embeddings", "text_encoder.embeddings"):
-        module = model.get_base_model().get_submodule(embeddings)
-        module.register_forward_hook(lambda m, a, out: out.requires_grad_())
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    assert_close(gradients(model, family.loss(model)), expected, atol=1e-5, rtol=1e-4)
-    assert_nothing_left(model)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_all_parts_against_finite_differences(checkpointing):
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_all_parts_against_finite_differences(reentrant):
     """d loss / d theta along random directions, through CP, GQT (q reaches the layers below) and ICE together."""
-    family = FAMILIES["blip_retrieval"]
-    model = adapt(family.build(), stirred=False, use_gqt=True, gqt_branches=["query", "cross"], use_ice=True, ice_bank_size=4)
-    model.collect_context([family.text_inputs()])
-    stir(model).double()
-    inputs = family.inputs()
-    inputs["pixel_values"] = inputs["pixel_values"].double()
+    parts = {"use_gqt": True, "gqt_branches": ["query", "cross"], "use_ice": True, "ice_bank_size": 4}
+    model = adapt(BLIP.build(), stirred=False, **parts)
+    model.collect_context([BLIP.text_inputs()])
+    stir(model).double().train()
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in BLIP.inputs().items()}
 
     def loss() -> Tensor:
         return model(**inputs).itm_score.square().sum()
 
-    if checkpointing:
-        model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    found = gradients(model, loss())
+    plain = gradients(model, loss())
+    if reentrant is not None:
+        checkpoint(model, reentrant, "vision_model.embeddings", "text_encoder.embeddings")
+        close(gradients(model, loss()), plain)
+        assert_nothing_left(model)
+        return
     for name, parameter in adapter(model).items():
-        direction = torch.randn_like(parameter)
-        with torch.no_grad():
-            ends = []
-            for step in (1e-5, -2e-5):
-                parameter += step * direction
-                ends.append(loss())
-            parameter += 1e-5 * direction
-        slope = float((ends[0] - ends[1]) / 2e-5)
-        assert float((found[name] * direction).sum()) == pytest.approx(slope, rel=1e-4, abs=1e-6), name
+        direction, ends = torch.randn_like(parameter), []
+        for step in (1e-5, -2e-5):
+            parameter.data += step * direction
+            ends.append(loss())
+        parameter.data += 1e-5 * direction
+        slope = float(ends[0] - ends[1]) / 2e-5
+        assert float((plain[name] * direction).sum()) == pytest.approx(slope, rel=1e-4, abs=1e-6), name
+        assert plain[name].any(), name
 
 
 @pytest.mark.parametrize("name", ["clip", "flava", "vilt", "llava"])
@@ -905,14 +740,20 @@ def test_fusion_parts_need_a_fusion_encoder(name):
     for option in ("use_gqt", "use_ice"):
         with pytest.raises(ValueError, match=rf"{option}=True needs .*fusion encoder"):
             adapt(FAMILIES[name].build(), **{option: True})
+    with pytest.raises(ValueError, match="use_ice=True"):
+        adapt(FAMILIES[name].build()).base_model.collect_context([])
 
 
 # ------------------------------------------------------------------------------------- informative context enhancement
 
 
 def with_bank(size: int = 8, **options) -> tuple[PeftModel, ContextBank]:
-    model = adapt(FAMILIES["blip_retrieval"].build(), stirred=False, use_ice=True, ice_bank_size=size, **options).eval()
-    return model, model.base_model.model.text_encoder.aurora_mode_approx_ice.aurora_mode_approx_ice["default"]
+    model = adapt(BLIP.build(), stirred=False, use_ice=True, ice_bank_size=size, **options).eval()
+    return model, bank_of(model)
+
+
+def bank_of(model: PeftModel) -> ContextBank:
+    return next(m for m in model.modules() if isinstance(m, ContextBank))
 
 
 @given(st.integers(1, 6), st.lists(st.integers(1, 8), max_size=6))
@@ -920,94 +761,71 @@ def with_bank(size: int = 8, **options) -> tuple[PeftModel, ContextBank]:
 def test_bank_holds_the_latest(size, pushes):
     bank, pushed = ContextBank(size, 2), []
     for number in pushes:
-        features = torch.arange(len(pushed), len(pushed) + number).float()[:, None].expand(number, 2) + 1
-        pushed += features[:, 0].tolist()
-        bank.push(features)
+        features = torch.arange(len(pushed) + 1, len(pushed) + number + 1).float()
+        pushed += features.tolist()
+        bank.push(features[:, None].expand(number, 2))
     kept = bank.texts[: int(bank.count), 0].tolist()
     assert sorted(kept) == pushed[-size:]
     assert not bank.texts[int(bank.count) :].any()
 
 
 def test_ice_is_the_equation():
-    family = FAMILIES["blip_retrieval"]
     model, bank = with_bank()
-    start = family.output(family.build()(**family.inputs()))
-    with torch.no_grad():
-        bank.gamma_norm.fill_(0.7)
-    assert torch.equal(family.output(model(**family.inputs())), start)  # the bank is empty
+    start = BLIP.output(BLIP.build()(**BLIP.inputs()))
+    bank.gamma_norm.data.fill_(0.7)
+    assert torch.equal(BLIP.output(model(**BLIP.inputs())), start)  # the bank is empty
     bank.push(torch.randn(5, 32))
-    fused: list[Tensor] = []
-    captured_state(model, fused)
-    model(**family.inputs())
-    with torch.no_grad():
-        bank.gamma_norm.zero_()
-    assert torch.equal(family.output(model(**family.inputs())), start)
-    expected, T = fused[1].double().clone(), bank.texts[:5].double()
-    for b in range(len(expected)):
-        for t in range(expected.shape[1]):
-            scores = [math.exp(float(fused[1][b, t].double() @ text) / math.sqrt(32)) for text in T]
-            for score, text in zip(scores, T, strict=True):
-                expected[b, t] += 0.7 * score / sum(scores) * text
-    torch.testing.assert_close(fused[0], expected.float())
+    fused = captured(model.base_model.model.text_encoder)
+    model(**BLIP.inputs())
+    bank.gamma_norm.data.zero_()
+    assert torch.equal(BLIP.output(model(**BLIP.inputs())), start)
+    expected, T = fused[1].double().clone(), bank.texts[: int(bank.count)].double()
+    for b, t in torch.cartesian_prod(*map(torch.arange, expected.shape[:2])):
+        scores = [math.exp(float(fused[1][b, t].double() @ text) / math.sqrt(32)) for text in T]
+        for score, text in zip(scores, T, strict=True):
+            expected[b, t] += 0.7 * score / sum(scores) * text
+    close(fused[0], expected.float())
     assert distance(*fused) > 0.05
 
 
-def captured_state(model: PeftModel, calls: list[Tensor]) -> None:
-    model.base_model.model.text_encoder.register_forward_hook(lambda m, a, out: calls.append(out.last_hidden_state))
-
-
 def test_ice_scores_a_pair_alike_whoever_shares_its_batch(tmp_path):
-    family = FAMILIES["blip_retrieval"]
     model, bank = with_bank(size=4, use_gqt=True)
     bank.push(torch.randn(3, 32))
-    stir(model)
-    inputs = family.inputs()
-    together = family.output(model(**inputs))
+    inputs = BLIP.inputs()
+    start = BLIP.output(stir(model)(**inputs))
     for i in range(3):
-        alone = family.output(model(**{k: v[i : i + 1] for k, v in inputs.items()}))
-        torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=1e-5)
-    order = torch.tensor([2, 0, 1])  # texts beside other pictures: every pair reads the same bank
-    crossed = family.output(model(**{**inputs, "pixel_values": inputs["pixel_values"][order]}))
-    twice = {k: torch.cat([v, v]) for k, v in inputs.items()}
-    twice["pixel_values"] = torch.cat([inputs["pixel_values"], inputs["pixel_values"][order]])
-    torch.testing.assert_close(family.output(model(**twice)), torch.cat([together, crossed]), atol=1e-5, rtol=1e-5)
+        alone = BLIP.output(model(**{k: v[i : i + 1] for k, v in inputs.items()}))
+        close(alone[0], start[i], atol=1e-5, rtol=1e-5)
+    crossed = {**inputs, "pixel_values": inputs["pixel_values"].roll(1, 0)}  # negatives read the same bank
+    both = {k: torch.cat([v, crossed[k]]) for k, v in inputs.items()}
+    expected = torch.cat([start, BLIP.output(model(**crossed))])
+    close(BLIP.output(model(**both)), expected, atol=1e-5, rtol=1e-5)
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(family.build(), tmp_path)
-    assert torch.equal(family.output(again(**inputs)), together)
-    loaded = again.base_model.model.text_encoder.aurora_mode_approx_ice.aurora_mode_approx_ice["default"]
-    assert torch.equal(loaded.texts, bank.texts)
-    assert int(loaded.count) == 3
+    again = PeftModel.from_pretrained(BLIP.build(), tmp_path)
+    assert torch.equal(BLIP.output(again(**inputs)), start)
+    assert torch.equal(bank_of(again).texts, bank.texts)
+    assert int(bank_of(again).count) == 3
 
 
 def test_ice_bank_is_filled_by_text_alone_in_training():
-    family = FAMILIES["blip_retrieval"]
     model, bank = with_bank(size=8)
     assert {n for n, p in bank.named_parameters() if p.requires_grad} == {"gamma_norm"}
-    texts: list[Tensor] = []
-    captured_state(model, texts)
+    texts = captured(model.base_model.model.text_encoder)
     for mode, fused, expected in ((False, False, 0), (False, True, 0), (True, True, 0), (True, False, 3), (True, False, 6)):
-        model.train(mode)
-        model(**family.inputs(), use_itm_head=fused)
+        model.train(mode)(**BLIP.inputs(), use_itm_head=fused)
         assert int(bank.count) == expected
-    assert torch.equal(bank.texts[:3], texts[-1][:, 0])
-    assert not bank.texts.requires_grad
-    with model.disable_adapter():
-        model(**family.inputs(), use_itm_head=False)
+    base = model.disable_adapter()
+    with base:
+        model(**BLIP.inputs(), use_itm_head=False)
     assert int(bank.count) == 6
-    gradients(model, model(**family.inputs()).itm_score.sum())
-    assert bank.texts.grad is None
+    assert not bank.texts.requires_grad
     for mode in (False, True):  # each text goes in once
         model.train(mode)
         bank.count.zero_()
         bank.texts.zero_()
-        assert model.base_model.collect_context([family.text_inputs()]) == 3
-        assert torch.equal(bank.texts[:3], texts[-1][:, 0])
+        assert model.base_model.collect_context([BLIP.text_inputs()]) == 3
+        close(bank.texts[:3].sort(0).values, texts[-1][:, 0].sort(0).values)
         assert not bank.texts[3:].any()
-
-
-def test_collect_context_needs_ice():
-    with pytest.raises(ValueError, match="use_ice=True"):
-        adapt(FAMILIES["blip_retrieval"].build()).base_model.collect_context([FAMILIES["blip_retrieval"].text_inputs()])
 
 
 # ------------------------------------------------------------------------------------------- merging beside GQT and ICE
@@ -1015,32 +833,25 @@ def test_collect_context_needs_ice():
 
 @pytest.mark.parametrize("options", [{"use_gqt": True}, {"use_ice": True}, {"use_gqt": True, "use_ice": True}])
 def test_merge_is_refused_or_of_the_cp_part_alone(options):
-    family = FAMILIES["blip_retrieval"]
-    model = adapt(family.build(), stirred=False, **options)
+    model, inputs = adapt(BLIP.build(), stirred=False, **options), BLIP.inputs()
     if "use_ice" in options:
-        model.collect_context([family.text_inputs()])
-    stir(model)
-    inputs, before = family.inputs(), {k: v.clone() for k, v in model.state_dict().items()}
-    acting = family.output(model(**inputs))
+        model.collect_context([BLIP.text_inputs()])
+    acting, key = BLIP.output(stir(model)(**inputs)), f"{TEXT}.crossattention.self.key"
+    before = {k: v.clone() for k, v in model.state_dict().items()}
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match="no weight updates.*cp_only=True"):
             merge()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     model.merge_adapter(cp_only=True)
-    merged = model.base_model.model.get_submodule(f"{TEXT}.crossattention.self.key").get_base_layer().weight
-    update = dense(model, f"{TEXT}.crossattention.self.key", [(48, 32)])
-    key = f"base_model.model.{TEXT}.crossattention.self.key.base_layer.weight"
-    torch.testing.assert_close(merged.double(), before[key].double() + update, atol=1e-6, rtol=0)
-    torch.testing.assert_close(family.output(model(**inputs)), acting, atol=1e-4, rtol=1e-4)  # GQT and ICE go on
+    weight = model.base_model.model.get_submodule(key).get_base_layer().weight.double()
+    expected = before[f"base_model.model.{key}.base_layer.weight"].double() + dense(model, key, [(48, 32)])
+    close(weight, expected, atol=1e-6, rtol=0)
+    close(BLIP.output(model(**inputs)), acting, atol=1e-4, rtol=1e-4)  # GQT and ICE go on
     model.unmerge_adapter()
-    torch.testing.assert_close(family.output(model(**inputs)), acting, atol=1e-4, rtol=1e-4)
-    with torch.no_grad():
-        for n, p in adapter(model).items():
-            if "gate" in n or "gamma" in n:
-                p.zero_()
-    cp_alone = family.output(model(**inputs))
+    close(BLIP.output(model(**inputs)), acting, atol=1e-4, rtol=1e-4)
+    [p.data.zero_() for n, p in adapter(model).items() if "gate" in n or "gamma" in n]
+    cp_alone = BLIP.output(model(**inputs))
     assert distance(cp_alone, acting) > 1e-3
     bare = model.merge_and_unload(cp_only=True)
-    assert type(bare) is type(family.build())
     assert not any("aurora" in n for n, _ in bare.named_modules())
-    torch.testing.assert_close(family.output(bare(**inputs)), cp_alone, atol=1e-4, rtol=1e-4)
+    close(BLIP.output(bare(**inputs)), cp_alone, atol=1e-4, rtol=1e-4)

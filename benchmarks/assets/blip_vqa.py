@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from .easy_vqa import easy_vqa
-from .fetch import CONSOLE, build_once
+from .fetch import CONSOLE, AssetError, build_once
 from .towers import dinov2_small, minilm
 
 KINDS = ("colour", "shape", "has colour", "has shape")
@@ -47,11 +47,11 @@ class Settings:
     new_colours: int = 3
     colour_seed: int = 0
     image_size: int = 56
-    steps: int = 300
-    batch_size: int = 64
-    learning_rate: float = 1e-3
+    steps: int = 400
+    batch_size: int = 32
+    learning_rate: float = 5e-4
     """Of the parameters that start at random."""
-    tower_learning_rate: float = 1e-4
+    tower_learning_rate: float = 5e-5
     """Of those that come from MiniLM."""
     weight_decay: float = 0.05
     seed: int = 0
@@ -166,11 +166,14 @@ def assemble(image_size: int) -> tuple[BlipForQuestionAnswering, BlipProcessor]:
     model.vision_model.load_state_dict(vision_weights(vision, side))
     for tower in (model.text_encoder, model.text_decoder.bert):
         report = tower.load_state_dict(text_weights(text), strict=False)
-        assert not report.unexpected_keys and all(".crossattention." in key for key in report.missing_keys), report
+        if report.unexpected_keys or not all(".crossattention." in key for key in report.missing_keys):
+            raise AssetError(f"MiniLM does not fit BLIP's text tower in this transformers version: {report}")
         for layer in tower.encoder.layer:  # the norm after the cross-attention begins near the identity
-            before, after = layer.attention.output.LayerNorm, layer.crossattention.output.LayerNorm
-            torch.nn.init.constant_(after.weight, float((before.weight.square().mean() + before.bias.var()).sqrt()))
-            torch.nn.init.constant_(after.bias, float(before.bias.mean()))
+            norm, after = layer.attention.output.LayerNorm.state_dict(), layer.crossattention.output.LayerNorm
+            torch.nn.init.constant_(after.weight, (norm["weight"].square().mean() + norm["bias"].var()).sqrt().item())
+            torch.nn.init.constant_(after.bias, norm["bias"].mean().item())
+    for layer in model.text_decoder.bert.encoder.layer:  # it reads MiniLM's states, as its self-attention does
+        layer.crossattention.load_state_dict(layer.attention.state_dict())
     images = BlipImageProcessorPil(
         size={"height": image_size, "width": image_size},
         image_mean=[0.485, 0.456, 0.406],
@@ -235,6 +238,8 @@ def _build(folder: Path, settings: Settings) -> None:
     rows = vqa_questions(settings).filter(lambda part: part == "old", input_columns="colours")
     train = rows.filter(lambda split: split == "train", input_columns="split")
     model.vision_model.requires_grad_(False)
+    for tower in (model.text_encoder, model.text_decoder.bert):
+        tower.embeddings.requires_grad_(False)  # the words that are not taught stay where they were
     train_text(model, processor, balanced(train, settings.steps * settings.batch_size, rng), settings)
 
     model.requires_grad_(True)

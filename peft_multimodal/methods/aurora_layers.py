@@ -6,7 +6,8 @@ The equations stand in `aurora_mode_approx.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,12 +82,41 @@ class SharedFactors(AttachedPart, AuroraModeApproxLayer, nn.Module):
 
     def modes(self, adapter: str, group: str, P: Tensor) -> Tensor:
         """V diag(lambda * P_n) (or V G(P_n)^T) for n rows of P, stacked: (n d_out) x R."""
-        V = self.aurora_mode_approx_V[adapter][group]
         if adapter in self.aurora_mode_approx_core:
+            V = self.aurora_mode_approx_V[adapter][group]
             core = self.aurora_mode_approx_core[adapter][group]
             return torch.einsum("oj,ijk,nk->noi", V, core, P).flatten(0, 1)
-        lam = self.aurora_mode_approx_lambda_norm[adapter][group]
-        return ((lam * P)[:, None, :] * V).flatten(0, 1)
+        V, c = self.V_and_modes(adapter, group, P)
+        return (c[:, None, :] * V).flatten(0, 1)
+
+    def V_and_modes(self, adapter: str, group: str, P: Tensor) -> tuple[Tensor, Tensor]:
+        """V (d_out x R) and lambda * P_n (n x R) of a CP core."""
+        return self.aurora_mode_approx_V[adapter][group], self.aurora_mode_approx_lambda_norm[adapter][group] * P
+
+
+class AddUpdate(torch.autograd.Function):
+    """y + xu W^T with W = V diag(c_n), stacked over n.
+
+    The sum is made in the matrix product, one pass over y less; and W is made again in the backward pass instead of
+    being kept for it: it would cost d_out R numbers a matrix, as much as x U itself for short inputs.
+
+    Shapes: y (M, n d_out), xu (M, R), V (d_out, R), c (n, R).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, xu: Tensor, V: Tensor, c: Tensor) -> Tensor:
+        ctx.save_for_backward(xu, V, c)
+        return torch.addmm(y, xu, (c[:, None, :] * V).flatten(0, 1).t().to(xu.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        xu, V, c = ctx.saved_tensors
+        grad_xu = grad @ (c[:, None, :] * V).flatten(0, 1).to(grad.dtype) if ctx.needs_input_grad[1] else None
+        grad_V = grad_c = None
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            grad_W = (grad.t() @ xu).to(V.dtype).unflatten(0, (len(c), len(V)))
+            grad_V, grad_c = (grad_W * c[:, None, :]).sum(0), (grad_W * V).sum(1)
+        return grad if ctx.needs_input_grad[0] else None, grad_xu, grad_V, grad_c
 
 
 # --- the adapted layers ----------------------------------------------------------------------------------------------
@@ -153,10 +183,13 @@ class AuroraMatrixLayer(AuroraModeApproxLayer, nn.Module):
 
     def modes(self, adapter: str, block: tuple[str, int, int]) -> Tensor:
         """s V diag(lambda * P_n) of the block's matrices, stacked: d_out x R."""
-        group, first, end = block
+        return self.factors.modes(adapter, block[0], self._rows(adapter, block))
+
+    def _rows(self, adapter: str, block: tuple[str, int, int]) -> Tensor:
+        """s P_n of the block's matrices: n x R."""
         scale = self.slices[adapter].scaling
-        P = self.aurora_mode_approx_P_norm[adapter][first:end]
-        return self.factors.modes(adapter, group, P if scale == 1.0 else scale * P)
+        P = self.aurora_mode_approx_P_norm[adapter][block[1] : block[2]]
+        return P if scale == 1.0 else scale * P
 
     def add_update(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
         """y + s ((x U) * lambda * P) V^T, in y's dtype."""
@@ -164,11 +197,12 @@ class AuroraMatrixLayer(AuroraModeApproxLayer, nn.Module):
         if len(blocks) > 1:
             parts = [F.linear(self.product(x, adapter, b[0]), self.modes(adapter, b)) for b in blocks]
             return y + torch.cat(parts, dim=-1).to(y.dtype)
-        xu, W = self.product(x, adapter, blocks[0][0]), self.modes(adapter, blocks[0])
-        if xu.dtype != y.dtype:
-            return y + F.linear(xu, W).to(y.dtype)
-        # The sum is made in the matrix product: one pass over y less.
-        return torch.addmm(y.reshape(-1, y.shape[-1]), xu.reshape(-1, xu.shape[-1]), W.t()).view(y.shape)
+        xu = self.product(x, adapter, blocks[0][0])
+        if adapter in self.factors.aurora_mode_approx_core or xu.dtype != y.dtype:
+            return y + F.linear(xu, self.modes(adapter, blocks[0])).to(y.dtype)
+        V, c = self.factors.V_and_modes(adapter, blocks[0][0], self._rows(adapter, blocks[0]))
+        flat = AddUpdate.apply(y.reshape(-1, y.shape[-1]), xu.reshape(-1, xu.shape[-1]), V, c)
+        return flat.view(y.shape)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The whole update dW, d_out x d_in, by tensorly's algebra: for merging and inspection, never in training."""
@@ -184,7 +218,7 @@ class AuroraMatrixLayer(AuroraModeApproxLayer, nn.Module):
         dtype = torch.promote_types(factors.U(adapter, group).dtype, torch.float32)
         U, V = factors.U(adapter, group).to(dtype), factors.aurora_mode_approx_V[adapter][group].to(dtype)
         P = self.aurora_mode_approx_P_norm[adapter][first:end].to(dtype)
-        with tl.backend_context("pytorch", local_threadsafe=True):
+        with pytorch_backend():
             if adapter in factors.aurora_mode_approx_core:
                 core = factors.aurora_mode_approx_core[adapter][group].to(dtype)
                 core = scale * tl.tenalg.mode_dot(core.permute(2, 1, 0), P, mode=0)  # n x j x i
@@ -350,6 +384,19 @@ def _additive_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q:
         padding = additive(key_padding_mask)[:, None, None, :]
         total = padding if total is None else total + padding
     return total
+
+
+@contextmanager
+def pytorch_backend() -> Iterator[None]:
+    """tensorly on PyTorch tensors in this thread; unlike tensorly's own context, the process's default is left alone."""
+    import tensorly as tl
+
+    before = tl.get_backend()
+    tl.set_backend("pytorch", local_threadsafe=True)
+    try:
+        yield
+    finally:
+        tl.set_backend(before, local_threadsafe=True)
 
 
 # --- groups and scopes ----------------------------------------------------------------------------------------------

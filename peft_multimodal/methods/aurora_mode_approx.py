@@ -34,11 +34,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.utils import PeftType
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..anatomy import Anatomy, Matrix, is_cross, unwrap
+from ..anatomy import Anatomy, Matrix, is_cross, is_linear, unwrap
 from ..registry import register
 from ..tuner import MultimodalConfig, MultimodalTuner
 from .aurora_fusion import GatedQueryTransformation, InformativeContext, reads_pictures
@@ -50,6 +51,7 @@ from .aurora_layers import (
     SharedFactors,
     drop_scope,
     group_of,
+    pytorch_backend,
     scope_of,
 )
 
@@ -251,10 +253,11 @@ class AuroraModeApproxModel(MultimodalTuner):
         config = self.peft_config[adapter_name]
         weights = {p: torch.cat(layer._weights()) for p, layer in self.matrix_layers(adapter_name).items()}
         for group, members, stack in self._stacks(adapter_name, weights):
-            _, (P, _, U) = _parafac(stack, config.r, iterations=10)
+            _, (P, _, U) = _parafac(stack, config.r, iterations=10, starts=("random",))
+            P = P / P.square().mean().sqrt().clamp_min(1e-12)
             factors = members[0][1].factors
             factors.U(adapter_name, group).copy_(U / U.norm(dim=0) * math.sqrt(1 / config.r))
-            for (_, layer, index), row in zip(members, P / P.std(), strict=True):
+            for (_, layer, index), row in zip(members, P, strict=True):
                 layer.aurora_mode_approx_P_norm[adapter_name][index].copy_(row)
 
     @classmethod
@@ -278,25 +281,37 @@ class AuroraModeApproxModel(MultimodalTuner):
             ||dW_lora - dW_cp|| / ||dW_lora||}.
         """
         base: Any = model.get_base_model()
+        layers: dict[str, Any] = {
+            path: module
+            for path, module in base.named_modules()
+            if isinstance(module, LoraLayer) and adapter_name in module._get_available_adapters()
+        }
+        if not layers:
+            raise ValueError(f"The model has no LoRA adapter {adapter_name!r}.")
+        lora: Any = model.peft_config[adapter_name]
+        lost = [path for path, module in layers.items() if not is_linear(unwrap(module))]
+        lost += list(lora.modules_to_save or ()) + ["DoRA's magnitudes"] * lora.use_dora
+        lost += ["biases"] * (lora.bias != "none")
+        if lost:
+            raise ValueError(f"CP factors hold updates of linear layers alone; this LoRA also has: {', '.join(lost)}.")
+        if config is not None and config.core != "cp":
+            raise ValueError("from_lora makes CP factors: use core='cp'.")
         deltas = {
             path: module.get_delta_weight(adapter_name).t()
             if isinstance(unwrap(module), Conv1D)
             else module.get_delta_weight(adapter_name)
-            for path, module in base.named_modules()
-            if hasattr(module, "lora_A") and adapter_name in module.lora_A
+            for path, module in layers.items()
         }
-        if not deltas:
-            raise ValueError(f"The model has no LoRA adapter {adapter_name!r} on linear layers.")
-        if config is not None and config.core != "cp":
-            raise ValueError("from_lora makes CP factors: use core='cp'.")
         config = copy.copy(config) if config is not None else AuroraModeApproxConfig()
         config.target_modules, config.alpha = sorted(deltas), None
         unloaded: Any = model.unload()
         compressed: Any = get_peft_model(unloaded, config, adapter_name=adapter_name)
         tuner = compressed.base_model
         for group, members, stack in tuner._stacks(adapter_name, deltas):
-            weights, (P, V, U) = _parafac(stack, config.r, iterations)
             factors = members[0][1].factors
+            if not stack.any():  # an untrained part of the LoRA: V stays 0
+                continue
+            weights, (P, V, U) = _parafac(stack, config.r, iterations, starts=("svd", "random", "random"))
             factors.U(adapter_name, group).copy_(U)
             factors.aurora_mode_approx_V[adapter_name][group].copy_(V)
             factors.aurora_mode_approx_lambda_norm[adapter_name][group].copy_(weights)
@@ -316,6 +331,8 @@ class AuroraModeApproxModel(MultimodalTuner):
             ValueError: the adapters differ in matched modules or sharing, have a Tucker core, or parts that are no
                 weight updates (GQT, ICE).
         """
+        if unknown := [a for a in adapters if a not in self.peft_config]:
+            raise ValueError(f"No such adapter: {unknown}. There are {list(self.peft_config)}.")
         configs = [self.peft_config[a] for a in adapters]
         if len(adapters) != len(weights) or not adapters or adapter_name in self.peft_config:
             raise ValueError("add_weighted_adapter takes as many weights as adapters, at least one, and a new name.")
@@ -409,16 +426,25 @@ def _tower(path: str, found: Anatomy) -> str:
     return next(m.tower for m in found.matrices if m.module.startswith(path + ".") and is_cross(m.module))
 
 
-def _parafac(stack: Tensor, rank: int, iterations: int) -> tuple[Tensor, list[Tensor]]:
-    """CP of an N x d_out x d_in tensor: weights (R) and factors [P, V, U] with columns of unit norm."""
-    import tensorly as tl
+def _parafac(stack: Tensor, rank: int, iterations: int, starts: tuple[str, ...]) -> tuple[Tensor, list[Tensor]]:
+    """CP of an N x d_out x d_in tensor: weights (R) and factors [P, V, U] with columns of unit norm.
+
+    Alternating least squares ends in local minima: the best of the `starts` is taken.
+    """
     from tensorly.decomposition import parafac
 
-    with tl.backend_context("pytorch", local_threadsafe=True):
-        weights, factors = parafac(
-            stack, rank, n_iter_max=iterations, init="random", normalize_factors=True, random_state=0, tol=1e-7
-        )
-    return weights, factors
+    best: Any = None
+    least = math.inf
+    with pytorch_backend():
+        for seed, start in enumerate(starts):
+            found, errors = parafac(
+                stack.double(), rank, n_iter_max=iterations, init=start, normalize_factors=True, random_state=seed,
+                tol=1e-10, return_errors=True,
+            )  # fmt: skip
+            if best is None or float(errors[-1]) < least:
+                best, least = found, float(errors[-1])
+    weights, factors = best
+    return weights.to(stack.dtype), [f.to(stack.dtype) for f in factors]
 
 
 register("aurora_mode_approx", AuroraModeApproxConfig, AuroraModeApproxModel)

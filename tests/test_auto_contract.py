@@ -1,0 +1,79 @@
+"""The contract's core on every vision-language class that transformers' auto mappings name, whoever lists it or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from auto_families import AutoCase, Unsupported, auto_cases
+from methods import adapter, distance, stir, trace
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from peft_multimodal import AuroraModeApproxConfig, matched_modules
+
+METHODS = {"aurora_mode_approx": lambda: AuroraModeApproxConfig(r=2, alpha=4.0, dropout=0.0)}
+
+# Of different build: grouped queries, experts, an encoder-decoder, a detector, one stream, two streams.
+SAMPLE = (
+    "LlavaOnevisionForConditionalGeneration",
+    "InstructBlipForConditionalGeneration",
+    "GroupViTModel",
+    "OwlViTForObjectDetection",
+    "Pix2StructForConditionalGeneration",
+    "ViltForImageAndTextRetrieval",
+)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=str(c), marks=() if str(c) in SAMPLE else pytest.mark.full) for c in auto_cases()]
+)
+def test_core_of_the_contract(case: AutoCase, method: str, tmp_path: Path):
+    try:
+        base = case.build().requires_grad_(False)
+        inputs = case.inputs(base)
+    except Unsupported as reason:
+        pytest.skip(f"{case}: {reason}")
+
+    @torch.no_grad()
+    def run(model: nn.Module) -> torch.Tensor:
+        return case.output(model(**inputs))
+
+    expected, before = run(base), trace(base)
+    assert torch.equal(run(base), expected), "the base model isn't deterministic"
+    tolerance = 1e-6 * max(1.0, float(expected.abs().max()))
+
+    # It starts as the base model, and matches what the dry run says.
+    table = matched_modules(base, METHODS[method]())
+    assert trace(base) == before
+    model = get_peft_model(base, METHODS[method]())
+    assert {m.module for m in table} <= {path for path, _ in model.get_base_model().named_modules()}
+    assert distance(run(model), expected) <= tolerance
+
+    # Training moves its parameters and no others.
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    start = {n: p.detach().clone() for n, p in adapter(model).items()}
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(start)
+    optimizer = torch.optim.AdamW(adapter(model).values(), lr=0.01, weight_decay=0.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        case.output(model(**inputs)).square().mean().backward()
+        optimizer.step()
+    moved = {n for n, p in adapter(model).items() if not torch.equal(p, start[n])}
+    assert moved
+    assert len(moved) >= 0.5 * len(start), sorted(set(start) - moved)  # some layers never reach this output
+    assert all(torch.equal(model.get_parameter(n), p) for n, p in frozen.items())
+
+    # Saved and loaded, switched off, taken out.
+    adapted = run(stir(model))
+    assert distance(adapted, expected) > 1e-5
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(case.build(), tmp_path)
+    assert distance(run(loaded), adapted) <= tolerance
+    with model.disable_adapter():
+        assert torch.equal(run(model), expected)
+    base = model.unload()
+    assert torch.equal(run(base), expected)
+    assert trace(base) == before

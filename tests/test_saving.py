@@ -1,0 +1,166 @@
+"""`save` leaves the old adapter alone until the new one is whole; `load` says what is wrong with the files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES
+from methods import METHODS, distance, run, stir, trace, wrap
+from peft import LoraConfig, PeftModel, get_peft_model
+
+import peft_multimodal
+from peft_multimodal import load, save
+from peft_multimodal.saving import AdapterError
+
+FAMILY = FAMILIES["blip_retrieval"]
+FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_save_and_load(method: str, tmp_path: Path):
+    model = wrap(FAMILY, method)
+    folder = save(model, tmp_path / "deep" / "adapter")
+    assert folder == tmp_path / "deep" / "adapter"
+    assert set(content(folder)) == FILES
+    assert [p.name for p in folder.parent.iterdir()] == ["adapter"], "nothing temporary is left"
+    assert folder.stat().st_mode & 0o777 == 0o755
+    model.save_pretrained(tmp_path / "stock")
+    assert content(folder) == content(tmp_path / "stock")
+    for path in (folder, str(folder)):
+        assert distance(run(FAMILY, load(FAMILY.build(), path)), run(FAMILY, model)) <= 1e-6
+
+
+def test_keywords_reach_peft(tmp_path: Path):
+    model = wrap(FAMILY, "aurora_mode_approx")
+    model.add_adapter("other", METHODS["aurora_mode_approx"](FAMILY))
+    save(model, tmp_path, selected_adapters=["other"])
+    assert set(content(tmp_path)) == {"README.md", *(f"other/{name}" for name in FILES - {"README.md"})}
+    loaded = load(FAMILY.build(), tmp_path, subfolder="other", adapter_name="mine", is_trainable=True)
+    assert loaded.active_adapters == ["mine"]
+    assert any(p.requires_grad for p in loaded.parameters())
+
+
+def test_saving_over_an_adapter_replaces_it_and_keeps_the_rest(tmp_path: Path):
+    model = wrap(FAMILY, "aurora_mode_approx")
+    save(model, tmp_path)
+    (tmp_path / "trainer_state.json").write_text("{}")
+    stir(model, seed=7)
+    save(model, tmp_path)
+    assert set(content(tmp_path)) == FILES | {"trainer_state.json"}
+    assert distance(run(FAMILY, load(FAMILY.build(), tmp_path)), run(FAMILY, model)) <= 1e-6
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("moment", ["weights", "config"])
+def test_an_interrupted_save_leaves_the_old_files(error: BaseException, moment: str, tmp_path: Path, monkeypatch):
+    model = wrap(FAMILY, "aurora_mode_approx")
+    save(model, tmp_path / "adapter")
+    before = content(tmp_path)
+    stir(model, seed=7)
+
+    def interrupted(*args, **kwargs):
+        raise error
+
+    if moment == "weights":
+        monkeypatch.setattr("peft.peft_model.safe_save_file", interrupted)
+    else:
+        monkeypatch.setattr(type(model.peft_config["default"]), "save_pretrained", interrupted)
+    for target in ("adapter", "new"):
+        with pytest.raises(type(error)):
+            save(model, tmp_path / target)
+    assert content(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+    assert load(FAMILY.build(), tmp_path / "adapter")
+
+
+def test_the_config_is_replaced_last(tmp_path: Path, monkeypatch):
+    """An adapter without config is no adapter: what is half replaced is never taken for whole."""
+    model = wrap(FAMILY, "aurora_mode_approx")
+    save(model, tmp_path)
+    replaced = []
+    real = peft_multimodal.saving.os.replace
+    monkeypatch.setattr(
+        peft_multimodal.saving.os, "replace", lambda a, b: (replaced.append(Path(b).name), real(a, b))[1]
+    )
+    save(model, tmp_path)
+    assert set(replaced) == FILES
+    assert replaced[-1] == "adapter_config.json"
+
+
+# ------------------------------------------------------------------------------------------------------ damaged files
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BROKEN = {
+    "no config": (CONFIG, None, "has no adapter_config.json"),
+    "empty config": (CONFIG, b"", "is no JSON file"),
+    "half a config": (CONFIG, b'{"peft_type": "AURORA', "is no JSON file"),
+    "binary config": (CONFIG, b"\xff\xfe\x00\x80", "is no JSON file"),
+    "deep config": (CONFIG, b"[" * 100_000, "is no JSON file"),
+    **{
+        f"config is {text}": (CONFIG, text.encode(), "must hold a JSON object, not a")
+        for text in ("[]", "null", '"text"', "3")
+    },
+    "no method": (CONFIG, b"{}", "names the method None"),
+    "a method of another type": (CONFIG, b'{"peft_type": ["LORA"]}', r"names the method \['LORA'\]"),
+    "unknown method": (CONFIG, b'{"peft_type": "NONSENSE"}', "names the method 'NONSENSE'.*upgrade"),
+    "no weights": (WEIGHTS, None, "has no adapter_model.safetensors"),
+    "empty weights": (WEIGHTS, b"", "damaged or truncated"),
+    "weights are text": (WEIGHTS, b"version https://git-lfs.github.com/spec/v1\n" * 9, "damaged or truncated"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_files_are_named_before_the_model_is_touched(what: str, tmp_path: Path):
+    name, data, message = BROKEN[what]
+    wrap(FAMILY, "aurora_mode_approx").save_pretrained(tmp_path)
+    (tmp_path / name).unlink() if data is None else (tmp_path / name).write_bytes(data)
+    model = FAMILY.build()
+    before = trace(model)
+    with pytest.raises(AdapterError, match=message) as error:
+        load(model, tmp_path)
+    assert str(tmp_path) in str(error.value)
+    assert trace(model) == before
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.1, 0.5, 0.99])
+def test_truncated_weights(keep: float, tmp_path: Path):
+    wrap(FAMILY, "aurora_mode_approx").save_pretrained(tmp_path)
+    file = tmp_path / WEIGHTS
+    file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
+    with pytest.raises(AdapterError, match=r"damaged or truncated.*Save or download it again"):
+        load(FAMILY.build(), tmp_path)
+
+
+def test_a_folder_that_does_not_exist(tmp_path: Path):
+    with pytest.raises(ValueError, match="missing_adapter"):
+        load(FAMILY.build(), tmp_path / "missing_adapter")
+
+
+def test_a_stock_adapter_loads_too(tmp_path: Path):
+    model = get_peft_model(FAMILY.build(), LoraConfig(r=2, target_modules=["query"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    save(model, tmp_path)
+    loaded = load(FAMILY.build(), tmp_path)
+    assert isinstance(loaded, PeftModel)
+    assert distance(run(FAMILY, loaded), run(FAMILY, model)) <= 1e-6
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_the_config_says_about_the_adapter(method: str, tmp_path: Path):
+    save(wrap(FAMILY, method), tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["format_version"] == peft_multimodal.tuner.FORMAT_VERSION
+    assert config["package_version"] == peft_multimodal.__version__
+    assert config["base_signature"]["model_class"] == "BlipForImageTextRetrieval"
+    assert config["base_signature"]["towers"] == {"vision": [2, 48], "text": [2, 32], "fusion": [2, 32]}
+    assert config["inference_mode"] is True
