@@ -68,7 +68,7 @@ def main() -> None:
     retrieval.english_clip(), retrieval.emoji_pictures()  # made once; not counted
     started = time.perf_counter()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    rows = {"frozen base": evaluate(retrieval.load_clip()[0])}
+    rows = {"frozen base": evaluate(retrieval.load_model())}
     for name, experiment in METHODS.items():
         rows[name] = adapt(name, experiments.load("retrieval", experiment), options.steps)
     CONSOLE.print(table(rows))
@@ -80,8 +80,7 @@ def main() -> None:
 def adapt(name: str, experiment: experiments.Experiment, steps: int | None) -> Adapted:
     """Train one adapter on the new style and evaluate it."""
     set_seed(SEED)
-    base, processor = retrieval.load_clip()
-    model = get_peft_model(base, experiment.peft_config())
+    model = get_peft_model(retrieval.load_model(), experiment.peft_config())
     clock = StepClock()
     training = experiment.training | ({} if steps is None else {"max_steps": steps})
     trainer = Trainer(
@@ -97,7 +96,7 @@ def adapt(name: str, experiment: experiments.Experiment, steps: int | None) -> A
             **training,
         ),
         train_dataset=retrieval.select_pictures("train", experiment.settings["new_style"]),
-        data_collator=ImageTextCollator(processor, text_column="label_en", model=model),
+        data_collator=ImageTextCollator(retrieval.load_processor(), text_column="label_en", model=model),
         callbacks=[clock],
     )
     CONSOLE.print(f"Training {name}")
@@ -121,8 +120,7 @@ def evaluate(model: Any) -> Adapted:
 
 
 def embed(model: Any, rows: Any) -> dict[str, Tensor]:
-    _, processor = retrieval.load_clip()
-    return compute_embeddings(model, rows, ImageTextCollator(processor, text_column="label_en"))
+    return compute_embeddings(model, rows, ImageTextCollator(retrieval.load_processor(), text_column="label_en"))
 
 
 def table(rows: Mapping[str, Adapted]) -> Table:
@@ -155,8 +153,8 @@ def embed_checked(model: Any) -> dict[str, Tensor]:
 
 def reload(adapter: Path) -> None:
     """In a fresh process: embed with the base and with the adapter."""
-    base = embed_checked(retrieval.load_clip()[0])
-    adapted = embed_checked(peft_multimodal.load(retrieval.load_clip()[0], adapter))
+    base = embed_checked(retrieval.load_model())
+    adapted = embed_checked(peft_multimodal.load(retrieval.load_model(), adapter))
     torch.save({"base": base, "adapted": adapted}, FOLDER / "reloaded.pt")
 
 

@@ -94,10 +94,10 @@ ItemValues = Callable[[Record], tuple[Sequence[float], Sequence[Hashable]]]
 def paired(a: Sequence[Record], b: Sequence[Record], values: ItemValues) -> PairedDifference | None:
     """Bootstrap over test items of a's mean minus b's, each item's value being its mean over the seeds of both.
 
-    An experiment of one run (the frozen base) is compared with every seed; None where no seed is common.
+    The frozen base, which has no seeds, is compared with every one; None where two trained ones have none in common.
     """
-    seeds = {record.seed for record in a} & {record.seed for record in b}
-    if min(len(a), len(b)) > 1:
+    if parameters(a[0]) and parameters(b[0]):
+        seeds = {record.seed for record in a} & {record.seed for record in b}
         a, b = ([record for record in side if record.seed in seeds] for side in (a, b))
     if not a or not b:
         return None

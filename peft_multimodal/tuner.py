@@ -19,7 +19,13 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _ExcludedModule,
+    check_adapters_to_merge,
+    check_target_module_exists,
+)
 from torch import Tensor, nn
 
 from . import anatomy
@@ -59,6 +65,7 @@ class MultimodalConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.is_loaded = False
         self.package_version = self.package_version or __version__
         if isinstance(self.towers, str):
             self.towers = [self.towers]
@@ -90,6 +97,12 @@ class MultimodalConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, sorted(value) if isinstance(value, (list, tuple, set)) else value)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        config = super().from_pretrained(*args, **kwargs)
+        config.is_loaded = True  # its signature speaks of the base that it was trained on
+        return config
 
     def check(self, name: str, expected: str, accepts: Callable[[Any], Any]) -> None:
         """Raise the one message for a bad field unless `accepts(value)`."""
@@ -173,6 +186,7 @@ class AttachedPart(MultimodalLayer):
 
     def __init__(self) -> None:
         self.hooks: list[Any] = []
+        self.merged_adapters: list[str] = []
 
     def remove_hooks(self) -> None:
         for handle in self.hooks:
@@ -196,10 +210,11 @@ class AttachedPart(MultimodalLayer):
                     container[adapter_name] = item.to(device or reference.device, reference.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Nothing to merge: whether that is right is checked once for the whole adapter, by the tuner."""
+        """Only noted: whether the adapter may be merged is checked once for the whole of it, by the tuner."""
+        self.merged_adapters += [a for a in check_adapters_to_merge(self, adapter_names) if self.has_adapter(a)]
 
     def unmerge(self) -> None:
-        """Nothing was merged."""
+        self.merged_adapters.clear()
 
 
 class MultimodalTuner(BaseTuner):
@@ -222,6 +237,8 @@ class MultimodalTuner(BaseTuner):
         """The matrices that `config` selects in `model`, in the model's order; an error names what exists."""
         found = anatomy.describe(model)
         wanted = config.towers or None
+        if config.is_loaded and (roles := _unfold(config.base_signature)):
+            return [m for m in found.matrices if m.role in roles]  # names may have changed since, roles have not
         if config.target_modules is None:
             selected = cls.default_targets(config, found)
         elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
@@ -231,18 +248,24 @@ class MultimodalTuner(BaseTuner):
         else:
             selected = [m for m in found.matrices if check_target_module_exists(config, m.module)]
         selected = [m for m in selected if (wanted is None or m.tower in wanted) and not _left_out(config, m.module)]
+        selected = [m for m in selected if _in_layers(config, m.module)]
         if not selected:
             raise ValueError(_nothing_matched(config, found))
         return selected
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         """Match once, before anything is changed; `target_modules` stays what the user wrote."""
-        matrices = self.match(peft_config, self.model)
         found = anatomy.describe(self.model)
-        signature = {"model_class": found.model_class, "towers": found.signature()}
-        check_same_base(peft_config, signature, {m.tower for m in matrices})
+        if peft_config.is_loaded:
+            check_same_base(peft_config, found)
+        matrices = self.match(peft_config, self.model)
         self.check_model(peft_config, matrices, found)
-        peft_config.base_signature = signature
+        adapted = {m.tower for m in matrices}
+        peft_config.base_signature = {
+            "model_class": found.model_class,
+            "towers": {name: size for name, size in found.signature().items() if name in adapted},
+            "roles": _fold(matrices),
+        }
         by_module: dict[str, list[Matrix]] = {}
         for matrix in matrices:
             by_module.setdefault(matrix.module, []).append(matrix)
@@ -260,6 +283,14 @@ class MultimodalTuner(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
         else:  # taken out again: the base layer is as it was (nn.MultiheadAttention has no `weight` to hand over)
             setattr(parent, child_name, new_module)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        written = config.target_modules
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            config.target_modules = written  # PEFT writes "all-linear" out into names, which a rename would break
 
     # --- inputs of a call --------------------------------------------------------------------------------------------
 
@@ -397,11 +428,11 @@ class MatchTable:
     __repr__ = __str__
 
 
-def check_same_base(config: MultimodalConfig, signature: dict[str, Any], towers: set[str]) -> None:
-    """Refuse a base whose adapted towers differ from those that the adapter was trained on."""
+def check_same_base(config: MultimodalConfig, found: Anatomy) -> None:
+    """Refuse a base whose towers differ from those that the adapter was trained on."""
     trained = config.base_signature or {}
-    theirs, ours = trained.get("towers") or {}, signature["towers"]
-    differing = {t: (theirs[t], ours.get(t)) for t in theirs if t in towers and ours.get(t) != theirs[t]}
+    theirs, ours = trained.get("towers") or {}, found.signature()
+    differing = {t: (theirs[t], ours.get(t)) for t in theirs if ours.get(t) != theirs[t]}
     if differing:
         details = "; ".join(
             f"{t} tower: {then[0]} attentions of width {then[1]} then, "
@@ -410,9 +441,38 @@ def check_same_base(config: MultimodalConfig, signature: dict[str, Any], towers:
         )
         raise ValueError(
             f"This adapter belongs to another base: it was trained on {trained.get('model_class')} "
-            f"({config.base_model_name_or_path or 'unnamed'}), this is {signature['model_class']}. {details}. Load the base "
+            f"({config.base_model_name_or_path or 'unnamed'}), this is {found.model_class}. {details}. Load the base "
             "that the adapter's adapter_config.json names."
         )
+
+
+def _fold(matrices: list[Matrix]) -> dict[str, list[list[int]]]:
+    """Roles in short: {"vision.q": [[0, 11]]} stands for vision.q.0 to vision.q.11."""
+    folded: dict[str, list[list[int]]] = {}
+    for stem, number in sorted((m.role.rpartition(".")[0], int(m.role.rpartition(".")[2])) for m in matrices):
+        spans = folded.setdefault(stem, [])
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return folded
+
+
+def _unfold(signature: dict[str, Any] | None) -> set[str]:
+    folded = (signature or {}).get("roles") or {}
+    return {f"{stem}.{i}" for stem, spans in folded.items() for low, high in spans for i in range(low, high + 1)}
+
+
+def _in_layers(config: Any, path: str) -> bool:
+    """`layers_to_transform` for every form of `target_modules`."""
+    if config.layers_to_transform is None:
+        return True
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    for pattern in patterns or [r"[^.]*"]:
+        if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path):
+            wanted = config.layers_to_transform
+            return int(match.group(1)) in (wanted if isinstance(wanted, (list, tuple)) else [wanted])
+    return False
 
 
 def _left_out(config: Any, path: str) -> bool:

@@ -49,7 +49,10 @@ METHODS: dict[str, Callable[..., PeftConfig | None]] = {
 }
 
 CASES = [
-    (name, method) for method, config in METHODS.items() for name, family in FAMILIES.items() if config(family) is not None
+    (name, method)
+    for method, config in METHODS.items()
+    for name, family in FAMILIES.items()
+    if config(family) is not None
 ]
 
 
@@ -125,7 +128,7 @@ def stir(model: PeftModel, name: str = "default", seed: int = 0) -> PeftModel:
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapter(model, name).values():
         noise = torch.randn(parameter.shape, generator=generator)
-        parameter.add_(0.3 * noise.to(parameter))
+        parameter.add_(0.1 * noise.to(parameter))
     return model
 
 
@@ -194,4 +197,3 @@ def reload_all(folder: Path) -> dict[str, list[float]]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     print(json.dumps(reload_all(Path(sys.argv[1]))))
-

@@ -15,7 +15,7 @@ import transformers as hf
 from families import FAMILIES, VOCAB, pairs, text_tower, tiny, tower, vision_tower, wake
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from methods import adapter, distance, stir
+from methods import adapter, distance, fill, run, stir
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,21 +24,24 @@ from peft_multimodal import AuroraModeApproxConfig, AuroraModeApproxModel
 from peft_multimodal.methods.aurora_fusion import ContextBank
 from peft_multimodal.tuner import CallScope
 
-BLIP = FAMILIES["blip_retrieval"]  # vision 48 wide, text 32; two layers each
+BLIP, CLIP = FAMILIES["blip_retrieval"], FAMILIES["clip"]  # both: vision 48 wide, text 32, two layers each
+BOTH = ["query", "cross"]
 close = torch.testing.assert_close
 
 
 def adapt(base: nn.Module, *, stirred: bool = True, **config) -> PeftModel:
     model = get_peft_model(base, AuroraModeApproxConfig(**{"r": 4, "dropout": 0.0, **config}))
+    fill(BLIP, model)
     return stir(model) if stirred else model
 
 
 def factor(model: PeftModel, part: str, group: str, name: str = "default") -> nn.Parameter:
-    """U, V, lambda_norm or core of a group."""
     return getattr(model.base_model.model.aurora_mode_approx_shared, f"aurora_mode_approx_{part}")[name][group]
 
 
-def slices(model: PeftModel, path: str, shapes: list[tuple[int, int]], s: float = 1, name: str = "default") -> list[Tensor]:
+def slices(
+    model: PeftModel, path: str, shapes: list[tuple[int, int]], s: float = 1, name: str = "default"
+) -> list[Tensor]:
     """s sum_r lambda_r P_nr v_r u_r^T of each matrix (d_in, d_out) of a module, in float64."""
     P = model.get_submodule(f"base_model.model.{path}").aurora_mode_approx_P_norm[name].detach().double()
     updates = []
@@ -55,32 +58,19 @@ def dense(*args, **kwargs) -> Tensor:
     return torch.cat(slices(*args, **kwargs))
 
 
-def base_output(model: PeftModel, *args) -> Tensor:
-    with model.disable_adapter():
-        return model(*args)
-
-
 class Attention(nn.Module):
     """One head; k and v read `context` if there is any."""
 
-    def __init__(self, d_in: int = 6, d_out: int = 5) -> None:
+    def __init__(self, d_in: int = 6, d_out: int = 5, fused: bool = False) -> None:
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(d_in, d_out) for _ in "qkv")
+        names = {"qkv": 3 * d_out} if fused else dict.fromkeys(("q_proj", "k_proj", "v_proj"), d_out)
+        [self.add_module(name, nn.Linear(d_in, size)) for name, size in names.items()]
         self.out_proj = nn.Linear(d_out, d_in)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        q, k, v = self.q_proj(x), self.k_proj(context), self.v_proj(context)
-        return self.out_proj((q @ k.mT).softmax(-1) @ v)
-
-
-class Fused(Attention):
-    def __init__(self, d: int) -> None:
-        nn.Module.__init__(self)
-        self.qkv, self.out_proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        y = x if context is None else context
+        fused = hasattr(self, "qkv")
+        q, k, v = self.qkv(x).chunk(3, dim=-1) if fused else (self.q_proj(x), self.k_proj(y), self.v_proj(y))
         return self.out_proj((q @ k.mT).softmax(-1) @ v)
 
 
@@ -104,19 +94,23 @@ class Stack(nn.Module):
         return x
 
 
-class Products(TorchDispatchMode):
-    """Counts the matrix products x U (R = 4)."""
+class Watch(TorchDispatchMode):
+    """Counts the matrix products x U (R = 4), and the elements of the largest tensor that isn't a view of a parameter."""
 
     def __init__(self, model: PeftModel) -> None:
         super().__init__()
         factors = model.base_model.model.aurora_mode_approx_shared.aurora_mode_approx_U["default"]
-        self.pointers, self.count = {U.data_ptr() for U in factors.values()}, 0
+        self.U, self.known = ({t.data_ptr() for t in ts} for ts in (factors.values(), model.parameters()))
+        self.products = self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func._schema.name.partition("::")[2] in ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul"):
-            reads_U = any(isinstance(a, Tensor) and a.data_ptr() in self.pointers for a in args)
-            self.count += reads_U and out.shape[-1] == 4
+            reads_U = any(isinstance(a, Tensor) and a.data_ptr() in self.U for a in args)
+            self.products += reads_U and out.shape[-1] == 4
+        for t in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in self.known:
+                self.largest = max(self.largest, t.numel())
         return out
 
 
@@ -141,26 +135,27 @@ def checkpoint(model: PeftModel, reentrant: bool, *embeddings: str) -> None:
         model.get_base_model().get_submodule(path).register_forward_hook(lambda m, a, out: out.requires_grad_())
 
 
+def captured(module: nn.Module) -> list[Tensor]:
+    """The list that the outputs of a module's calls go into."""
+    calls: list[Tensor] = []
+    module.register_forward_hook(lambda m, a, out: calls.append(out if isinstance(out, Tensor) else out[0]))
+    return calls
+
+
 # ---------------------------------------------------------------------------------------------------- the CP algebra
 
 
-def gpt2() -> hf.PreTrainedModel:
-    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2}
-    return tiny(hf.GPT2LMHeadModel, hf.GPT2Config(**sizes, add_cross_attention=True))()
-
-
-def phi3() -> hf.PreTrainedModel:
-    return tiny(hf.Phi3ForCausalLM, hf.Phi3Config(**text_tower(32, num_key_value_heads=2)))()
-
-
+SIZES = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2}
+GPT2 = tiny(hf.GPT2LMHeadModel, hf.GPT2Config(**SIZES, add_cross_attention=True))
+PHI3 = tiny(hf.Phi3ForCausalLM, hf.Phi3Config(**text_tower(32, num_key_value_heads=2)))
 TEXT = "text_encoder.encoder.layer.1"
 PLACES = {
-    "linear": (FAMILIES["clip"].build, "text_model.encoder.layers.1.self_attn.k_proj", [(32, 32)]),
+    "linear": (CLIP.build, "text_model.encoder.layers.1.self_attn.k_proj", [(32, 32)]),
     "cross key": (BLIP.build, f"{TEXT}.crossattention.self.key", [(48, 32)]),
     "fused": (BLIP.build, "vision_model.encoder.layers.0.self_attn.qkv", [(48, 48)] * 3),
-    "fused Conv1D": (gpt2, "transformer.h.0.attn.c_attn", [(32, 32)] * 3),
-    "fused Conv1D, k and v": (gpt2, "transformer.h.0.crossattention.c_attn", [(32, 32)] * 2),
-    "fused, grouped queries": (phi3, "model.layers.0.self_attn.qkv_proj", [(32, 32), (32, 16), (32, 16)]),
+    "fused Conv1D": (GPT2, "transformer.h.0.attn.c_attn", [(32, 32)] * 3),
+    "fused Conv1D, k and v": (GPT2, "transformer.h.0.crossattention.c_attn", [(32, 32)] * 2),
+    "fused, grouped queries": (PHI3, "model.layers.0.self_attn.qkv_proj", [(32, 32), (32, 16), (32, 16)]),
 }
 
 
@@ -183,21 +178,6 @@ def test_update_is_a_sum_of_outer_products(place):
     close(weight(), W, atol=1e-6, rtol=0)
 
 
-def test_tucker_core_is_the_triple_sum():
-    model = adapt(Stack(Attention(), Attention()), core="tucker", alpha=2.0)
-    U, V, C = (factor(model, part, "6x5").detach().double() for part in ("U", "V", "core"))
-    layer = model.base_model.model.layers[1].v_proj
-    (c,) = layer.aurora_mode_approx_P_norm["default"].detach().double()
-    G = torch.zeros(4, 4, dtype=torch.float64)
-    for i in range(4):
-        for j in range(4):
-            for k in range(4):
-                G[i, j] += C[i, j, k] * c[k]
-    update, x = (0.5 * V @ G.T @ U.T).float(), torch.randn(2, 6)
-    close(layer.get_delta_weight("default"), update)
-    close(layer(x), F.linear(x, layer.base_layer.weight + update, layer.base_layer.bias))
-
-
 def count(groups: list[tuple[int, int, int]], r: int = 4) -> int:
     """(d_in + d_out) R + N R + R a group (d_in, d_out, N)."""
     return sum((d_in + d_out + n + 1) * r for d_in, d_out, n in groups)
@@ -214,31 +194,14 @@ SHARES = {
 @pytest.mark.parametrize("share", SHARES)
 def test_share(share):
     towers, modules = (["vision"], 2) if share == "global" else (None, 14)
-    model = adapt(BLIP.build(), share=share, towers=towers)
+    model, groups = adapt(BLIP.build(), share=share, towers=towers), SHARES[share]
     for part, sizes in (("U", (0,)), ("V", (1,)), ("lambda_norm", ())):
         store = getattr(model.base_model.model.aurora_mode_approx_shared, f"aurora_mode_approx_{part}")["default"]
-        expected = sorted((*(g[i] for i in sizes), 4) for g in SHARES[share])
-        assert sorted(tuple(p.shape) for p in store.values()) == expected, part
-    assert model.get_nb_trainable_parameters()[0] == count(SHARES[share])
-    assert len({p.data_ptr() for p in adapter(model).values()}) == 3 * len(SHARES[share]) + modules  # a P each
-    assert distance(BLIP.output(model(**BLIP.inputs())), BLIP.output(BLIP.build()(**BLIP.inputs()))) > 1e-3
+        assert sorted(tuple(p.shape) for p in store.values()) == sorted((*(g[i] for i in sizes), 4) for g in groups)
+    assert model.get_nb_trainable_parameters()[0] == count(groups)
+    assert len({p.data_ptr() for p in adapter(model).values()}) == 3 * len(groups) + modules  # a P each
     tucker = adapt(BLIP.build(), share=share, towers=towers, core="tucker")  # R^3 for R
-    assert tucker.get_nb_trainable_parameters()[0] == count(SHARES[share]) + len(SHARES[share]) * (4**3 - 4)
-    if share == "global":
-        with pytest.raises(ValueError, match="share='global'.*32.*48"):
-            adapt(BLIP.build(), share="global")
-
-
-def test_counts_at_full_size():
-    with torch.device("meta"):
-        blip, clip = hf.BlipForImageTextRetrieval(hf.BlipConfig()), hf.CLIPModel(hf.CLIPConfig())
-    model = get_peft_model(blip, AuroraModeApproxConfig(r=64), low_cpu_mem_usage=True)
-    assert sum(len(p) for n, p in adapter(model).items() if "P_norm" in n) == 108
-    assert model.get_nb_trainable_parameters()[0] == 105_280 == count([(768, 768, 108)], 64)
-    targets = ["q_proj", "k_proj", "v_proj", "out_proj"]
-    model = get_peft_model(clip, AuroraModeApproxConfig(r=64, target_modules=targets), low_cpu_mem_usage=True)
-    assert sum(len(p) for n, p in adapter(model).items() if "P_norm" in n) == 96
-    assert model.get_nb_trainable_parameters()[0] == 170_112 == count([(768, 768, 48), (512, 512, 48)], 64)
+    assert tucker.get_nb_trainable_parameters()[0] == count(groups) + len(groups) * (4**3 - 4)
 
 
 def test_dropout_is_of_training_and_unbiased():
@@ -253,39 +216,23 @@ def test_dropout_is_of_training_and_unbiased():
 
 
 @pytest.mark.parametrize("core", ["cp", "tucker"])
-def test_gradients_against_finite_differences(core):
-    model = adapt(Stack(Attention(4, 3)), r=2, alpha=3.0, core=core).double()
+def test_gradients_in_float64_against_finite_differences(core):
+    model = adapt(Stack(Attention(4, 3)).double(), r=2, alpha=3.0, core=core)
     names, values = zip(*adapter(model).items(), strict=True)
     assert len(names) == 3 + 3
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
-
-    def output(x: Tensor, *tensors: Tensor) -> Tensor:
-        return torch.func.functional_call(model, dict(zip(names, tensors, strict=True)), (x,))
-
-    assert torch.autograd.gradcheck(output, (x, *values))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_base_of_another_dtype(dtype):
-    x = torch.randn(2, 3, 6, dtype=dtype)
-    model = adapt(Stack(Attention()).to(dtype), stirred=False)
-    assert torch.equal(model(x), base_output(model, x))
-    assert stir(model)(x).dtype == dtype
-    layer, exact = model.base_model.model.layers[0].q_proj, dense(model, "layers.0.q_proj", [(6, 5)])
-    close((layer(x) - layer.base_layer(x)).double(), x.double() @ exact.T, atol=0.05, rtol=0.05)
-    if dtype == torch.float64:
-        close(layer.get_delta_weight("default"), exact, atol=1e-12, rtol=1e-12)
+    call = lambda x, *tensors: torch.func.functional_call(model, dict(zip(names, tensors, strict=True)), (x,))  # noqa: E731
+    assert torch.autograd.gradcheck(call, (x, *values))
+    if core == "cp":
+        exact = dense(model, "layers.0.q_proj", [(4, 3)], 1.5)
+        close(model.base_model.model.layers[0].q_proj.get_delta_weight("default"), exact, atol=1e-12, rtol=1e-12)
 
 
 def test_first_gradient_is_that_of_V_and_the_gates():
     model = adapt(BLIP.build(), stirred=False, use_gqt=True, use_ice=True)
-    model.collect_context([BLIP.text_inputs()])
     moved = {n for n, g in gradients(model, BLIP.loss(model)).items() if g.abs().max() > 0}
     assert moved == {n for n in adapter(model) if "_V." in n or "query_gate" in n or "gamma" in n}
     assert len(moved) == 3 + 2 + 1
-
-
-# ---------------------------------------------------------------------------------------------- nn.MultiheadAttention
 
 
 def merged_by_hand(model: PeftModel, widths: tuple[int, int, int] = (8, 8, 8)) -> nn.MultiheadAttention:
@@ -310,11 +257,10 @@ MASKS = (  # (B, Lq, Lk) -> attn_mask
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("kind", ["self", "cross", "one query", "other widths", "no bias"])
 def test_multihead_attention(kind, batch_first):
-    widths = (8, 6, 10) if kind == "other widths" else (8, 8, 8)
+    widths, b, lk = (8, 6, 10) if kind == "other widths" else (8, 8, 8), 3, 5
     options = {"kdim": widths[1], "vdim": widths[2], "bias": kind != "no bias", "batch_first": batch_first}
     model = adapt(Multihead(**options)).eval()
-    by_hand, b, lk = merged_by_hand(model, widths), 3, 5
-    lq = {"self": 5, "one query": 1}.get(kind, 4)
+    by_hand, lq = merged_by_hand(model, widths), {"self": 5, "one query": 1}.get(kind, 4)
     inputs = tuple(torch.randn(b, n, d) for n, d in zip((lq, lk, lk), widths, strict=True))
     inputs = (inputs[0],) * 3 if kind == "self" else inputs
     inputs = inputs if batch_first else tuple(t.transpose(0, 1) for t in inputs)
@@ -327,76 +273,50 @@ def test_multihead_attention(kind, batch_first):
             for weights in ({"need_weights": False}, {}, {"average_attn_weights": False}):
                 call = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, **weights}
                 close(model(*inputs, **call), by_hand(*inputs, **call))
-    assert distance(model(*inputs)[0], base_output(model, *inputs)[0]) > 1e-2
-
-
-def test_multihead_attention_causal_and_unbatched():
-    model = adapt(Multihead()).eval()
-    x, causal = torch.randn(5, 2, 8), torch.ones(5, 5, dtype=torch.bool).triu(1)
-    call = {"attn_mask": causal, "is_causal": True, "need_weights": False}
-    close(model(x, x, x, **call), merged_by_hand(model)(x, x, x, **call))
-    x = x[:, 0]
-    close(model(x, x, x), merged_by_hand(model)(x, x, x))
+    assert distance(model(*inputs)[0], model.base_model.model.attn.get_base_layer()(*inputs)[0]) > 1e-2
+    alone = [t[0] if batch_first else t[:, 0] for t in inputs]
+    call = {"attn_mask": torch.ones(lq, lk, dtype=torch.bool).triu(1), "is_causal": True, "need_weights": False}
+    close(model(*alone, **call), by_hand(*alone, **call))  # no batch, causal
 
 
 # ----------------------------------------------------------------------------------------------- one product x U a call
 
 
-def test_one_product_per_input():
-    """Self-attentions need one, cross-attentions two (the text's and the picture's), fused ones one."""
-    clip = FAMILIES["clip"]
-    for family, share, expected in ((clip, "per_shape", 2 + 2), (BLIP, "per_shape", 2 + 2 + 4), (clip, "none", 12)):
-        model = adapt(family.build(), share=share)
-        with Products(model) as products:
-            model(**family.inputs())
-        assert products.count == expected
-        assert_nothing_left(model)
-
-
-@pytest.mark.parametrize(("inputs", "expected"), [("xxx", 1), ("xyy", 2), ("xyz", 3)])
-def test_multihead_attention_shares_products_too(inputs, expected):
-    model, tensors = adapt(Multihead()), {name: torch.randn(3, 2, 8) for name in "xyz"}
-    with Products(model) as products:
-        model(*(tensors[i] for i in inputs))
-    assert products.count == expected
-
-
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_one_product_in_a_recomputation(reentrant):
-    family = FAMILIES["clip"]
-    model = adapt(family.build()).train()
-    expected = gradients(model, family.loss(model))
+    model = adapt(CLIP.build()).train()
+    expected = gradients(model, CLIP.loss(model))
     checkpoint(model, reentrant, "vision_model.embeddings", "text_model.embeddings")
-    with Products(model) as products:
-        loss = family.loss(model)
-        assert products.count == 2 + 2
+    with Watch(model) as watch:
+        loss = CLIP.loss(model)
+        assert watch.products == 4
         close(gradients(model, loss), expected)
-    assert products.count == 2 * (2 + 2)
+    assert watch.products == 2 * 4
     assert_nothing_left(model)
 
 
 def test_threads_do_not_meet():
-    model = adapt(Stack(Attention(), Attention()))
-    inputs = [torch.randn(2, 3 + i, 6) for i in range(4)]
-    U = factor(model, "U", "6x5")
+    model, inputs = adapt(Stack(Attention(), Attention())), [torch.randn(2, 3 + i, 6) for i in range(4)]
+    U, between, results = factor(model, "U", "6x5"), threading.Barrier(len(inputs), timeout=20), {}
     step = lambda x: (model(x), torch.autograd.grad(model(x).square().sum(), U)[0])  # noqa: E731
-    expected, results = [step(x) for x in inputs], {}
-    between = threading.Barrier(len(inputs), timeout=20)
-    for layer in model.base_model.model.layers:  # all threads stand between q and k at once
-        layer.k_proj.register_forward_pre_hook(lambda *_: [between.wait()] and None)
+    expected = {i: step(x) for i, x in enumerate(inputs)}
+
+    def wait(*_) -> None:
+        between.wait()
 
     def work(i: int) -> None:
-        with Products(model) as products:
-            results[i] = step(inputs[i])
-        assert products.count == 2 * 2
+        with Watch(model) as watch:
+            out = step(inputs[i])
+        assert watch.products == 2 * 2
         assert_nothing_left(model)
-        results[i] += ("done",)
+        results[i] = out
 
+    for layer in model.base_model.model.layers:  # all threads stand between q and k at once
+        layer.k_proj.register_forward_pre_hook(wait)
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
     [t.start() for t in threads]
     [t.join() for t in threads]
-    for i, (out, gradient) in enumerate(expected):
-        close(results[i], (out, gradient, "done"))
+    close(dict(sorted(results.items())), expected)
     assert_nothing_left(model)
 
 
@@ -405,49 +325,45 @@ def test_nothing_outlives_an_interrupted_call(error):
     def interrupt(*_):
         raise error
 
+    def cut_off(module: nn.Module, call) -> None:
+        hook = module.register_forward_pre_hook(interrupt)
+        with pytest.raises(error):
+            call()
+        hook.remove()
+
     model, x = adapt(Stack(Attention())), torch.randn(2, 3, 6)
-    layer = model.base_model.model.layers[0]
-    hook = layer.v_proj.register_forward_pre_hook(interrupt)
-    with pytest.raises(error):
-        model(x)
-    hook.remove()
+    cut_off(model.base_model.model.layers[0].v_proj, lambda: model(x))
     factor(model, "U", "6x5").data.mul_(3)
     close(model(x), model(x.clone()))  # the same x, other factors: no product of the call that was cut off
     assert_nothing_left(model)
-    blip = adapt(BLIP.build(), use_gqt=True)  # text alone after a picture that was cut off
+    blip = adapt(BLIP.build(), use_gqt=True)
     expected = blip(**BLIP.inputs(), use_itm_head=False).itm_score
-    hook = blip.base_model.model.get_submodule(TEXT).output.register_forward_pre_hook(interrupt)
-    with pytest.raises(error):
-        blip(**BLIP.inputs())
-    hook.remove()
-    assert torch.equal(blip(**BLIP.inputs(), use_itm_head=False).itm_score, expected)
+    cut_off(blip.base_model.model.get_submodule(TEXT).output, lambda: blip(**BLIP.inputs()))
+    assert torch.equal(blip(**BLIP.inputs(), use_itm_head=False).itm_score, expected)  # text alone after a picture
     assert_nothing_left(blip)
 
 
-def test_shared_products_keep_inputs_and_copies_apart():
+def test_shared_products_keep_inputs_apart():
     model = adapt(Stack(Attention(), Attention()))
-    attention = model.base_model.model.layers[0]
-    x, y = torch.randn(2, 2, 3, 6)
+    attention, (x, y) = model.base_model.model.layers[0], torch.randn(2, 2, 3, 6)
     for context in (None, x, y, x.clone(), y[:, :2], x[:, :2], x[:, :]):
         parts = []
         for name in ("q_proj", "k_proj", "v_proj"):
             base, update = getattr(attention, name).base_layer, dense(model, f"layers.0.{name}", [(6, 5)]).float()
-            parts.append(F.linear(x if name == "q_proj" or context is None else context, base.weight + update, base.bias))
+            parts.append(
+                F.linear(x if name == "q_proj" or context is None else context, base.weight + update, base.bias)
+            )
         q, k, v = parts
         close(attention(x, context), attention.out_proj((q @ k.mT).softmax(-1) @ v))
-    twin = copy.deepcopy(model)  # has its own scopes and factors
-    factor(twin, "V", "6x5").data.zero_()
-    with Products(twin) as products:
-        close(twin(x), base_output(model, x))
-    assert products.count == 2
-    assert distance(model(x), twin(x)) > 1e-2
 
 
 def test_compiled_in_one_graph_with_one_product_an_attention():
     found = []
 
     def backend(graph: torch.fx.GraphModule, inputs):
-        calls = [n for n in graph.graph.nodes if n.op == "call_function" and n.target in (operator.matmul, torch.matmul)]
+        calls = [
+            n for n in graph.graph.nodes if n.op == "call_function" and n.target in (operator.matmul, torch.matmul)
+        ]
         found.append(sum(n.meta["example_value"].shape[-1] == 4 for n in calls))
         return graph.forward
 
@@ -455,43 +371,23 @@ def test_compiled_in_one_graph_with_one_product_an_attention():
     expected = gradients(model, model(x).square().sum())
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    close(compiled(x), model(x))
-    assert found == [2]
     close(gradients(model, compiled(x).square().sum()), expected)
+    assert found == [2]
     assert_nothing_left(model)
-    clip = adapt(FAMILIES["clip"].build())
-    eager = clip(**FAMILIES["clip"].inputs()).logits_per_image
-    torch._dynamo.reset()
-    close(torch.compile(clip, fullgraph=True, backend="eager")(**FAMILIES["clip"].inputs()).logits_per_image, eager)
-
-
-class LargestNew(TorchDispatchMode):
-    """The most elements of any tensor that is made, views of parameters apart."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.known, self.largest = {p.untyped_storage().data_ptr() for p in model.parameters()}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in self.known:
-                self.largest = max(self.largest, t.numel())
-        return out
 
 
 @pytest.mark.parametrize("core", ["cp", "tucker"])
-@pytest.mark.parametrize("layer", [lambda: Attention(40, 44), lambda: Fused(40), lambda: Multihead(40)])
+@pytest.mark.parametrize("layer", [lambda: Attention(40, 44), lambda: Attention(40, 40, True), lambda: Multihead(40)])
 def test_training_step_never_makes_a_matrix(layer, core):
     model = adapt(Stack(layer()), core=core, dropout=0.1).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    with LargestNew(model) as tensors:
+    with Watch(model) as watch:
         model(torch.randn(2, 3, 40, requires_grad=True)).square().mean().backward()
         optimizer.step()
-    assert tensors.largest < 40 * 40
-    with tensors:
+    assert watch.largest < 40 * 40
+    with watch:
         next(m for m in model.modules() if hasattr(m, "get_delta_weight")).get_delta_weight("default")
-    assert tensors.largest >= 40 * 40
+    assert watch.largest >= 40 * 40
 
 
 # ------------------------------------------------------------------------------------------- algebra outside training
@@ -500,8 +396,8 @@ def test_training_step_never_makes_a_matrix(layer, core):
 def lora_of_rank(base: nn.Module, targets: list[str], rank: int) -> tuple[PeftModel, dict[str, Tensor]]:
     """A LoRA whose updates are slices of a CP tensor of that rank (A is shared, B_n = V diag(c_n)), and its updates."""
     model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)).eval()
-    factors: dict[int, Tensor] = {}
     layers = {n: m for n, m in model.get_base_model().named_modules() if len(getattr(m, "lora_A", ()))}
+    factors: dict[int, Tensor] = {}
     for module in layers.values():
         A, B = module.lora_A["default"].weight.data, module.lora_B["default"].weight.data
         d = A.shape[1]
@@ -515,43 +411,21 @@ def lora_of_rank(base: nn.Module, targets: list[str], rank: int) -> tuple[PeftMo
 @pytest.mark.parametrize(("kind", "r"), [("linear", 3), ("linear", 5), ("Conv1D", 3), ("linear", 1)])
 def test_from_lora(kind, r):
     """A CP tensor of rank 3 is recovered from rank 3 on; the errors are true at any rank."""
-    family, lossy = FAMILIES["clip"], r < 3
-    base, targets = (family.build(), ["q_proj", "k_proj", "v_proj"]) if kind == "linear" else (gpt2(), ["c_attn"])
-    inputs = family.inputs() if kind == "linear" else {"input_ids": family.inputs()["input_ids"]}
-    output = family.output if kind == "linear" else lambda out: out.logits
-    start = output(base(**inputs))
+    base, targets = (CLIP.build(), ["q_proj", "k_proj", "v_proj"]) if kind == "linear" else (GPT2(), ["c_attn"])
+    tokens = {"input_ids": CLIP.inputs()["input_ids"]}
+    output = lambda m: run(CLIP, m) if kind == "linear" else m(**tokens).logits.detach()  # noqa: E731
+    start = output(base)
     lora, deltas = lora_of_rank(base, targets, 3)
-    expected = output(lora(**inputs))
+    expected = output(lora)
     model, errors = AuroraModeApproxModel.from_lora(lora, AuroraModeApproxConfig(r=r, alpha=7.0))
     assert errors.keys() == deltas.keys()
-    assert (max(errors.values()) > 0.1) if lossy else (max(errors.values()) < 1e-3)
     for path, delta in deltas.items():
         mine = dense(model, path, [(delta.shape[1],) * 2] * (len(delta) // delta.shape[1])).float()
         assert errors[path] == pytest.approx(float((mine - delta).norm() / delta.norm()), abs=1e-5)
+        assert errors[path] > 0.05 if r < 3 else errors[path] < 1e-3
     assert not any("lora" in n for n, _ in model.named_parameters())
     assert distance(start, expected) > 0.1
-    if not lossy:
-        close(output(model.eval()(**inputs)), expected, atol=0.02, rtol=0.02)
-
-
-def test_from_lora_of_an_untrained_tower():
-    lora, deltas = lora_of_rank(FAMILIES["clip"].build(), ["q_proj"], 2)
-    for path in (p for p in deltas if "vision" in p):
-        lora.get_base_model().get_submodule(path).lora_B["default"].weight.data.zero_()
-    model, errors = AuroraModeApproxModel.from_lora(lora, AuroraModeApproxConfig(r=2))
-    assert max(errors.values()) < 1e-3
-    assert all(not dense(model, p, [(48, 48)]).any() for p in errors if "vision" in p)
-
-
-def test_from_lora_refuses():
-    lora, _ = lora_of_rank(FAMILIES["clip"].build(), ["q_proj"], 3)
-    with pytest.raises(ValueError, match="no LoRA adapter 'other'"):
-        AuroraModeApproxModel.from_lora(lora, adapter_name="other")
-    with pytest.raises(ValueError, match="core='cp'"):
-        AuroraModeApproxModel.from_lora(lora, AuroraModeApproxConfig(core="tucker"))
-    convolution = get_peft_model(FAMILIES["clip"].build(), LoraConfig(target_modules=["q_proj", "patch_embedding"]))
-    with pytest.raises(ValueError, match="patch_embedding"):  # not dropped in silence
-        AuroraModeApproxModel.from_lora(convolution)
+    assert distance(output(model.eval()), expected) > 0.1 if r < 3 else distance(output(model), expected) < 0.02
 
 
 def test_inherit_takes_the_weights_factors():
@@ -571,25 +445,19 @@ def test_inherit_takes_the_weights_factors():
     assert (cosines.abs().amax(0) > 0.9).all()
 
 
-@pytest.mark.parametrize("options", [{"r": 16}, {"share": "none"}, {"r": 1, "target_modules": ["q_proj"]}])
-def test_inherit_is_finite(options):
-    """A rank above the widths, groups of one matrix, one number in all of P."""
-    for name, value in adapter(adapt(Stack(Attention()), init_weights="inherit", stirred=False, **options)).items():
-        assert value.isfinite().all(), name
-        assert "_V." in name or value.abs().max() > 0, name
-
-
 def test_tensorly_backend_is_left_alone():
+    seen: list[str] = []
+
     def everything(own: str | None = None) -> None:
         if own:
             tensorly.set_backend(own, local_threadsafe=True)
         adapt(Stack(Attention()), init_weights="inherit").merge_and_unload()
         adapt(Stack(Attention()), core="tucker").merge_and_unload()
-        lora, _ = lora_of_rank(Stack(Attention(6, 6)), ["q_proj"], 2)
-        AuroraModeApproxModel.from_lora(lora, AuroraModeApproxConfig(r=2))
+        AuroraModeApproxModel.from_lora(
+            lora_of_rank(Stack(Attention(6, 6)), ["q_proj"], 2)[0], AuroraModeApproxConfig(r=2)
+        )
         seen.append(tensorly.get_backend())
 
-    seen: list[str] = []
     everything()
     for work in (everything, lambda: everything("pytorch"), lambda: seen.append(tensorly.get_backend())):
         thread = threading.Thread(target=work)
@@ -613,7 +481,7 @@ def test_add_weighted_adapter_is_the_exact_sum():
             close(model.base_model.model.get_submodule(path).get_delta_weight("sum"), update.float())
             module.weight.data += update.float()
     model.set_adapter("sum")
-    close(BLIP.output(model(**BLIP.inputs())), BLIP.output(by_hand(**BLIP.inputs())), atol=1e-4, rtol=1e-4)
+    close(run(BLIP, model), run(BLIP, by_hand), atol=1e-4, rtol=1e-4)
 
 
 def test_add_weighted_adapter_refuses_what_is_no_sum():
@@ -623,8 +491,13 @@ def test_add_weighted_adapter_refuses_what_is_no_sum():
         model.add_adapter(name, AuroraModeApproxConfig(r=4, **options))
         with pytest.raises(ValueError, match="Only CP adapters"):
             model.base_model.add_weighted_adapter(["default", name], [1.0, 1.0], "sum")
-    for arguments in (([], [], "sum"), (["default"], [1, 2], "sum"), (["default"], [1], "gqt"), (["nobody"], [1], "sum")):
-        with pytest.raises(ValueError, match="nobody|as many weights"):
+    for arguments in (
+        ([], [], "sum"),
+        (["default"], [1, 2], "sum"),
+        (["default"], [1], "gqt"),
+        (["nobody"], [1], "sum"),
+    ):
+        with pytest.raises(ValueError, match=r"nobody|as many weights"):
             model.base_model.add_weighted_adapter(*arguments)
     assert "sum" not in model.peft_config
 
@@ -632,72 +505,54 @@ def test_add_weighted_adapter_refuses_what_is_no_sum():
 # ------------------------------------------------------------------------------------------- gated query transformation
 
 
-def captured(module: nn.Module) -> list[Tensor]:
-    """The list that the outputs of a module's calls go into."""
-    calls: list[Tensor] = []
-    module.register_forward_hook(lambda m, a, out: calls.append(out if isinstance(out, Tensor) else out[0]))
-    return calls
-
-
-@pytest.mark.parametrize("branches", [["query"], ["query", "cross"], ["cross"]])
+@pytest.mark.parametrize("branches", [["query"], BOTH, ["cross"]])
 def test_gqt_is_the_equation(branches):
     model = adapt(BLIP.build(), stirred=False, use_gqt=True, gqt_branches=branches)
-    assert torch.equal(BLIP.output(model(**BLIP.inputs())), BLIP.output(BLIP.build()(**BLIP.inputs())))
+    assert torch.equal(run(BLIP, model), run(BLIP, BLIP.build()))
     assert model.get_nb_trainable_parameters()[0] == count(SHARES["per_shape"]) + 2 * len(branches) * (2 * 32 + 1)
     layer = stir(model).base_model.model.get_submodule(TEXT)
-    q, x, y, out = map(captured, (layer.attention, layer.crossattention, layer.output, layer))
+    q, x, out = map(captured, (layer.attention, layer.crossattention, layer))
+    before: list[Tensor] = []  # the equation's y: what the output block makes of its input, by hand
+    layer.output.register_forward_pre_hook(lambda m, a: before.append(m.LayerNorm(m.dense(a[0]) + a[1])))
     model(**BLIP.inputs())
-    expected = y[0].double().clone()
+    expected = before[0].detach().double()
     parameters = {n: v.double() for n, v in layer.aurora_mode_approx_gqt.aurora_mode_approx_gqt["default"].items()}
     for branch, kept in (("query", q[0]), ("cross", x[0])):
         if branch in branches:
-            g, s, shift = (parameters[f"{branch}_{n}_norm"] for n in ("gate", "scale", "shift"))
+            g, s, shift = (parameters[f"{branch}_{n}_norm"].detach() for n in ("gate", "scale", "shift"))
             for b, t, c in torch.cartesian_prod(*map(torch.arange, kept.shape)):
                 expected[b, t, c] += math.tanh(g) * ((1 + s[c]) * kept[b, t, c] + shift[c])
     close(out[0], expected.float())
-    assert distance(out[0], y[0]) > 0.05
-    model(**BLIP.inputs(), use_itm_head=False)  # text alone isn't fused: the layer gives what its output block gives
-    assert torch.equal(out[1], y[1])
+    assert distance(out[0], before[0]) > 0.05
+    model(**BLIP.inputs(), use_itm_head=False)  # text alone isn't fused
+    close(out[1], before[1])
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize(("name", "layers"), [("blip_vqa", 4), ("blip_captioning", 2)])
 def test_gqt_decodes_alike_with_and_without_cache(name, layers, beams):
-    family, vqa = FAMILIES[name], name == "blip_vqa"
-    options = {"use_gqt": True, "gqt_branches": ["query", "cross"], "use_ice": vqa, "ice_bank_size": 4}
-    model = adapt(family.build(), stirred=False, **options)
-    if vqa:
-        model.collect_context([family.text_inputs()])
-    gates = [p for n, p in adapter(stir(model)).items() if "gate" in n]
+    family = FAMILIES[name]
+    options = {"use_ice": name == "blip_vqa", "ice_bank_size": 4}
+    model, inputs = adapt(family.build(), use_gqt=True, gqt_branches=BOTH, **options), family.generate_inputs()
+    gates = [p for n, p in adapter(model).items() if "gate" in n]
     assert len(gates) == 2 * layers
     call = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": beams, "do_sample": False}
     call |= {"output_logits": True, "return_dict_in_generate": True}
-    cached, uncached = (model.generate(**family.generate_inputs(), use_cache=c, **call) for c in (True, False))
+    cached, uncached = (model.generate(**inputs, use_cache=c, **call) for c in (True, False))
     assert torch.equal(cached.sequences, uncached.sequences)
     close(cached.logits, uncached.logits, atol=1e-4, rtol=1e-4)
     [gate.data.zero_() for gate in gates]
-    assert distance(model.generate(**family.generate_inputs(), **call).logits[0], cached.logits[0]) > 1e-2
+    assert distance(model.generate(**inputs, **call).logits[0], cached.logits[0]) > 1e-2
 
 
-@pytest.mark.parametrize(("name", "layers"), [("blip_2", 1), ("bridgetower", 4), ("florence2", 2)])
-def test_gqt_in_other_fusion_encoders(name, layers):
-    family = FAMILIES[name]
-    model, inputs = adapt(family.build(), stirred=False, use_gqt=True, gqt_branches=["query", "cross"]), family.inputs()
-    before = family.output(model(**inputs))
-    assert torch.equal(before, family.output(family.build()(**inputs)))
-    gates = [p for n, p in adapter(model).items() if "query_gate" in n]
-    assert len(gates) == layers
-    [gate.data.fill_(1.0) for gate in gates]
-    assert distance(family.output(model(**inputs)), before) > 1e-3
-
-
-@pytest.mark.parametrize("branch", ["query", "cross"])
+@pytest.mark.parametrize("branch", BOTH)
 def test_gqt_in_a_q_former_that_reads_text_and_queries(branch):
     """The cross-attention sees the three queries alone: nothing else is transformed."""
     text = hf.OPTConfig(**text_tower(40), ffn_dim=80, word_embed_proj_dim=40)
     qformer = hf.Blip2QFormerConfig(**tower(32), vocab_size=VOCAB, encoder_hidden_size=48, use_qformer_text_input=True)
-    config = hf.Blip2Config(hf.Blip2VisionConfig(**vision_tower(48)), qformer, text, num_query_tokens=3)
-    model = adapt(tiny(hf.Blip2ForImageTextRetrieval, config)(), stirred=False, use_gqt=True, gqt_branches=[branch])
+    parts = {"vision_config": hf.Blip2VisionConfig(**vision_tower(48)), "qformer_config": qformer, "text_config": text}
+    base = tiny(hf.Blip2ForImageTextRetrieval, hf.Blip2Config(**parts, num_query_tokens=3))()
+    model = adapt(base, stirred=False, use_gqt=True, gqt_branches=[branch])
     out = captured(next(m for m in model.modules() if hasattr(m, "aurora_mode_approx_gqt") and hasattr(m, "attention")))
     for value in (0.0, 1.0):
         [p.data.fill_(value) for n, p in adapter(model).items() if "gate" in n]
@@ -709,15 +564,9 @@ def test_gqt_in_a_q_former_that_reads_text_and_queries(branch):
 @pytest.mark.parametrize("reentrant", [None, True, False])
 def test_all_parts_against_finite_differences(reentrant):
     """d loss / d theta along random directions, through CP, GQT (q reaches the layers below) and ICE together."""
-    parts = {"use_gqt": True, "gqt_branches": ["query", "cross"], "use_ice": True, "ice_bank_size": 4}
-    model = adapt(BLIP.build(), stirred=False, **parts)
-    model.collect_context([BLIP.text_inputs()])
-    stir(model).double().train()
+    model = adapt(BLIP.build(), use_gqt=True, gqt_branches=BOTH, use_ice=True, ice_bank_size=4).double().train()
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in BLIP.inputs().items()}
-
-    def loss() -> Tensor:
-        return model(**inputs).itm_score.square().sum()
-
+    loss = lambda: model(**inputs).itm_score.square().sum()  # noqa: E731
     plain = gradients(model, loss())
     if reentrant is not None:
         checkpoint(model, reentrant, "vision_model.embeddings", "text_encoder.embeddings")
@@ -728,28 +577,15 @@ def test_all_parts_against_finite_differences(reentrant):
         direction, ends = torch.randn_like(parameter), []
         for step in (1e-5, -2e-5):
             parameter.data += step * direction
-            ends.append(loss())
+            ends.append(float(loss()))
         parameter.data += 1e-5 * direction
-        slope = float(ends[0] - ends[1]) / 2e-5
-        assert float((plain[name] * direction).sum()) == pytest.approx(slope, rel=1e-4, abs=1e-6), name
+        assert float((plain[name] * direction).sum()) == pytest.approx(
+            (ends[0] - ends[1]) / 2e-5, rel=1e-4, abs=1e-6
+        ), name
         assert plain[name].any(), name
 
 
-@pytest.mark.parametrize("name", ["clip", "flava", "vilt", "llava"])
-def test_fusion_parts_need_a_fusion_encoder(name):
-    for option in ("use_gqt", "use_ice"):
-        with pytest.raises(ValueError, match=rf"{option}=True needs .*fusion encoder"):
-            adapt(FAMILIES[name].build(), **{option: True})
-    with pytest.raises(ValueError, match="use_ice=True"):
-        adapt(FAMILIES[name].build()).base_model.collect_context([])
-
-
 # ------------------------------------------------------------------------------------- informative context enhancement
-
-
-def with_bank(size: int = 8, **options) -> tuple[PeftModel, ContextBank]:
-    model = adapt(BLIP.build(), stirred=False, use_ice=True, ice_bank_size=size, **options).eval()
-    return model, bank_of(model)
 
 
 def bank_of(model: PeftModel) -> ContextBank:
@@ -764,94 +600,86 @@ def test_bank_holds_the_latest(size, pushes):
         features = torch.arange(len(pushed) + 1, len(pushed) + number + 1).float()
         pushed += features.tolist()
         bank.push(features[:, None].expand(number, 2))
-    kept = bank.texts[: int(bank.count), 0].tolist()
-    assert sorted(kept) == pushed[-size:]
+    assert sorted(bank.texts[: int(bank.count), 0].tolist()) == pushed[-size:]
     assert not bank.texts[int(bank.count) :].any()
 
 
 def test_ice_is_the_equation():
-    model, bank = with_bank()
-    start = BLIP.output(BLIP.build()(**BLIP.inputs()))
+    model, start = adapt(BLIP.build(), stirred=False, use_ice=True, ice_bank_size=8), run(BLIP, BLIP.build())
+    bank, fused = bank_of(model), captured(model.base_model.model.text_encoder)
+    assert torch.equal(run(BLIP, model), start)  # gamma = 0
     bank.gamma_norm.data.fill_(0.7)
-    assert torch.equal(BLIP.output(model(**BLIP.inputs())), start)  # the bank is empty
-    bank.push(torch.randn(5, 32))
-    fused = captured(model.base_model.model.text_encoder)
     model(**BLIP.inputs())
-    bank.gamma_norm.data.zero_()
-    assert torch.equal(BLIP.output(model(**BLIP.inputs())), start)
-    expected, T = fused[1].double().clone(), bank.texts[: int(bank.count)].double()
-    for b, t in torch.cartesian_prod(*map(torch.arange, expected.shape[:2])):
-        scores = [math.exp(float(fused[1][b, t].double() @ text) / math.sqrt(32)) for text in T]
-        for score, text in zip(scores, T, strict=True):
-            expected[b, t] += 0.7 * score / sum(scores) * text
-    close(fused[0], expected.float())
-    assert distance(*fused) > 0.05
+    bank.push(torch.randn(2, 32))
+    model(**BLIP.inputs())
+    for enhanced, size in ((fused[1], 3), (fused[2], 5)):
+        expected, T = fused[0].double().clone(), bank.texts[5 - size : 5].double()  # the newest come first
+        for b, t in torch.cartesian_prod(*map(torch.arange, expected.shape[:2])):
+            scores = [math.exp(float(fused[0][b, t].double() @ text) / math.sqrt(32)) for text in T]
+            expected[b, t] += sum(0.7 * s / sum(scores) * text for s, text in zip(scores, T, strict=True))
+        close(enhanced, expected.float())
+        assert distance(enhanced, fused[0]) > 0.05
+    bank.count.zero_()
+    bank.texts.zero_()
+    assert torch.equal(run(BLIP, model), start)  # the bank is empty
 
 
 def test_ice_scores_a_pair_alike_whoever_shares_its_batch(tmp_path):
-    model, bank = with_bank(size=4, use_gqt=True)
-    bank.push(torch.randn(3, 32))
-    inputs = BLIP.inputs()
-    start = BLIP.output(stir(model)(**inputs))
+    model, inputs = adapt(BLIP.build(), use_ice=True, ice_bank_size=4, use_gqt=True).eval(), BLIP.inputs()
+    start = run(BLIP, model)
     for i in range(3):
-        alone = BLIP.output(model(**{k: v[i : i + 1] for k, v in inputs.items()}))
-        close(alone[0], start[i], atol=1e-5, rtol=1e-5)
+        close(run(BLIP, model, **{k: v[i : i + 1] for k, v in inputs.items()})[0], start[i], atol=1e-5, rtol=1e-5)
     crossed = {**inputs, "pixel_values": inputs["pixel_values"].roll(1, 0)}  # negatives read the same bank
     both = {k: torch.cat([v, crossed[k]]) for k, v in inputs.items()}
-    expected = torch.cat([start, BLIP.output(model(**crossed))])
-    close(BLIP.output(model(**both)), expected, atol=1e-5, rtol=1e-5)
+    close(run(BLIP, model, **both), torch.cat([start, run(BLIP, model, **crossed)]), atol=1e-5, rtol=1e-5)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(BLIP.build(), tmp_path)
-    assert torch.equal(BLIP.output(again(**inputs)), start)
-    assert torch.equal(bank_of(again).texts, bank.texts)
+    assert torch.equal(run(BLIP, again), start)
+    assert torch.equal(bank_of(again).texts, bank_of(model).texts)
     assert int(bank_of(again).count) == 3
 
 
 def test_ice_bank_is_filled_by_text_alone_in_training():
-    model, bank = with_bank(size=8)
+    model = adapt(BLIP.build(), stirred=False, use_ice=True, ice_bank_size=12)
+    bank, texts = bank_of(model), captured(model.base_model.model.text_encoder)
     assert {n for n, p in bank.named_parameters() if p.requires_grad} == {"gamma_norm"}
-    texts = captured(model.base_model.model.text_encoder)
-    for mode, fused, expected in ((False, False, 0), (False, True, 0), (True, True, 0), (True, False, 3), (True, False, 6)):
+    for mode, fused, expected in (
+        (False, False, 3),
+        (False, True, 3),
+        (True, True, 3),
+        (True, False, 6),
+        (True, False, 9),
+    ):
         model.train(mode)(**BLIP.inputs(), use_itm_head=fused)
         assert int(bank.count) == expected
-    base = model.disable_adapter()
-    with base:
+    with model.disable_adapter():
         model(**BLIP.inputs(), use_itm_head=False)
-    assert int(bank.count) == 6
+    assert int(bank.count) == 9
     assert not bank.texts.requires_grad
     for mode in (False, True):  # each text goes in once
         model.train(mode)
         bank.count.zero_()
-        bank.texts.zero_()
         assert model.base_model.collect_context([BLIP.text_inputs()]) == 3
         close(bank.texts[:3].sort(0).values, texts[-1][:, 0].sort(0).values)
-        assert not bank.texts[3:].any()
-
-
-# ------------------------------------------------------------------------------------------- merging beside GQT and ICE
 
 
 @pytest.mark.parametrize("options", [{"use_gqt": True}, {"use_ice": True}, {"use_gqt": True, "use_ice": True}])
 def test_merge_is_refused_or_of_the_cp_part_alone(options):
-    model, inputs = adapt(BLIP.build(), stirred=False, **options), BLIP.inputs()
-    if "use_ice" in options:
-        model.collect_context([BLIP.text_inputs()])
-    acting, key = BLIP.output(stir(model)(**inputs)), f"{TEXT}.crossattention.self.key"
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model, key = adapt(BLIP.build(), **options), f"{TEXT}.crossattention.self.key"
+    before, acting = {k: v.clone() for k, v in model.state_dict().items()}, run(BLIP, model)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match="no weight updates.*cp_only=True"):
+        with pytest.raises(ValueError, match=r"no weight updates.*cp_only=True"):
             merge()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     model.merge_adapter(cp_only=True)
-    weight = model.base_model.model.get_submodule(key).get_base_layer().weight.double()
     expected = before[f"base_model.model.{key}.base_layer.weight"].double() + dense(model, key, [(48, 32)])
-    close(weight, expected, atol=1e-6, rtol=0)
-    close(BLIP.output(model(**inputs)), acting, atol=1e-4, rtol=1e-4)  # GQT and ICE go on
+    close(model.base_model.model.get_submodule(key).get_base_layer().weight.double(), expected, atol=1e-6, rtol=0)
+    close(run(BLIP, model), acting, atol=1e-4, rtol=1e-4)  # GQT and ICE go on
     model.unmerge_adapter()
-    close(BLIP.output(model(**inputs)), acting, atol=1e-4, rtol=1e-4)
+    close(run(BLIP, model), acting, atol=1e-4, rtol=1e-4)
     [p.data.zero_() for n, p in adapter(model).items() if "gate" in n or "gamma" in n]
-    cp_alone = BLIP.output(model(**inputs))
+    cp_alone = run(BLIP, model)
     assert distance(cp_alone, acting) > 1e-3
     bare = model.merge_and_unload(cp_only=True)
     assert not any("aurora" in n for n, _ in bare.named_modules())
-    close(BLIP.output(bare(**inputs)), cp_alone, atol=1e-4, rtol=1e-4)
+    close(run(BLIP, bare), cp_alone, atol=1e-4, rtol=1e-4)

@@ -39,6 +39,7 @@ def test_core_of_the_contract(case: AutoCase, method: str, tmp_path: Path):
 
     @torch.no_grad()
     def run(model: nn.Module) -> torch.Tensor:
+        torch.manual_seed(0)  # ViLT shuffles the patches
         return case.output(model(**inputs))
 
     expected, before = run(base), trace(base)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from families import FAMILIES, Family
+from families import FAMILIES, IMAGE, Family
 from methods import (
     CASES,
     METHODS,
@@ -51,12 +51,21 @@ def cases(*unmarked: str, only: tuple[str, ...] = (), having: str = "name") -> p
         ("family", "method"),
         [
             pytest.param(
-                FAMILIES[name], method, id=f"{name}-{method}", marks=() if name in (unmarked or name) else pytest.mark.full
+                FAMILIES[name],
+                method,
+                id=f"{name}-{method}",
+                marks=() if name in (unmarked or name) else pytest.mark.full,
             )
             for name, method in CASES
             if getattr(FAMILIES[name], having) and (not only or name in only)
         ],
     )
+
+
+def each(names: tuple[str, ...], values: list[tuple]) -> pytest.MarkDecorator:
+    """`values`, whose first entry names a family, with every method that applies to it."""
+    found = [(*value, method) for value in values for method in METHODS if (value[0], method) in CASES]
+    return pytest.mark.parametrize((*names, "method"), found)
 
 
 def frozen(family: Family) -> nn.Module:
@@ -204,7 +213,8 @@ def test_gradient_checkpointing(family: Family, method: str, reentrant: bool):
         model.get_base_model().get_submodule(path).register_forward_hook(lambda *_: calls.append(1))
     expected, without = gradients(family, model), len(calls)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()
+    if reentrant:
+        model.enable_input_require_grads()
     try:
         actual = gradients(family, model)
     except RuntimeError as error:
@@ -277,8 +287,8 @@ def test_saves_and_loads_in_bfloat16(family: Family, method: str, tmp_path: Path
     for dtype in (True, False):
         loaded = PeftModel.from_pretrained(family.build().bfloat16(), tmp_path, autocast_adapter_dtype=dtype)
         assert {p.dtype for n, p in adapter(loaded).items()} == {torch.float32 if dtype else torch.bfloat16}
-        tolerance = 1e-6 if dtype else 0.1 * float(expected.abs().max())
-        assert distance(run(family, loaded), expected) <= tolerance
+        lost = distance(run(family, frozen(family).bfloat16()), run(family, frozen(family)))
+        assert distance(run(family, loaded), expected) <= (1e-6 if dtype else 4 * lost)
 
 
 ROWS_OF_P = {
@@ -298,7 +308,9 @@ def test_exact_keys_of_the_file(family: str, tmp_path: Path):
     """The format of the file is a promise to every adapter that was ever saved."""
     prefix = "base_model.model."
     expected = {
-        f"{prefix}aurora_mode_approx_{factor}.{group}" for factor in ("U", "V", "lambda_norm") for group in GROUPS[family]
+        f"{prefix}aurora_mode_approx_{factor}.{group}"
+        for factor in ("U", "V", "lambda_norm")
+        for group in GROUPS[family]
     }
     for role in ROWS_OF_P[family]:
         tower, letters, indices = role.split(".")
@@ -341,21 +353,18 @@ def rename(model: nn.Module, names: dict[str, str]) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(
-    ("family", "names"),
-    [
-        ("clip", {"vision_model": "vision_tower", "q_proj": "query"}),
-        ("clip", {"text_model": "text_encoder", "encoder": "transformer", "self_attn": "attention"}),
-        ("blip_retrieval", {"text_encoder": "fusion_encoder", "query": "q_proj", "value": "v_proj"}),
-        ("llava", {"language_model": "text_model", "vision_tower": "vision_encoder", "q_proj": "wq"}),
-        ("qwen2_5_vl", {"visual": "vision_tower", "qkv": "qkv_proj"}),
-    ],
-)
-@pytest.mark.parametrize("method", METHODS)
-def test_an_adapter_survives_a_rename_of_modules(family: str, names: dict[str, str], method: str, tmp_path: Path):
-    family = FAMILIES[family]
-    if (family.name, method) not in CASES:
-        pytest.skip(f"{method} doesn't apply to {family.name}")
+RENAMED = [
+    ("clip", {"vision_model": "vision_tower", "q_proj": "query"}),
+    ("clip", {"text_model": "text_encoder", "encoder": "transformer", "self_attn": "attention"}),
+    ("blip_retrieval", {"text_encoder": "fusion_encoder", "query": "q_proj", "value": "v_proj"}),
+    ("llava", {"language_model": "text_model", "vision_tower": "vision_encoder", "q_proj": "wq"}),
+    ("qwen2_5_vl", {"visual": "vision_tower", "qkv": "qkv_proj"}),
+]
+
+
+@each(("name", "names"), RENAMED)
+def test_an_adapter_survives_a_rename_of_modules(name: str, names: dict[str, str], method: str, tmp_path: Path):
+    family = FAMILIES[name]
     model = wrap(family, method)
     model.save_pretrained(tmp_path)
     base = rename(family.build(), names)
@@ -487,11 +496,11 @@ def test_a_tower_that_the_model_lacks_is_named():
         wrap(FAMILIES["clip"], "aurora_mode_approx", towers=["decoder"])
 
 
-@pytest.mark.parametrize(("name", "module"), [("clip", "visual_projection"), ("llava", "multi_modal_projector")])
-@pytest.mark.parametrize("method", METHODS)
+WHOLE = [("clip", "visual_projection"), ("llava", "multi_modal_projector"), ("blip_retrieval", "itm_head")]
+
+
+@each(("name", "module"), WHOLE)
 def test_modules_to_save(name: str, module: str, method: str, tmp_path: Path):
-    if (name, method) not in CASES:
-        pytest.skip(f"{method} doesn't apply to {name}")
     family = FAMILIES[name]
     expected = run(family, frozen(family))
     model = wrap(family, method, modules_to_save=[module], target_modules="all-linear")
@@ -568,7 +577,16 @@ def audit():
     OPENED[:] = [""]
     if not hasattr(sys, MARKER):
         setattr(sys, MARKER, True)
-        events = ("open", "import", "exec", "compile", "os.system", "subprocess.Popen", "socket.getaddrinfo", "os.listdir")
+        events = (
+            "open",
+            "import",
+            "exec",
+            "compile",
+            "os.system",
+            "subprocess.Popen",
+            "socket.getaddrinfo",
+            "os.listdir",
+        )
         sys.addaudithook(lambda event, args: OPENED and event in events and OPENED.append(f"{event} {args}"))
     yield OPENED
     OPENED.clear()
@@ -625,8 +643,16 @@ def poison(weights: dict, key: str) -> None:
 
 DAMAGE = {  # damage, whether PEFT's own loading reaches our code, message
     "missing": (change_weights(lambda w, k: w.pop(k)), True, "don't fit adapter .*missing: "),
-    "extra": (change_weights(lambda w, k: w.update({f"{k}.extra": w[k].clone()})), True, "not of this adapter: .*extra"),
-    "misshapen": (change_weights(lambda w, k: w.update({k: w[k][..., :-1].clone()})), True, "has shape .*the model needs"),
+    "extra": (
+        change_weights(lambda w, k: w.update({f"{k}.extra": w[k].clone()})),
+        True,
+        "not of this adapter: .*extra",
+    ),
+    "misshapen": (
+        change_weights(lambda w, k: w.update({k: w[k][..., :-1].clone()})),
+        True,
+        "has shape .*the model needs",
+    ),
     "NaN": (change_weights(poison), True, "holds NaN"),
     "newer format": (change_config(format_version=99), True, "format 99.*Upgrade"),
     "bad value": (change_config(towers=["audio"]), True, "towers must be any of"),
@@ -661,13 +687,11 @@ def test_a_damaged_adapter_is_one_clear_error(damage: str, method: str, tmp_path
         assert torch.equal(run(family, model), before)
 
 
-@pytest.mark.parametrize(
-    ("name", "other"), [("clip", "siglip"), ("clip", "llava"), ("blip_retrieval", "blip_captioning"), ("llava", "mllama")]
-)
-@pytest.mark.parametrize("method", METHODS)
+STRANGERS = [("clip", "siglip"), ("clip", "llava"), ("blip_retrieval", "blip_captioning"), ("llava", "mllama")]
+
+
+@each(("name", "other"), STRANGERS)
 def test_an_adapter_of_another_base(name: str, other: str, method: str, tmp_path: Path):
-    if (name, method) not in CASES:
-        pytest.skip(f"{method} doesn't apply to {name}")
     wrap(FAMILIES[name], method).save_pretrained(tmp_path)
     base = frozen(FAMILIES[other])
     expected, before = run(FAMILIES[other], base), trace(base)
@@ -714,7 +738,10 @@ class Rows(torch.utils.data.Dataset):
         generator = torch.Generator().manual_seed(seed)
         tensors = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
         self.rows = [
-            {k: v[i] + (torch.randn(v[i].shape, generator=generator) if k == "pixel_values" else 0) for k, v in tensors.items()}
+            {
+                k: v[i] + (torch.randn(v[i].shape, generator=generator) if k == "pixel_values" else 0)
+                for k, v in tensors.items()
+            }
             for _ in range(copies)
             for i in range(len(batch["input_ids"]))
         ]
@@ -787,7 +814,9 @@ def test_what_the_stock_trainer_decays(family: Family, method: str, tmp_path: Pa
     decayed = {names[id(p)] for group in groups for p in group["params"] if group["weight_decay"]}
     assert {names[id(p)] for group in groups for p in group["params"]} == set(adapter(trainer.model))
     assert decayed
-    assert decayed == {n for n in adapter(trainer.model) if not NO_DECAY.search(n.split(trainer.model.base_model.prefix)[-1])}
+    assert decayed == {
+        n for n in adapter(trainer.model) if not NO_DECAY.search(n.split(trainer.model.base_model.prefix)[-1])
+    }
 
 
 @cases("clip", only=("clip", "llava"))
@@ -796,7 +825,13 @@ def test_trainer_with_gradient_checkpointing(family: Family, method: str, tmp_pa
     for reentrant in (None, False, True):
         options = {} if reentrant is None else {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
         trainer = trainer_for(
-            family, method, tmp_path, eval_strategy="no", save_strategy="no", gradient_checkpointing=bool(options), **options
+            family,
+            method,
+            tmp_path,
+            eval_strategy="no",
+            save_strategy="no",
+            gradient_checkpointing=bool(options),
+            **options,
         )
         trainer.train()
         states.append(adapter(trainer.model))
@@ -831,9 +866,9 @@ def test_half_precision(family: Family, method: str, mode: str):
         loss = out.loss if family.targets else family.output(out).square().mean()
     assert start.dtype == output.dtype == expected.dtype
     exact = run(family, wrap(family, method))
-    scale = float(exact.abs().max())
-    assert distance(start, expected) <= 0.02 * scale
-    assert distance(output, exact) <= 0.15 * scale
+    lost = distance(expected, run(family, frozen(family)))  # by the base model alone
+    assert distance(start, expected) <= lost
+    assert distance(output, exact) <= 4 * lost
     loss.backward()
     for name, parameter in adapter(model).items():
         if not silent(family, name):
@@ -876,21 +911,15 @@ def test_inductor(method: str):
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
-DO_NOT_GENERATE_UNCACHED = {"llava", "idefics3"}  # transformers drops the pixels after the first token
-
-
 @cases(having="generates")
 def test_generates_alike_with_and_without_the_cache(family: Family, method: str):
     def generate(model: nn.Module, use_cache: bool) -> list[list[int]]:
         options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "use_cache": use_cache}
+        options["suppress_tokens"] = [IMAGE, IMAGE + 1]  # a model that has learnt its language doesn't say them
         return model.generate(**family.generate_inputs(model), **options).tolist()
 
     base = frozen(family)
-    try:
-        assert generate(base, True) == generate(base, False)
-    except (AssertionError, ValueError) as error:
-        assert family.name in DO_NOT_GENERATE_UNCACHED
-        pytest.skip(f"the base model itself can't: {str(error).splitlines()[0]}")
+    assert generate(base, True) == generate(base, False)
     model = wrap(family, method)
     cached = generate(model, True)
     assert cached == generate(model, False)
@@ -966,6 +995,7 @@ def test_adapters_of_different_shape_live_together(family: Family, method: str):
     stir(model, "other")
     assert torch.equal(run(family, model), first)
     model.set_adapter("other")
+    fill(family, model)
     alone = wrap(family, method, r=2, towers=[tower], share="none")
     assert distance(run(family, model), run(family, alone)) <= 1e-5
     model.delete_adapter("default")
@@ -1050,10 +1080,10 @@ def test_merges_in_float16(family: Family, method: str):
             torch.testing.assert_close(weight.float(), exact[name], atol=5e-3, rtol=2e-3, msg=name)
 
 
-@cases("clip", "llava", "florence2")
-def test_two_active_adapters_add_up(family: Family, method: str):
-    if MERGE[method]:
-        pytest.skip("not a weight update")
+@pytest.mark.parametrize("method", [m for m, options in MERGE.items() if not options])
+@pytest.mark.parametrize("family", ["clip", "llava", "florence2"])
+def test_two_active_adapters_add_up(family: str, method: str):
+    family = FAMILIES[family]
     model = wrap(family, method)
     model.add_adapter("other", METHODS[method](family))
     stir(model, "other", seed=1)

@@ -63,7 +63,7 @@ def test_the_method_is_in_every_mapping(name: str):
     assert mapping.PEFT_TYPE_TO_PREFIX_MAPPING[name] == model.prefix == prefix
     assert getattr(peft_multimodal, config.__name__) is config
     assert {config.__name__, model.__name__} <= set(peft_multimodal.__all__)
-    with pytest.raises(KeyError, match="already registered"):
+    with pytest.raises(KeyError, match="already PEFT method"):
         register_peft_method(name=name.lower(), config_cls=config, model_cls=model)
 
 
@@ -130,14 +130,14 @@ for p in model.parameters():
 def digest(tensors):
     return hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in tensors)).hexdigest()
 
+NEW = json.loads(sys.argv[3])
 state = peft.get_peft_model_state_dict(model)
 functions = {}
 for name in sorted(dir(peft)):
     item = getattr(peft, name)
     if isinstance(item, type) and item.__module__.startswith("peft."):
-        functions[name] = {k: hex(id(type(v)) * 0) + getattr(v, "__qualname__", type(v).__name__) + getattr(v, "__module__", "") * callable(v)
-                           for k, v in vars(item).items() if not k.startswith("_abc")}
-functions["PeftType"] = sorted(m for m in peft.PeftType.__members__ if m not in ("AURORA_MODE_APPROX",))
+        functions[name] = {k: f"{getattr(v, '__module__', '')} {getattr(v, '__qualname__', type(v).__name__)}"
+                           for k, v in vars(item).items() if not k.startswith("_abc") and k not in NEW}
 mappings = {k: v.__module__ for k, v in peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING.items() if v.__module__.startswith("peft.")}
 print(json.dumps([loss.item(), sorted(state), digest(state[k] for k in sorted(state)),
                   digest([family.output(model(**family.inputs(model)))]), functions, sorted(mappings.items())]))
@@ -157,7 +157,7 @@ def test_no_stock_class_holds_our_code():
         item = getattr(peft, name)
         if inspect.isclass(item) and item.__module__.startswith("peft."):
             for key, value in vars(item).items():
-                assert not getattr(value, "__module__", "").startswith("peft_multimodal") or item is PeftType, (name, key)
+                assert not str(getattr(value, "__module__", "")).startswith("peft_multimodal"), (name, key)
 
 
 def test_the_import_stays_light():

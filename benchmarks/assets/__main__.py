@@ -13,10 +13,12 @@ NAMES = ("emoji_pictures", "animated_emoji", "easy_vqa", "dinov2_small", "minilm
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.assets", description=__doc__.split(":")[0])
-    parser.add_argument("names", nargs="*", choices=(*NAMES, "all"), metavar="NAME", help=", ".join((*NAMES, "all")))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join((*NAMES, "all")))
     names = parser.parse_args().names
+    if unknown := set(names) - {*NAMES, "all"}:
+        parser.error(f"no asset is called {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
     if not names:
-        print(f"Cache: {assets.cache_dir()}")
+        print(f"Kept in {assets.cache_dir()}:")
         for name in NAMES:
             print(f"  {name:16} {getattr(assets, name).__doc__.splitlines()[0]}")
     for name in NAMES if "all" in names else names:

@@ -30,7 +30,7 @@ COLUMNS = ("concept", "family", "label_en", "label_zh", "group", "subgroup", "sp
 
 
 def animated_emoji() -> datasets.Dataset:
-    """The animations; columns as in the module's docstring."""
+    """Eight frames of each animated emoji; columns as in the module's docstring."""
     return datasets.load_from_disk(str(build_once("animated-emoji-1", _build)), keep_in_memory=True)
 
 

@@ -38,7 +38,7 @@ FEATURES = datasets.Features(
 
 
 def easy_vqa() -> datasets.Dataset:
-    """The questions; columns as in the module's docstring."""
+    """Questions about pictures of one shape; columns as in the module's docstring."""
     return datasets.load_from_disk(str(build_once("easy-vqa-1", _build)), keep_in_memory=True)
 
 

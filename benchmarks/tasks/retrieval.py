@@ -20,8 +20,7 @@ import datasets
 import torch
 from rich.progress import track
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import ProcessorMixin, VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
+from transformers import VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
 
 from peft_multimodal.evaluation import compute_embeddings, embedding_ranks, retention
 
@@ -40,9 +39,9 @@ PROJECTIONS = re.compile(r"\b(visual|text)_projection\b")
 
 def run(experiment: Experiment, seed: int, split: Split) -> dict[str, Any]:
     """Adapt to the new style, then recall on the split's concepts in every style."""
-    model, processor = load_clip()
+    model = load_model()
     new, old, frozen = (experiment.settings[key] for key in ("new_style", "old_styles", "frozen_vision_layers"))
-    collator = KeptStatesCollator(processor)
+    collator = KeptStatesCollator(load_processor())
     styles = [new] if split == "validation" else [new, *old]
     test = {style: KeptStates(split, style, frozen) for style in styles}
     train = KeptStates("train", new, frozen) if experiment.trains else None
@@ -58,7 +57,11 @@ def run(experiment: Experiment, seed: int, split: Split) -> dict[str, Any]:
     concepts = list(select_pictures(split, new)["concept"])
     return {
         "metrics": metrics(ranks, new, old),
-        "items": {"concepts": concepts, "ranks": {style: as_lists(found) for style, found in ranks.items()}},
+        "items": {
+            "base": english_clip().name,
+            "concepts": concepts,
+            "ranks": {style: as_lists(found) for style, found in ranks.items()},
+        },
         "cost": cost,
     }
 
@@ -71,10 +74,14 @@ def score(metrics: Mapping[str, float]) -> float:
 # ---------------------------------------------------------------------------------------------------- model and data
 
 
-def load_clip() -> tuple[Any, ProcessorMixin]:
-    """The English CLIP and its processor."""
-    folder = english_clip()
-    return VisionTextDualEncoderModel.from_pretrained(folder), VisionTextDualEncoderProcessor.from_pretrained(folder)
+def load_model() -> Any:
+    """The English CLIP."""
+    return VisionTextDualEncoderModel.from_pretrained(english_clip())
+
+
+def load_processor() -> Any:
+    """Its processor."""
+    return VisionTextDualEncoderProcessor.from_pretrained(english_clip())
 
 
 def select_pictures(split: str, style: str) -> datasets.Dataset:
@@ -117,14 +124,14 @@ class KeptStatesCollator:
 @torch.inference_mode()
 def kept_states(split: str, style: str, layers: int, batch_size: int = 64) -> Tensor:
     """Outputs `(pictures, tokens, width)` of the frozen model's first vision layers, kept while the process lives."""
-    model, processor = load_clip()
+    model, processor = load_model(), load_processor()
     encoder = model.eval().vision_model.encoder
     seen: list[Tensor] = []
     encoder.layer[layers].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
     del encoder.layer[layers + 1 :]
-    loader: DataLoader[Any] = DataLoader(list(select_pictures(split, style)["image"]), batch_size, collate_fn=list)
-    for images in track(loader, f"Lower layers, {split} {style}", transient=True):
-        model.vision_model(**processor.image_processor(images, return_tensors="pt"))  # type: ignore[operator]
+    images = list(select_pictures(split, style)["image"])
+    for start in track(range(0, len(images), batch_size), f"Lower layers, {split} {style}", transient=True):
+        model.vision_model(**processor.image_processor(images[start : start + batch_size], return_tensors="pt"))
     return torch.cat(seen)
 
 

@@ -27,8 +27,8 @@ from peft_multimodal.evaluation import vqa_accuracy, vqa_scores
 
 from .. import measure, summary
 from .. import report as tables
-from ..assets import easy_vqa
 from ..assets.blip_vqa import KINDS, balanced, blip_vqa, question_length, vqa_questions
+from ..assets.easy_vqa import easy_vqa
 from ..experiment import Experiment
 from ..records import Record
 from . import Split

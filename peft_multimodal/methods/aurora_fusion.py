@@ -21,8 +21,10 @@ from .aurora_layers import AuroraModeApproxLayer
 class GatedQueryTransformation(AttachedPart, AuroraModeApproxLayer, nn.Module):
     """y' = y + tanh(g) ((1 + s_q) q + b_q), q the output of the layer's self-attention block (B x L x d).
 
-    Acts when the layer's cross-attention ran. Everything happens in hooks of the layer, hence inside the region that
-    gradient checkpointing recomputes. 2 d + 1 parameters a branch.
+    Acts where the layer's cross-attention ran. All its hooks are on children of the layer, hence inside the region that
+    gradient checkpointing recomputes (some releases of transformers checkpoint a layer's `forward`, some its `__call__`):
+    the self-attention block opens the scope, and the update is added to the output of the layer's last block, whose
+    output is the layer's, up to a residual sum. 2 d + 1 parameters a branch.
     """
 
     adapter_layer_names = ("aurora_mode_approx_gqt",)
@@ -36,15 +38,14 @@ class GatedQueryTransformation(AttachedPart, AuroraModeApproxLayer, nn.Module):
         self.scope = CallScope()
         self._layer = (layer,)
         blocks = {is_cross(a): a.removeprefix(path + ".").partition(".")[0] for a in attentions}
-        opening, closing = self.scope.attach(layer)
+        last = [child for _, child in layer.named_children() if any(True for _ in child.parameters())][-1]
+        self_attention, cross_attention = layer.get_submodule(blocks[False]), layer.get_submodule(blocks[True])
         self.hooks = [
-            opening,
-            layer.get_submodule(blocks[False]).register_forward_hook(self._keep_query),
-            layer.get_submodule(blocks[True]).register_forward_hook(self._keep_cross),
-            closing,
+            self_attention.register_forward_pre_hook(self.scope.open),
+            self_attention.register_forward_hook(self._keep_query),
+            cross_attention.register_forward_hook(self._keep_cross),
+            last.register_forward_hook(self._inject),
         ]
-        # After the closing hook was registered: PyTorch calls hooks in their order, so put this one first.
-        self.hooks.append(layer.register_forward_hook(self._inject, prepend=True))
 
     def host(self) -> nn.Module:
         return self._layer[0]
@@ -64,22 +65,20 @@ class GatedQueryTransformation(AttachedPart, AuroraModeApproxLayer, nn.Module):
     def _keep_cross(self, module: nn.Module, args: Any, output: Any) -> None:
         self.scope.values["cross"] = output[0] if isinstance(output, tuple) else output
 
-    def _inject(self, layer: nn.Module, args: Any, output: Any) -> Any:
-        adapters = self.live_adapters()
-        if not adapters or "cross" not in self.scope.values:  # text alone: nothing is fused
+    def _inject(self, last: nn.Module, args: Any, output: Tensor) -> Tensor:
+        kept = self.scope.values
+        self.scope.close()
+        if "cross" not in kept:  # text alone: nothing is fused
             return output
-        y = output[0] if isinstance(output, tuple) else output
-        length = self.scope.values["cross"].shape[1]  # a Q-Former's text tokens come after, and read no picture
-        fused = y[:, :length]
-        for adapter in adapters:
+        for adapter in self.live_adapters():
             parameters = self.aurora_mode_approx_gqt[adapter]
             for branch in ("query", "cross"):
                 if f"{branch}_gate_norm" in parameters:
                     gate, scale, shift = (parameters[f"{branch}_{n}_norm"] for n in ("gate", "scale", "shift"))
-                    kept = self.scope.values[branch][:, :length].to(scale.dtype)
-                    fused = fused + (torch.tanh(gate) * ((1 + scale) * kept + shift)).to(y.dtype)
-        y = fused if length == y.shape[1] else torch.cat([fused, y[:, length:]], dim=1)
-        return (y, *output[1:]) if isinstance(output, tuple) else y
+                    # A Q-Former's queries stand first; the text behind them reads no picture.
+                    source = kept[branch][:, : output.shape[1]].to(scale.dtype)
+                    output = output + (torch.tanh(gate) * ((1 + scale) * source + shift)).to(output.dtype)
+        return output
 
 
 class ContextBank(nn.Module):

@@ -6,7 +6,7 @@ The equations stand in `aurora_mode_approx.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -238,36 +238,37 @@ class AuroraMatrixLayer(AuroraModeApproxLayer, nn.Module):
             safe_merge: Check the result before the weight is touched; raises ValueError if it isn't finite.
             adapter_names: Default: the active ones.
         """
+        if safe_merge:
+            self.check_merge(adapter_names)
         for adapter in check_adapters_to_merge(self, adapter_names):
-            if adapter not in self.slices:
-                continue
-            weights = self._weights()
-            delta = self.get_delta_weight(adapter).to(weights[0].device)
-            if safe_merge and not all(
-                torch.isfinite(w + d.to(w.dtype)).all()
-                for w, d in zip(weights, self._split(delta, weights), strict=True)
-            ):
-                raise ValueError(
-                    f"Merging adapter {adapter!r} would give NaN or infinite weights; nothing was merged here."
-                )
-            for weight, part in zip(weights, self._split(delta, weights), strict=True):
-                weight += part.to(weight.dtype)
-            self.merged_adapters.append(adapter)
+            if adapter in self.slices:
+                for weight, part in self._weights_and_updates(adapter):
+                    weight += part
+                self.merged_adapters.append(adapter)
+
+    @torch.no_grad()
+    def check_merge(self, adapter_names: list[str] | None) -> None:
+        """Raise ValueError if merging would give weights that aren't finite; the weights are not touched."""
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            for weight, part in self._weights_and_updates(adapter) if adapter in self.slices else ():
+                if not bool(torch.isfinite(weight + part).all()):
+                    raise ValueError(
+                        f"Merging adapter {adapter!r} would give NaN or infinite weights ({self.role}); nothing was merged."
+                    )
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take the merged updates out of the base weight again."""
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
-            if adapter in self.slices:
-                weights = self._weights()
-                delta = self.get_delta_weight(adapter).to(weights[0].device)
-                for weight, part in zip(weights, self._split(delta, weights), strict=True):
-                    weight -= part.to(weight.dtype)
+            for weight, part in self._weights_and_updates(adapter) if adapter in self.slices else ():
+                weight -= part
 
-    @staticmethod
-    def _split(delta: Tensor, weights: list[Tensor]) -> Iterable[Tensor]:
-        return delta.split([w.shape[0] for w in weights])
+    def _weights_and_updates(self, adapter: str) -> list[tuple[Tensor, Tensor]]:
+        """Each base weight (a view) with its part of dW, on its device and in its dtype."""
+        weights = self._weights()
+        parts = self.get_delta_weight(adapter).split([w.shape[0] for w in weights])
+        return [(w, p.to(w.device, w.dtype)) for w, p in zip(weights, parts, strict=True)]
 
     def acting(self) -> list[str]:
         """The adapters whose update is added in this call; merged ones are in the weight already."""
@@ -321,12 +322,13 @@ class AuroraMultiheadAttention(AuroraMatrixLayer):
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         inputs = [query, key, value]
+        sources = [next(j for j in range(3) if inputs[j] is inputs[i]) for i in range(3)]
         if batched := query.dim() == 3:
             inputs = inputs if base.batch_first else [x.transpose(0, 1) for x in inputs]
         else:
             inputs = [x[None] for x in inputs]
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
-        projected = self._project(inputs, adapters)
+        projected = self._project(inputs, sources, adapters)
         q, k, v = (
             x.unflatten(-1, (base.num_heads, base.head_dim)).transpose(1, 2) for x in projected
         )  # B x h x L x d_h
@@ -344,12 +346,11 @@ class AuroraMultiheadAttention(AuroraMatrixLayer):
             return out[0], None if attention is None else attention[0]
         return out if base.batch_first else out.transpose(0, 1), attention
 
-    def _project(self, inputs: list[Tensor], adapters: list[str]) -> list[Tensor]:
-        """q, k and v (B x L x d) with the adapters' updates; equal inputs share the product x U."""
+    def _project(self, inputs: list[Tensor], sources: list[int], adapters: list[str]) -> list[Tensor]:
+        """q, k and v (B x L x d) with the adapters' updates; inputs of one source share the product x U."""
         bias: Any = self.get_base_layer().in_proj_bias
         biases = [None] * 3 if bias is None else bias.chunk(3)
         projected = [F.linear(x, w, b) for x, w, b in zip(inputs, self._weights(), biases, strict=True)]
-        sources = [next(j for j in range(3) if inputs[j] is inputs[i]) for i in range(3)]
         for adapter in adapters:
             products: dict[tuple[int, str], Tensor] = {}
             for group, first, end in self.slices[adapter].blocks:

@@ -95,7 +95,9 @@ class AuroraModeApproxConfig(MultimodalConfig):
         super().__post_init__()
         self.peft_type = PeftType("AURORA_MODE_APPROX")
         self.check_number("r", 1, integer=True)
-        self.check("alpha", "a positive number or None", lambda v: v is None or (type(v) in (int, float) and v > 0))
+        self.check(
+            "alpha", "a positive number or None", lambda v: v is None or (type(v) in (int, float) and 0 < v < math.inf)
+        )
         self.check_number("dropout", 0, 0.999)
         self.check_choice("share", SHARES)
         self.check_choice("core", ("cp", "tucker"))
@@ -365,7 +367,8 @@ class AuroraModeApproxModel(MultimodalTuner):
 
     # --- merging -----------------------------------------------------------------------------------------------------
 
-    def _refuse_merge(self, adapter_names: list[str] | None, cp_only: bool, then: str) -> None:
+    def _check_merge(self, adapter_names: list[str] | None, safe: bool, cp_only: bool, then: str) -> None:
+        """Refuse before any weight is touched."""
         for name in adapter_names or self.active_adapters:
             config = self.peft_config[name]
             if not cp_only and (config.use_gqt or config.use_ice):
@@ -374,12 +377,16 @@ class AuroraModeApproxModel(MultimodalTuner):
                     f"{'ICE' if config.use_ice else ''}, which are no weight updates and can't be merged. Keep the adapter, or "
                     f"merge the CP part alone with cp_only=True ({then})."
                 )
+        if safe:
+            for module in self.model.modules():
+                if isinstance(module, AuroraMatrixLayer):
+                    module.check_merge(adapter_names)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, cp_only: bool = False
     ) -> None:
         """Add the updates to the base weights; with `cp_only=True` GQT and ICE go on acting as they are."""
-        self._refuse_merge(adapter_names, cp_only, "GQT and ICE go on acting")
+        self._check_merge(adapter_names, safe_merge, cp_only, "GQT and ICE go on acting")
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def merge_and_unload(
@@ -390,7 +397,7 @@ class AuroraModeApproxModel(MultimodalTuner):
         cp_only: bool = False,
     ) -> nn.Module:
         """The base model with the updates in its weights; with `cp_only=True` GQT and ICE are dropped."""
-        self._refuse_merge(adapter_names, cp_only, "GQT and ICE are dropped")
+        self._check_merge(adapter_names, safe_merge, cp_only, "GQT and ICE are dropped")
         return super().merge_and_unload(progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
