@@ -213,8 +213,23 @@ def _tower_roots(model: Any, modules: dict[str, nn.Module]) -> dict[str, str]:
     text = _highest(token_embeddings, avoid=vision)
     roots = dict.fromkeys(vision, "vision")
     for path in text:
-        roots[path] = "decoder" if _predicts_tokens(model, modules, path, len(text)) else "text"
+        if halves := _encoder_and_decoder(modules, path):
+            roots |= halves
+        else:
+            roots[path] = "decoder" if _predicts_tokens(model, modules, path, len(text)) else "text"
     return roots
+
+
+def _encoder_and_decoder(modules: dict[str, nn.Module], path: str) -> dict[str, str]:
+    """The two halves of an encoder-decoder language model, which share one token embedding."""
+    tower = unwrap(modules[path])
+    if not getattr(getattr(tower, "config", None), "is_encoder_decoder", False) or not hasattr(tower, "get_decoder"):
+        return {}
+    halves = {"text": tower.get_encoder(), "decoder": tower.get_decoder()}
+    paths = {name: next((p for p, m in modules.items() if m is half), None) for name, half in halves.items()}
+    if not paths["text"] or not paths["decoder"] or path in paths.values() or paths["text"] == paths["decoder"]:
+        return {}
+    return {found: name for name, found in paths.items() if found}
 
 
 def _token_embeddings(model: Any, modules: dict[str, nn.Module]) -> list[str]:
@@ -250,11 +265,9 @@ def _highest(leaves: list[str], avoid: Iterable[str]) -> list[str]:
 
 
 def _predicts_tokens(model: Any, modules: dict[str, nn.Module], path: str, num_text: int) -> bool:
-    """Whether a text tower is a decoder: causal attention, encoder-decoder, or a head over its vocabulary."""
+    """Whether a text tower is a decoder: causal attention, or a head over its vocabulary."""
     inside = {p: m for p, m in modules.items() if is_below(p, path)}
     if any(getattr(m, "is_causal", None) is True for p, m in inside.items() if p in set(_attentions(inside))):
-        return True
-    if getattr(getattr(unwrap(modules[path]), "config", None), "is_encoder_decoder", False):
         return True
     if not (hasattr(model, "can_generate") and model.can_generate()):
         return False

@@ -39,23 +39,22 @@ def factor(model: PeftModel, part: str, group: str, name: str = "default") -> nn
     return getattr(model.base_model.model.aurora_mode_approx_shared, f"aurora_mode_approx_{part}")[name][group]
 
 
-def slices(
-    model: PeftModel, path: str, shapes: list[tuple[int, int]], s: float = 1, name: str = "default"
-) -> list[Tensor]:
-    """s sum_r lambda_r P_nr v_r u_r^T of each matrix (d_in, d_out) of a module, in float64."""
+def slices(model: PeftModel, path: str, shapes: list[tuple[int, int]], s: float = 1, name: str = "default"):
+    """s sum_qr M_rq v_r u_q^T of each matrix (d_in, d_out) of a module, in float64; M = diag(lambda P_n) or G(P_n)^T."""
     P = model.get_submodule(f"base_model.model.{path}").aurora_mode_approx_P_norm[name].detach().double()
-    updates = []
+    rank, core = P.shape[1], model.peft_config[name].core == "tucker"
     for row, (d_in, d_out) in zip(P, shapes, strict=True):
-        U, V, lam = (factor(model, p, f"{d_in}x{d_out}", name).detach().double() for p in ("U", "V", "lambda_norm"))
-        assert (U.shape, V.shape) == ((d_in, len(lam)), (d_out, len(lam)))
-        updates.append(torch.zeros(d_out, d_in, dtype=torch.float64))
-        for r in range(len(lam)):
-            updates[-1] += s * lam[r] * row[r] * torch.outer(V[:, r], U[:, r])
-    return updates
+        parts = ("U", "V", "core" if core else "lambda_norm")
+        U, V, inner = (factor(model, part, f"{d_in}x{d_out}", name).detach().double() for part in parts)
+        update = torch.zeros(d_out, d_in, dtype=torch.float64)
+        for r, q in torch.cartesian_prod(torch.arange(rank), torch.arange(rank)):
+            m = sum(inner[q, r, k] * row[k] for k in range(rank)) if core else inner[r] * row[r] * (r == q)
+            update += s * m * torch.outer(V[:, r], U[:, q])
+        yield update
 
 
 def dense(*args, **kwargs) -> Tensor:
-    return torch.cat(slices(*args, **kwargs))
+    return torch.cat(list(slices(*args, **kwargs)))
 
 
 class Attention(nn.Module):
@@ -159,10 +158,11 @@ PLACES = {
 }
 
 
+@pytest.mark.parametrize("core", ["cp", "tucker"])
 @pytest.mark.parametrize("place", PLACES)
-def test_update_is_a_sum_of_outer_products(place):
+def test_update_is_a_sum_of_outer_products(place, core):
     build, path, shapes = PLACES[place]
-    model = adapt(build(), alpha=6.0)  # s = 6 / 4
+    model = adapt(build(), alpha=6.0, core=core)  # s = 6 / 4
     layer = model.base_model.model.get_submodule(path)
     base, update = layer.get_base_layer(), dense(model, path, shapes, s=1.5)
     weight = lambda: (base.weight.detach().T if "Conv1D" in place else base.weight.detach()).double()  # noqa: E731
@@ -202,6 +202,16 @@ def test_share(share):
     assert len({p.data_ptr() for p in adapter(model).values()}) == 3 * len(groups) + modules  # a P each
     tucker = adapt(BLIP.build(), share=share, towers=towers, core="tucker")  # R^3 for R
     assert tucker.get_nb_trainable_parameters()[0] == count(groups) + len(groups) * (4**3 - 4)
+
+
+def test_counts_at_full_size():
+    with torch.device("meta"):
+        blip, clip = hf.BlipForImageTextRetrieval(hf.BlipConfig()), hf.CLIPModel(hf.CLIPConfig())
+    for base, regex, n, total in ((blip, None, 108, 105_280), (clip, r".*\.([qkv]|out)_proj", 96, 170_112)):
+        model = get_peft_model(base, AuroraModeApproxConfig(r=64, target_modules=regex), low_cpu_mem_usage=True)
+        assert sum(len(p) for name, p in adapter(model).items() if "P_norm" in name) == n
+        assert model.get_nb_trainable_parameters()[0] == total
+    assert (count([(768, 768, 108)], 64), count([(768, 768, 48), (512, 512, 48)], 64)) == (105_280, 170_112)
 
 
 def test_dropout_is_of_training_and_unbiased():
@@ -280,6 +290,24 @@ def test_multihead_attention(kind, batch_first):
 
 
 # ----------------------------------------------------------------------------------------------- one product x U a call
+
+
+CALLS = {  # self-attentions need one, cross-attentions two (the text's and the picture's), fused ones one
+    "clip": (4, CLIP.build, lambda model: model(**CLIP.inputs())),
+    "blip": (8, BLIP.build, lambda model: model(**BLIP.inputs())),
+    "multihead, self": (1, Multihead, lambda model: model(torch.randn(3, 2, 8))),
+    "multihead, cross": (2, Multihead, lambda model: model(torch.randn(3, 2, 8), *[torch.randn(4, 2, 8)] * 2)),
+    "multihead, three": (3, Multihead, lambda model: model(*torch.randn(3, 4, 2, 8))),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_one_product_per_input(name):
+    expected, build, call = CALLS[name]
+    model = adapt(build())
+    with Watch(model) as watch:
+        call(model)
+    assert watch.products == expected
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -361,9 +389,7 @@ def test_compiled_in_one_graph_with_one_product_an_attention():
     found = []
 
     def backend(graph: torch.fx.GraphModule, inputs):
-        calls = [
-            n for n in graph.graph.nodes if n.op == "call_function" and n.target in (operator.matmul, torch.matmul)
-        ]
+        calls = [n for n in graph.graph.nodes if n.target in (operator.matmul, torch.matmul)]
         found.append(sum(n.meta["example_value"].shape[-1] == 4 for n in calls))
         return graph.forward
 
@@ -425,7 +451,18 @@ def test_from_lora(kind, r):
         assert errors[path] > 0.05 if r < 3 else errors[path] < 1e-3
     assert not any("lora" in n for n, _ in model.named_parameters())
     assert distance(start, expected) > 0.1
-    assert distance(output(model.eval()), expected) > 0.1 if r < 3 else distance(output(model), expected) < 0.02
+    assert (
+        (distance(output(model.eval()), expected) > 0.1) if r < 3 else (distance(output(model.eval()), expected) < 0.02)
+    )
+
+
+def test_from_lora_of_an_untrained_tower():
+    lora, deltas = lora_of_rank(CLIP.build(), ["q_proj"], 2)
+    for path in (p for p in deltas if "vision" in p):
+        lora.get_base_model().get_submodule(path).lora_B["default"].weight.data.zero_()
+    model, errors = AuroraModeApproxModel.from_lora(lora, AuroraModeApproxConfig(r=2))
+    assert max(errors.values()) < 1e-3
+    assert all(not dense(model, p, [(48, 48)]).any() for p in errors if "vision" in p)
 
 
 def test_inherit_takes_the_weights_factors():
@@ -443,6 +480,14 @@ def test_inherit_takes_the_weights_factors():
     assert all(distance(first[n], gauss[n]) > 0.01 for n in first if "_U" in n or "_P" in n)
     cosines = F.normalize(factor(found[0], "U", "12x10"), dim=0).T @ F.normalize(U, dim=0)
     assert (cosines.abs().amax(0) > 0.9).all()
+
+
+@pytest.mark.parametrize("options", [{"r": 16}, {"share": "none"}, {"r": 1, "target_modules": ["q_proj"]}])
+def test_inherit_is_finite(options):
+    """A rank above the widths, groups of one matrix, one number in all of P."""
+    for name, value in adapter(adapt(Stack(Attention()), init_weights="inherit", stirred=False, **options)).items():
+        assert value.isfinite().all(), name
+        assert "_V." in name or value.any(), name
 
 
 def test_tensorly_backend_is_left_alone():
@@ -484,25 +529,37 @@ def test_add_weighted_adapter_is_the_exact_sum():
     close(run(BLIP, model), run(BLIP, by_hand), atol=1e-4, rtol=1e-4)
 
 
-def test_add_weighted_adapter_refuses_what_is_no_sum():
-    model = adapt(BLIP.build())
+def test_what_is_refused():
+    model, from_lora = adapt(BLIP.build()), AuroraModeApproxModel.from_lora
+    add = model.base_model.add_weighted_adapter
     others = {"gqt": {"use_gqt": True}, "ice": {"use_ice": True}, "tucker": {"core": "tucker"}}
     for name, options in {**others, "alone": {"share": "none"}, "vision": {"towers": ["vision"]}}.items():
         model.add_adapter(name, AuroraModeApproxConfig(r=4, **options))
         with pytest.raises(ValueError, match="Only CP adapters"):
-            model.base_model.add_weighted_adapter(["default", name], [1.0, 1.0], "sum")
-    for arguments in (
-        ([], [], "sum"),
-        (["default"], [1, 2], "sum"),
-        (["default"], [1], "gqt"),
-        (["nobody"], [1], "sum"),
-    ):
-        with pytest.raises(ValueError, match=r"nobody|as many weights"):
-            model.base_model.add_weighted_adapter(*arguments)
-    assert "sum" not in model.peft_config
+            add(["default", name], [1.0, 1.0], "sum")
+    lora = get_peft_model(CLIP.build(), LoraConfig(target_modules=["q_proj", "patch_embedding"]))
+    calls = [
+        ("as many weights", lambda: add([], [], "sum")),
+        ("as many weights", lambda: add(["default"], [1, 2], "sum")),
+        ("as many weights", lambda: add(["default"], [1], "gqt")),
+        ("nobody", lambda: add(["nobody"], [1], "sum")),
+        ("no LoRA adapter 'other'", lambda: from_lora(lora, adapter_name="other")),
+        ("patch_embedding", lambda: from_lora(lora)),  # a convolution isn't dropped in silence
+        (
+            "core='cp'",
+            lambda: from_lora(lora_of_rank(CLIP.build(), ["q_proj"], 3)[0], AuroraModeApproxConfig(core="tucker")),
+        ),
+        ("use_ice=True", lambda: adapt(CLIP.build()).base_model.collect_context([])),
+    ]
+    for name in ("clip", "flava", "vilt", "llava"):  # no fusion encoder
+        calls.append(("use_gqt=True needs", lambda name=name: adapt(FAMILIES[name].build(), use_gqt=True)))
+        calls.append(("use_ice=True needs", lambda name=name: adapt(FAMILIES[name].build(), use_ice=True)))
+    for message, call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
-# ------------------------------------------------------------------------------------------- gated query transformation
+# ------------------------------------------------------------------------------------- gated query, informative context
 
 
 @pytest.mark.parametrize("branches", [["query"], BOTH, ["cross"]])
@@ -545,6 +602,15 @@ def test_gqt_decodes_alike_with_and_without_cache(name, layers, beams):
     assert distance(model.generate(**inputs, **call).logits[0], cached.logits[0]) > 1e-2
 
 
+@pytest.mark.parametrize(("name", "layers"), [("blip_2", 1), ("bridgetower", 4)])
+def test_gqt_in_other_fusion_encoders(name, layers):
+    model = adapt(FAMILIES[name].build(), stirred=False, use_gqt=True, gqt_branches=BOTH)
+    gates, before = [p for n, p in adapter(model).items() if "gate" in n], run(FAMILIES[name], model)
+    assert (len(gates), distance(before, run(FAMILIES[name], FAMILIES[name].build()))) == (2 * layers, 0)
+    [gate.data.fill_(1.0) for gate in gates]
+    assert distance(run(FAMILIES[name], model), before) > 1e-3
+
+
 @pytest.mark.parametrize("branch", BOTH)
 def test_gqt_in_a_q_former_that_reads_text_and_queries(branch):
     """The cross-attention sees the three queries alone: nothing else is transformed."""
@@ -583,9 +649,6 @@ def test_all_parts_against_finite_differences(reentrant):
             (ends[0] - ends[1]) / 2e-5, rel=1e-4, abs=1e-6
         ), name
         assert plain[name].any(), name
-
-
-# ------------------------------------------------------------------------------------- informative context enhancement
 
 
 def bank_of(model: PeftModel) -> ContextBank:
@@ -643,14 +706,9 @@ def test_ice_bank_is_filled_by_text_alone_in_training():
     model = adapt(BLIP.build(), stirred=False, use_ice=True, ice_bank_size=12)
     bank, texts = bank_of(model), captured(model.base_model.model.text_encoder)
     assert {n for n, p in bank.named_parameters() if p.requires_grad} == {"gamma_norm"}
-    for mode, fused, expected in (
-        (False, False, 3),
-        (False, True, 3),
-        (True, True, 3),
-        (True, False, 6),
-        (True, False, 9),
-    ):
-        model.train(mode)(**BLIP.inputs(), use_itm_head=fused)
+    for train, fused, expected in ((0, 0, 3), (0, 1, 3), (1, 1, 3), (1, 0, 6), (1, 0, 9)):
+        model.get_base_model().train(bool(train))
+        model(**BLIP.inputs(), use_itm_head=bool(fused))
         assert int(bank.count) == expected
     with model.disable_adapter():
         model(**BLIP.inputs(), use_itm_head=False)

@@ -31,7 +31,7 @@ COLUMNS = ("concept", "family", "label_en", "label_zh", "group", "subgroup", "sp
 
 def animated_emoji() -> datasets.Dataset:
     """Eight frames of each animated emoji; columns as in the module's docstring."""
-    return datasets.load_from_disk(str(build_once("animated-emoji-1", _build)), keep_in_memory=True)
+    return datasets.load_from_disk(str(build_once("animated-emoji-2", _build)), keep_in_memory=True)
 
 
 def _build(folder: Path) -> None:
@@ -53,13 +53,13 @@ def _build(folder: Path) -> None:
 
 
 def evenly_spaced(file: Path) -> list[Image.Image] | None:
-    """`FRAMES` frames from the first to the last, or None for a file with fewer."""
+    """`FRAMES` frames spread over the loop from its first frame on, or None for a file with fewer."""
     with Image.open(file) as animation:
         total = getattr(animation, "n_frames", 1)
         if total < FRAMES:
             return None
         frames = []
         for index in range(FRAMES):
-            animation.seek(index * (total - 1) // (FRAMES - 1))
+            animation.seek(index * total // FRAMES)
             frames.append(on_white(animation))
         return frames

@@ -38,6 +38,7 @@ from .towers import dinov2_small, minilm
 
 KINDS = ("colour", "shape", "has colour", "has shape")
 """What is asked: to name the colour or the shape, or whether there is a given one."""
+NEGATION = {"not", "no"}
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def vqa_questions(settings: Settings = Settings()) -> datasets.Dataset:
 
     kinds, parts = [], []
     for picture, question, answer in zip(rows["image_id"], rows["question"], rows["answer"], strict=True):
-        words = set(question.rstrip("?").split())
+        words = words_in(question)
         found = {colour in new for colour in (words & colours) | ({shown[picture]} if picture in shown else set())}
         known = picture in shown and len(found) == 1
         parts.append(("new" if found.pop() else "old") if known else "mixed")
@@ -86,28 +87,30 @@ def vqa_questions(settings: Settings = Settings()) -> datasets.Dataset:
     return rows.filter(lambda part: part != "mixed", input_columns="colours")
 
 
+def words_in(question: str) -> set[str]:
+    return set(question.rstrip("?").split())
+
+
 def words_of(questions: Sequence[str], answers: Sequence[str]) -> tuple[set[str], set[str]]:
     """The names of the colours and of the shapes, by the questions that they answer."""
-    colours, shapes = set(), set()
+    colours: set[str] = set()
+    shapes: set[str] = set()
     for question, answer in zip(questions, answers, strict=True):
         if question.startswith("what"):
-            (colours if "color" in question.split() else shapes).add(answer)
+            (colours if "color" in words_in(question) else shapes).add(answer)
     return colours, shapes
 
 
 def colour_of_pictures(
     pictures: Sequence[str], questions: Sequence[str], answers: Sequence[str], colours: set[str]
 ) -> dict[str, str]:
-    """The colour of each picture whose questions and answers tell it."""
+    """The colour of each picture whose questions, none of them negated, and answers tell it."""
     shown = {}
     for picture, question, answer in zip(pictures, questions, answers, strict=True):
-        words = question.rstrip("?").split()
-        named = next((word for word in words if word in colours), None)
-        denied = "not" in words or "no" in words
         if answer in colours:
             shown[picture] = answer
-        elif named and (question.startswith("what") or answer == ("no" if denied else "yes")):
-            shown[picture] = named
+        elif answer != "no" and (named := words_in(question) & colours):
+            shown[picture] = named.pop()
     return shown
 
 
@@ -131,9 +134,9 @@ def balanced(rows: datasets.Dataset, size: int, rng: random.Random) -> datasets.
 # --- the towers in BLIP's classes ------------------------------------------------------------------------------------
 
 
-def assemble(image_size: int) -> tuple[BlipForQuestionAnswering, BlipProcessor]:
+def assemble(image_size: int) -> tuple[Any, Any]:
     """The untrained model, whose vision tower is DINOv2 exactly, and its processor."""
-    vision = Dinov2Model.from_pretrained(dinov2_small())
+    vision: Any = Dinov2Model.from_pretrained(dinov2_small())
     text = BertModel.from_pretrained(minilm())
     tokenizer = AutoTokenizer.from_pretrained(minilm())
     config = BlipConfig(
@@ -161,7 +164,7 @@ def assemble(image_size: int) -> tuple[BlipForQuestionAnswering, BlipProcessor]:
             "pad_token_id": tokenizer.pad_token_id,
         },
     )  # fmt: skip
-    model = BlipForQuestionAnswering(config)
+    model: Any = BlipForQuestionAnswering(config)
     side = image_size // vision.config.patch_size
     model.vision_model.load_state_dict(vision_weights(vision, side))
     for tower in (model.text_encoder, model.text_decoder.bert):
@@ -183,7 +186,7 @@ def assemble(image_size: int) -> tuple[BlipForQuestionAnswering, BlipProcessor]:
 
 
 @torch.no_grad()
-def vision_weights(dino: Dinov2Model, side: int) -> dict[str, Tensor]:
+def vision_weights(dino: Any, side: int) -> dict[str, Tensor]:
     """DINOv2's weights as those of a `BlipVisionModel` for `side` x `side` patches, the layer scales multiplied in."""
     found = dino.state_dict()
     grid = torch.empty(1, side * side + 1, dino.config.hidden_size)
@@ -258,9 +261,7 @@ def question_length(tokenizer: Any) -> int:
     return max(map(len, tokenizer(sorted(set(easy_vqa()["question"])))["input_ids"]))
 
 
-def encode_pictures(
-    model: BlipForQuestionAnswering, processor: BlipProcessor, rows: datasets.Dataset
-) -> dict[str, Tensor]:
+def encode_pictures(model: Any, processor: Any, rows: datasets.Dataset) -> dict[str, Tensor]:
     """The vision tower's states `(patches + 1, width)` of each picture of `rows`, by its `image_id`."""
     first = {picture: index for index, picture in enumerate(rows["image_id"])}
     names, states = list(first), []
@@ -272,9 +273,7 @@ def encode_pictures(
     return dict(zip(names, torch.cat(states), strict=True))
 
 
-def train_text(
-    model: BlipForQuestionAnswering, processor: BlipProcessor, rows: datasets.Dataset, settings: Settings
-) -> None:
+def train_text(model: Any, processor: Any, rows: datasets.Dataset, settings: Settings) -> None:
     """One pass over `rows` with the answers' cross-entropy: text encoder, decoder and its head."""
     states = encode_pictures(model, processor, rows)
     length = question_length(processor.tokenizer)
@@ -312,13 +311,11 @@ def train_text(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 20 == 0:
-            CONSOLE.print(step, round(loss.item(), 4))
     model.eval()
 
 
 @torch.inference_mode()
-def accuracy(model: BlipForQuestionAnswering, processor: BlipProcessor, rows: datasets.Dataset) -> dict[str, float]:
+def accuracy(model: Any, processor: Any, rows: datasets.Dataset) -> dict[str, float]:
     """Share in per cent of the questions of each kind whose generated answer is right."""
     length, right = question_length(processor.tokenizer), defaultdict(list)
     for batch in rows.batch(64):

@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -35,9 +36,15 @@ from transformers import (
     VisionTextDualEncoderProcessor,
 )
 
+from peft_multimodal.evaluation import retrieval_recall
+
 from .fetch import CONSOLE, build_once
 from .pictures import OLD_STYLES, SIZE, STYLES, emoji_pictures
 from .towers import dinov2_small, minilm
+
+
+Recalls = dict[str, dict[str, dict[str, float]]]
+"""By split, style and name."""
 
 
 @dataclass(frozen=True)
@@ -75,27 +82,23 @@ def _build(folder: Path, settings: Settings) -> None:
     model = VisionTextDualEncoderModel(config, vision_model, text_model).eval()
 
     train = [rows_of(pictures, "train", style) for style in OLD_STYLES]
-    names, tags = train[0]["label_en"], train[0]["tags_en"]
-    captions = [list(names)] * settings.name_weight
-    captions += [[caption(*pair, rng) for pair in zip(names, tags, strict=True)] for _ in range(settings.captions)]
-    views = [list(rows["image"]) for rows in train]
-    views += [[augmented(picture, rng) for picture in view] for view in views for _ in range(settings.views)]
+    captions = captions_of(train[0], settings, rng)
+    views = views_of(train, settings, rng)
     model.visual_projection.weight.data, model.text_projection.weight.data = canonical_projections(
         torch.stack([encode_pictures(model, processor, view) for view in track(views, "Encoding", console=CONSOLE)]),
         torch.stack([encode_texts(model, processor, texts) for texts in captions]),
         settings,
     )
-    similarities = [similarity(model, processor, rows_of(pictures, "validation", style)) for style in OLD_STYLES]
-    model.logit_scale.data.fill_(best_logit_scale(similarities))
+    galleries = [embed(model, processor, rows_of(pictures, "validation", style)) for style in OLD_STYLES]
+    model.logit_scale.data.fill_(best_logit_scale([texts @ images.T for images, texts in galleries]))
 
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     recalls = {split: evaluate(model, processor, pictures, split) for split in ("validation", "test")}
-    seconds = round(time.perf_counter() - started, 1)
-    report = {"settings": asdict(settings), "recall": recalls, "build_seconds": seconds}
+    report = report_of(settings, recalls, started)
     (folder / "assembly.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    means = {split: {style: row["mean"] for style, row in styles.items()} for split, styles in recalls.items()}
-    CONSOLE.print(f"English CLIP assembled in {seconds:.0f} s; mean recall in per cent:", means)
+    means = {split: {style: row["mean_recall"] for style, row in styles.items()} for split, styles in recalls.items()}
+    CONSOLE.print(f"English CLIP assembled in {report['build_seconds']:.0f} s; mean recall in per cent:", means)
 
 
 def rows_of(pictures: datasets.Dataset, split: str, style: str) -> datasets.Dataset:
@@ -112,6 +115,19 @@ def image_processor() -> BitImageProcessorPil:
         image_mean=[0.485, 0.456, 0.406],
         image_std=[0.229, 0.224, 0.225],
     )
+
+
+def captions_of(rows: datasets.Dataset, settings: Settings, rng: random.Random) -> list[list[str]]:
+    """The rows' names, as often as `settings.name_weight` says, and their sampled captions."""
+    names, tags = rows["label_en"], rows["tags_en"]
+    sampled = [[caption(*pair, rng) for pair in zip(names, tags, strict=True)] for _ in range(settings.captions)]
+    return [list(names)] * settings.name_weight + sampled
+
+
+def views_of(styles: Sequence[datasets.Dataset], settings: Settings, rng: random.Random) -> list[list[Image.Image]]:
+    """Every style's pictures as they are, and `settings.views` augmented views of each."""
+    views = [list(rows["image"]) for rows in styles]
+    return views + [[augmented(picture, rng) for picture in view] for view in views for _ in range(settings.views)]
 
 
 def augmented(picture: Image.Image, rng: random.Random) -> Image.Image:
@@ -190,13 +206,13 @@ def canonical_projections(
 
 
 @torch.inference_mode()
-def similarity(
+def embed(
     model: VisionTextDualEncoderModel, processor: VisionTextDualEncoderProcessor, rows: datasets.Dataset
-) -> torch.Tensor:
-    """Cosines of the rows' English names (down) with their pictures (across)."""
-    texts = model.text_projection(encode_texts(model, processor, list(rows["label_en"])))
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows' pictures and their English names, projected and of unit length: `(rows, dim)` each."""
     images = model.visual_projection(encode_pictures(model, processor, list(rows["image"])))
-    return F.normalize(texts, dim=-1) @ F.normalize(images, dim=-1).T
+    texts = model.text_projection(encode_texts(model, processor, list(rows["label_en"])))
+    return F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
 
 
 def best_logit_scale(similarities: Sequence[torch.Tensor]) -> float:
@@ -217,13 +233,13 @@ def evaluate(
     model: VisionTextDualEncoderModel, processor: VisionTextDualEncoderProcessor, pictures: datasets.Dataset, split: str
 ) -> dict[str, dict[str, float]]:
     """Recalls of the split's English names against its pictures, for each style by itself."""
-    return {style: recall(similarity(model, processor, rows_of(pictures, split, style))) for style in STYLES}
+    return {style: retrieval_recall(*embed(model, processor, rows_of(pictures, split, style))) for style in STYLES}
 
 
-def recall(text_by_image: torch.Tensor) -> dict[str, float]:
-    """R@1, R@5, R@10 in per cent in both directions and their mean, the pairs being on the diagonal."""
-    result: dict[str, float] = {}
-    for direction, scores in (("text_to_image", text_by_image), ("image_to_text", text_by_image.T)):
-        rank = (scores > scores.diagonal()[:, None]).sum(dim=1)
-        result |= {f"{direction}_R@{k}": 100 * (rank < k).float().mean().item() for k in (1, 5, 10)}
-    return {name: round(value, 2) for name, value in {**result, "mean": sum(result.values()) / len(result)}.items()}
+def report_of(settings: Any, recalls: Recalls, started: float) -> dict[str, Any]:
+    """What `assembly.json` says."""
+    rounded = {
+        split: {style: {name: round(value, 2) for name, value in row.items()} for style, row in styles.items()}
+        for split, styles in recalls.items()
+    }
+    return {"settings": asdict(settings), "recall": rounded, "build_seconds": round(time.perf_counter() - started, 1)}

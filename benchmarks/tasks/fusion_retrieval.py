@@ -60,7 +60,8 @@ def run(experiment: Experiment, seed: int, split: Split) -> dict[str, Any]:
     }
     ranks = {style: ranks_of(found) for style, found in embeds.items()}
     matcher = Matcher(model, collator, test[new], settings["eval_batch_size"])
-    reranked = rerank_recall(**embeds[new], score=matcher, ks=KS, candidates=settings["candidates"])
+    images, texts = (embeds[new][f"{side}_embeds"] for side in ("image", "text"))
+    reranked = rerank_recall(images, texts, matcher, ks=KS, candidates=settings["candidates"])
     metrics = {f"new_{name}": value for name, value in recalls(ranks[new]).items()}
     metrics |= {f"reranked_{name}": value for name, value in reranked.items()}
     if split == "test":

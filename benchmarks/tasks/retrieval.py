@@ -84,6 +84,11 @@ def load_processor() -> Any:
     return VisionTextDualEncoderProcessor.from_pretrained(english_clip())
 
 
+def load_clip() -> tuple[Any, Any]:
+    """Both."""
+    return load_model(), load_processor()
+
+
 def select_pictures(split: str, style: str) -> datasets.Dataset:
     """The pictures of one split in one style, a row a concept, always in the same order."""
     return _pictures().filter(lambda s, t: s == split and t == style, input_columns=["split", "style"])

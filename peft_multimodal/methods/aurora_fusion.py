@@ -147,7 +147,7 @@ class InformativeContext(AttachedPart, AuroraModeApproxLayer, nn.Module):
         for adapter in adapters:
             bank = self.aurora_mode_approx_ice[adapter]
             if picture is None:
-                if self.training:
+                if encoder.training:
                     bank.push(fused[:, 0].detach())
             else:
                 fused = fused + bank.context(fused)

@@ -180,6 +180,7 @@ class AuroraModeApproxModel(MultimodalTuner):
         letters = "".join(m.letter for m in matrices)
         layer.role = matrices[0].role.replace(f".{matrices[0].letter}.", f".{letters}.")
         layer.update_layer(adapter_name, peft_config, matrices)
+        layer.train(target.training)  # no dropout in a model that stands in eval mode
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
