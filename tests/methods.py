@@ -21,7 +21,6 @@ from families import FAMILIES, Family
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-
 from peft_multimodal import AuroraModeApproxConfig
 
 R = 4

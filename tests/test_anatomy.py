@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_every_linear_module_is_found_once(family: Family):
     for module in {m.module for m in found}:  # the rows of a fused projection cover it without gap or overlap
         rows = sorted(m.rows for m in found if m.module == module)
         assert rows[0][0] == 0
-        assert all(a[1] == b[0] for a, b in zip(rows, rows[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in pairwise(rows))
 
 
 @EVERY

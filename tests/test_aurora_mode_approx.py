@@ -12,7 +12,7 @@ import tensorly
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from families import FAMILIES, VOCAB, pairs, text_tower, tiny, tower, vision_tower, wake
+from families import FAMILIES, VOCAB, blip_config, pairs, text_tower, tiny, tower, vision_tower, wake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from methods import adapter, distance, fill, run, stir
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_multimodal import AuroraModeApproxConfig, AuroraModeApproxModel
-from peft_multimodal.methods.aurora_fusion import ContextBank
+from peft_multimodal.methods.aurora_fusion import ContextBank, GatedQueryTransformation
 from peft_multimodal.tuner import CallScope
 
 BLIP, CLIP = FAMILIES["blip_retrieval"], FAMILIES["clip"]  # both: vision 48 wide, text 32, two layers each
@@ -602,13 +602,49 @@ def test_gqt_decodes_alike_with_and_without_cache(name, layers, beams):
     assert distance(model.generate(**inputs, **call).logits[0], cached.logits[0]) > 1e-2
 
 
-@pytest.mark.parametrize(("name", "layers"), [("blip_2", 1), ("bridgetower", 4)])
-def test_gqt_in_other_fusion_encoders(name, layers):
-    model = adapt(FAMILIES[name].build(), stirred=False, use_gqt=True, gqt_branches=BOTH)
-    gates, before = [p for n, p in adapter(model).items() if "gate" in n], run(FAMILIES[name], model)
-    assert (len(gates), distance(before, run(FAMILIES[name], FAMILIES[name].build()))) == (2 * layers, 0)
-    [gate.data.fill_(1.0) for gate in gates]
-    assert distance(run(FAMILIES[name], model), before) > 1e-3
+def donut() -> tuple[hf.PreTrainedModel, dict[str, Tensor]]:
+    """A decoder that normalises before its blocks: its last child makes no output."""
+    text = hf.MBartConfig(
+        **{
+            f"{part}_{name}": n
+            for part in ("encoder", "decoder")
+            for name, n in (("layers", 2), ("attention_heads", 4))
+        },
+        **{"vocab_size": VOCAB, "d_model": 32, "decoder_ffn_dim": 64, "pad_token_id": 0, "max_position_embeddings": 64},
+    )
+    config = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(hf.ViTConfig(**vision_tower(48)), text)
+    inputs = pairs()()
+    return tiny(hf.VisionEncoderDecoderModel, config)(), {
+        "pixel_values": inputs["pixel_values"],
+        "decoder_input_ids": inputs["input_ids"],
+    }
+
+
+def blip_in_chunks() -> tuple[hf.PreTrainedModel, dict[str, Tensor]]:
+    config = blip_config()
+    config.text_config.chunk_size_feed_forward = 1
+    return tiny(hf.BlipForImageTextRetrieval, config)(), BLIP.inputs()
+
+
+OTHERS = {n: lambda n=n: (FAMILIES[n].build(), FAMILIES[n].inputs()) for n in ("blip_2", "bridgetower", "florence2")}
+OTHERS |= {"donut": donut, "blip_in_chunks": blip_in_chunks}
+LAYERS = {"blip_2": 1, "bridgetower": 4}  # elsewhere 2
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_gqt_is_added_to_the_output_of_any_fusion_layer(name):
+    base, inputs = OTHERS[name]()
+    model = adapt(base, stirred=False, use_gqt=True)
+    parts = [m for m in model.modules() if isinstance(m, GatedQueryTransformation)]
+    assert len(parts) == LAYERS.get(name, 2)
+    layer, gate = parts[0].host(), next(p for n, p in adapter(model).items() if "gate" in n)
+    q = captured(layer.attention if hasattr(layer, "attention") else layer.self_attn)
+    out = captured(layer)
+    for value in (0.0, 1.0):
+        gate.data.fill_(value)
+        model(**inputs)
+    close(out[1] - out[0], math.tanh(1) * q[0], atol=1e-5, rtol=1e-5)
+    assert_nothing_left(model)
 
 
 @pytest.mark.parametrize("branch", BOTH)
@@ -625,6 +661,8 @@ def test_gqt_in_a_q_former_that_reads_text_and_queries(branch):
         model(**pairs()(), use_image_text_matching_head=True)
     assert distance(out[0][:, :3], out[1][:, :3]) > 1e-2
     assert torch.equal(out[0][:, 3:], out[1][:, 3:])
+    model(**pairs()(), use_image_text_matching_head=False)  # the text alone, too
+    assert_nothing_left(model)
 
 
 @pytest.mark.parametrize("reentrant", [None, True, False])

@@ -219,7 +219,7 @@ def test_gradient_checkpointing(family: Family, method: str, reentrant: bool):
     try:
         actual = gradients(family, model)
     except RuntimeError as error:
-        assert str(error) == lora_with_checkpointing(family, reentrant)
+        assert str(error) == lora_with_checkpointing(family, reentrant)  # noqa: PT017
         if reentrant:
             pytest.skip(f"LoRA fails alike: {error}")
         model.disable_input_require_grads()  # which this way of checkpointing doesn't need
@@ -278,12 +278,7 @@ def test_several_adapters_under_their_own_names(family: Family, method: str, tmp
 @cases()
 def test_saves_and_loads_in_bfloat16(family: Family, method: str, tmp_path: Path):
     model = wrap(family, method, base=family.build().bfloat16())
-    try:
-        expected = run(family, model)
-    except Exception as error:
-        with pytest.raises(type(error)):
-            run(family, family.build().bfloat16())
-        pytest.skip(f"the base model doesn't run in bfloat16: {error}")
+    expected = run(family, model)
     model.save_pretrained(tmp_path)
     for dtype in (True, False):
         loaded = PeftModel.from_pretrained(family.build().bfloat16(), tmp_path, autocast_adapter_dtype=dtype)
@@ -454,10 +449,10 @@ def test_layers_to_transform_is_never_ignored(targets):
             config = METHODS[method](family, target_modules=targets, layers_to_transform=[1])
             found = {m.module for m in matched_modules(family.build(), config)}
         except ValueError as error:
-            assert "layers_to_transform" in str(error)
-        else:
-            assert found
-            assert all(".layers.1." in path for path in found)
+            assert "layers_to_transform" in str(error)  # noqa: PT017
+            continue
+        assert found
+        assert all(".layers.1." in path for path in found)
 
 
 @cases()
@@ -600,16 +595,18 @@ def test_no_config_value_reaches_a_loader(method: str, tmp_path: Path, audit: li
     config = METHODS[method](family)
     own = {f.name for f in fields(config)} - {f.name for f in fields(PeftConfig)}
     assert own
-    for index, field in enumerate(sorted(own)):
-        for shape in (MARKER, f"/tmp/{MARKER}.py", f"__import__('{MARKER}')"):
-            for value in (shape, [shape], {shape: shape}):
+    refused = 0
+    for field in sorted(own):
+        for text in (MARKER, f"/tmp/{MARKER}.py", f"__import__('{MARKER}')"):
+            for value in (text, [text], {text: text}):
                 try:
                     model = get_peft_model(family.build(), METHODS[method](family, **{field: value}))
-                except (ValueError, TypeError, re.error) as error:
-                    assert "\n" not in str(error)[:20]
+                except ValueError:
+                    refused += 1
                     continue
-                model.save_pretrained(tmp_path / str(index))
-                PeftModel.from_pretrained(family.build(), tmp_path / str(index))
+                model.save_pretrained(tmp_path / field)
+                PeftModel.from_pretrained(family.build(), tmp_path / field)
+    assert refused > 4 * len(own)
     open(tmp_path / MARKER, "w").close()  # the audit works
     assert [event for event in audit if MARKER in event and str(tmp_path) not in event] == []
     assert any(MARKER in event for event in audit)
@@ -853,16 +850,13 @@ def test_half_precision(family: Family, method: str, mode: str):
     def base() -> nn.Module:
         return frozen(family).bfloat16() if mode == "bfloat16" else frozen(family)
 
+    start_model = wrap(family, method, base=base(), stirred=False)
+    model = wrap(family, method, base=base())  # outside: autocast keeps the weights that it has seen
     with context():
-        try:
-            expected = run(family, base())
-        except Exception as error:
-            pytest.skip(f"the base model doesn't run: {error}")
-        start = run(family, wrap(family, method, base=base(), stirred=False))
-        model = wrap(family, method, base=base())
+        expected = run(family, base())
+        start = run(family, start_model)
         output = run(family, model)
-        batch = family.train_inputs(model) or {}
-        batch = {**batch, **inputs(family, model)}
+        batch = {**(family.train_inputs(model) or {}), **inputs(family, model)}
         out = model(**batch)
         loss = out.loss if family.targets else family.output(out).square().mean()
     assert start.dtype == output.dtype == expected.dtype

@@ -9,6 +9,7 @@ import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -21,6 +22,7 @@ from peft.utils import register_peft_method
 import peft_multimodal
 from peft_multimodal import registry
 
+TESTS = str(Path(__file__).parent)
 NAMES = sorted({METHODS[m](FAMILIES["blip_retrieval"]).peft_type.value for m in METHODS})
 
 
@@ -85,11 +87,7 @@ model = peft.get_peft_model(FAMILIES["clip"].build(), config(r=2))
 model(**FAMILIES["clip"].inputs(model))
 print("ok")
 """
-    assert python(f"import sys; sys.path.insert(0, {str(_tests())!r})\n{code}") == "ok"
-
-
-def _tests() -> str:
-    return __file__.rpartition("/")[0]
+    assert python(f"import sys; sys.path.insert(0, {str(TESTS)!r})\n{code}") == "ok"
 
 
 def test_add_peft_type_is_idempotent():
@@ -145,7 +143,7 @@ print(json.dumps([loss.item(), sorted(state), digest(state[k] for k in sorted(st
 
 
 def test_stock_lora_and_stock_classes_are_the_same_with_and_without_the_package():
-    without, with_ = (json.loads(python(LORA, _tests(), which)) for which in ("without", "with"))
+    without, with_ = (json.loads(python(LORA, TESTS, which, json.dumps(NAMES))) for which in ("without", "with"))
     assert with_[:4] == without[:4]
     assert without[4]["PeftModel"]
     assert with_[4] == without[4]

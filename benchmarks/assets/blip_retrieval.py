@@ -31,14 +31,15 @@ from transformers import BlipForImageTextRetrieval, BlipProcessor
 from peft_multimodal.evaluation import rerank_recall, retrieval_recall
 from peft_multimodal.training.losses import LOGIT_SCALE, hard_negative_indices, matching_loss
 
-from . import english_clip
 from .blip_vqa import assemble
+from .english_clip import Settings as ProjectionSettings
+from .english_clip import canonical_projections, captions_of, report_of, rows_of, views_of
 from .fetch import CONSOLE, build_once
 from .pictures import OLD_STYLES, SIZE, STYLES, emoji_pictures
 
 
 @dataclass(frozen=True)
-class Settings(english_clip.Settings):
+class Settings(ProjectionSettings):
     """How the projections are fitted, and how the cross-attentions and the matching head are trained."""
 
     steps: int = 400
@@ -61,11 +62,11 @@ def _build(folder: Path, settings: Settings) -> None:
     torch.manual_seed(settings.seed)
     model, processor = assemble_retrieval()
 
-    train = [english_clip.rows_of(pictures, "train", style) for style in OLD_STYLES]
-    captions = english_clip.captions_of(train[0], settings, rng)
-    views = english_clip.views_of(train, settings, rng)
+    train = [rows_of(pictures, "train", style) for style in OLD_STYLES]
+    captions = captions_of(train[0], settings, rng)
+    views = views_of(train, settings, rng)
     states = torch.stack([picture_states(model, processor, view) for view in track(views, "Encoding", console=CONSOLE)])
-    model.vision_proj.weight.data, model.text_proj.weight.data = english_clip.canonical_projections(
+    model.vision_proj.weight.data, model.text_proj.weight.data = canonical_projections(
         states[:, :, 0], torch.stack([text_states(model, processor, texts) for texts in captions]), settings
     )
     torch.nn.init.zeros_(model.vision_proj.bias)
@@ -77,11 +78,11 @@ def _build(folder: Path, settings: Settings) -> None:
     processor.save_pretrained(folder)
     recalls: dict[str, Any] = {"itc": {}, "itm": {}}
     for split in ("validation", "test"):
-        rows = {style: english_clip.rows_of(pictures, split, style) for style in STYLES}
+        rows = {style: rows_of(pictures, split, style) for style in STYLES}
         found = {style: evaluate(model, processor, rows[style], settings.candidates) for style in STYLES}
         for kind in recalls:
             recalls[kind][split] = {style: found[style][kind] for style in STYLES}
-    report = {kind: english_clip.report_of(settings, recalls[kind], started) for kind in recalls}
+    report = {kind: report_of(settings, recalls[kind], started) for kind in recalls}
     merged = report["itm"] | {"recall": {kind: report[kind]["recall"] for kind in recalls}}
     (folder / "assembly.json").write_text(json.dumps(merged, indent=2) + "\n", "utf-8")
     means = {
@@ -115,10 +116,8 @@ def picture_states(
 @torch.no_grad()
 def text_states(model: BlipForImageTextRetrieval, processor: BlipProcessor, texts: Sequence[str]) -> Tensor:
     """The text encoder's states `(texts, width)` at the first token, without a picture."""
-    states = []
-    for start in range(0, len(texts), 64):
-        states.append(model.text_encoder(**tokens(processor, texts[start : start + 64])).last_hidden_state[:, 0])
-    return torch.cat(states)
+    parts = (tokens(processor, texts[start : start + 64]) for start in range(0, len(texts), 64))
+    return torch.cat([model.text_encoder(**part).last_hidden_state[:, 0] for part in parts])
 
 
 def tokens(processor: BlipProcessor, texts: Sequence[str]) -> dict[str, Tensor]:

@@ -42,7 +42,6 @@ from .fetch import CONSOLE, build_once
 from .pictures import OLD_STYLES, SIZE, STYLES, emoji_pictures
 from .towers import dinov2_small, minilm
 
-
 Recalls = dict[str, dict[str, dict[str, float]]]
 """By split, style and name."""
 

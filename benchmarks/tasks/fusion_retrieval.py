@@ -28,7 +28,7 @@ from peft_multimodal.training import retrieval_embeddings
 
 from .. import measure, summary
 from .. import report as tables
-from ..assets import blip_retrieval
+from ..assets.blip_retrieval import blip_retrieval, match_logits, tokens
 from ..experiment import Experiment
 from ..records import Record
 from . import Split
@@ -112,13 +112,13 @@ class KeptStatesCollator:
     """Rows of `KeptStates` to a batch; the states stand where a model after `skip_lower_layers` expects them."""
 
     def __init__(self, processor: Any):
-        self.tokenizer = processor.tokenizer
+        self.processor = processor
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {**self.texts(rows), "pixel_values": torch.stack([row["states"] for row in rows])}
 
-    def texts(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Tensor]:
-        return self.tokenizer([row["label_en"] for row in rows], padding=True, truncation=True, return_tensors="pt")
+    def texts(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        return tokens(self.processor, [row["label_en"] for row in rows])
 
 
 @cache
@@ -164,7 +164,7 @@ def negatives(split: str, style: str, kind: str) -> Tensor:
 
 
 class Matcher:
-    """The matching head's logit of pictures and names, given by their rows; every picture is encoded once."""
+    """The matching head's log-odds of pictures and names, given by their rows; every picture is encoded once."""
 
     def __init__(self, model: Any, collator: KeptStatesCollator, rows: KeptStates, batch_size: int):
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -176,19 +176,12 @@ class Matcher:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, texts: Tensor) -> Tensor:
-        logits = []
+        odds = []
         for image, text in zip(images.split(self.batch_size), texts.split(self.batch_size), strict=True):
             batch = self.collator.texts([self.rows[i] for i in text.tolist()])
-            states = self.states[image]
-            fused = self.base.text_encoder(
-                batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                encoder_hidden_states=states,
-                encoder_attention_mask=torch.ones(states.shape[:2], dtype=torch.long),
-            ).last_hidden_state
-            scores = self.base.itm_head(fused[:, 0])
-            logits.append(scores[:, 1] - scores[:, 0])
-        return torch.cat(logits)
+            logits = match_logits(self.base, self.states[image], batch)
+            odds.append(logits[:, 1] - logits[:, 0])
+        return torch.cat(odds)
 
 
 def auc(positive: Tensor, negative: Tensor) -> float:

@@ -1,0 +1,49 @@
+# make quickstart   install, then adapt a real model to real pictures (minutes)
+# make test         install, then the test suite
+VENV   ?= .venv
+PYTHON ?= python3
+# The CPU build keeps development machines and CI small. The package itself takes any torch >= 2.6.
+TORCH  ?= torch==2.13.0
+BIN     = $(VENV)/bin
+READY   = $(VENV)/.ready
+
+.PHONY: help install quickstart test test-all quality format benchmark clean
+
+help:
+	@grep -E '^# make' Makefile | cut -c3-
+
+install: $(READY)
+
+$(READY): pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+quickstart: install
+	$(BIN)/python -m benchmarks.quickstart
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not full"
+
+# every family with every method and behaviour
+test-all: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+quality: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# hours of CPU; results that are there already are kept
+benchmark: install
+	$(BIN)/python -m benchmarks.run --task all --experiment all --seeds 0 1 2
+	$(BIN)/python -m benchmarks.run report
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs
