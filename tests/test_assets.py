@@ -23,6 +23,7 @@ pytest.importorskip("datasets")
 
 from PIL import Image
 
+from benchmarks.assets import __main__ as command_line
 from benchmarks.assets import fetch as fetching
 from benchmarks.assets.easy_vqa import easy_vqa
 from benchmarks.assets.english_clip import Settings, best_logit_scale, canonical_projections, caption
@@ -136,7 +137,7 @@ def test_two_processes_build_once(cache):
 def start_build(cache: Path, body: str) -> subprocess.Popen:
     program = f"""
         import os, time
-        from benchmarks.assets.fetch import build_once
+        from fetch import build_once  # by itself, as importing the package takes seconds
         def build(folder):
             {body}
         build_once("thing", build)
@@ -144,7 +145,7 @@ def start_build(cache: Path, body: str) -> subprocess.Popen:
     environment = os.environ | {"PEFT_MULTIMODAL_CACHE": str(cache)}
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(program)],
-        cwd=REPOSITORY,
+        cwd=REPOSITORY / "benchmarks/assets",
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -230,18 +231,22 @@ def test_missing_npm_is_named(cache, monkeypatch):
         fetch(npm_package(b""))
 
 
-def test_command_line_lists_and_refuses(cache):
-    def run(*arguments):
-        command = [sys.executable, "-m", "benchmarks.assets", *arguments]
-        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-
-    listed = run()
-    assert listed.returncode == 0
-    assert {"english_clip", "emoji_pictures"} <= set(listed.stdout.split())
-    refused = run("nonsense")
-    assert refused.returncode == 2
-    assert "nonsense" in refused.stderr
+def test_command_line_lists_and_refuses(cache, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks.assets"])
+    assert command_line.main() == 0
+    assert {"english_clip", "emoji_pictures"} <= set(capsys.readouterr().out.split())
+    monkeypatch.setattr(sys, "argv", ["benchmarks.assets", "nonsense"])
+    with pytest.raises(SystemExit):
+        command_line.main()
+    assert "nonsense" in capsys.readouterr().err
     assert leftovers(cache) == []
+
+
+def test_command_line_fails_in_words(cache, monkeypatch, capsys):
+    monkeypatch.setattr(fetching.shutil, "which", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["benchmarks.assets", "emoji_pictures"])
+    assert command_line.main() == 1
+    assert capsys.readouterr().err.startswith("error: emojibase-data 17.0.0 (npm, 7 MB): npm is not installed")
 
 
 # --- families and splits ---------------------------------------------------------------------------------------------

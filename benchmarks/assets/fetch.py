@@ -16,6 +16,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +147,7 @@ def _extract(package: Package, archive: Path, folder: Path) -> None:
             with tarfile.open(archive) as tar:
                 members = [member for member in tar.getmembers() if member.name.startswith(package.keep)]
                 tar.extractall(folder, members, filter="data")
-    except (zipfile.BadZipFile, tarfile.TarError, OSError) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise _failure(package, f"its archive cannot be extracted ({error})", "check the free space on disk") from error
 
 

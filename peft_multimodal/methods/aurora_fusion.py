@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from .aurora_layers import AuroraModeApproxLayer
 class GatedQueryTransformation(AttachedPart, AuroraModeApproxLayer, nn.Module):
     """y' = y + tanh(g) ((1 + s_q) q + b_q), q the output of the layer's self-attention block (B x L x d).
 
-    Acts where the layer's cross-attention ran. All its hooks are on children of the layer, hence inside the region that
-    gradient checkpointing recomputes (some releases of transformers checkpoint a layer's `forward`, some its `__call__`):
-    the self-attention block opens the scope, and the update is added to the output of the layer's last block, whose
-    output is the layer's, up to a residual sum. 2 d + 1 parameters a branch.
+    Acts on the positions that the layer's cross-attention saw, where it ran at all. 2 d + 1 parameters a branch.
+
+    Hooks on the two attention blocks keep q and x in the call's scope, a hook on the layer adds the update. Releases of
+    transformers that checkpoint a layer's `forward` leave the layer's own hooks outside the recomputed region; there
+    `InsideCheckpoint` does the same inside it.
     """
 
     adapter_layer_names = ("aurora_mode_approx_gqt",)
@@ -38,17 +40,22 @@ class GatedQueryTransformation(AttachedPart, AuroraModeApproxLayer, nn.Module):
         self.scope = CallScope()
         self._layer = (layer,)
         blocks = {is_cross(a): a.removeprefix(path + ".").partition(".")[0] for a in attentions}
-        last = [child for _, child in layer.named_children() if any(True for _ in child.parameters())][-1]
-        self_attention, cross_attention = layer.get_submodule(blocks[False]), layer.get_submodule(blocks[True])
         self.hooks = [
-            self_attention.register_forward_pre_hook(self.scope.open),
-            self_attention.register_forward_hook(self._keep_query),
-            cross_attention.register_forward_hook(self._keep_cross),
-            last.register_forward_hook(self._inject),
+            layer.register_forward_pre_hook(self._open),
+            layer.get_submodule(blocks[False]).register_forward_hook(self._keep_query),
+            layer.get_submodule(blocks[True]).register_forward_hook(self._keep_cross),
+            layer.register_forward_hook(self._inject),
+            layer.register_forward_hook(self.scope.close, always_call=True),
         ]
 
     def host(self) -> nn.Module:
         return self._layer[0]
+
+    def remove_hooks(self) -> None:
+        super().remove_hooks()
+        inside = self.host().__dict__.get("_gradient_checkpointing_func")
+        if isinstance(inside, InsideCheckpoint):
+            self.host().__dict__["_gradient_checkpointing_func"] = inside.checkpoint
 
     def add(self, adapter_name: str, branches: list[str], width: int) -> None:
         parameters = {}
@@ -59,26 +66,57 @@ class GatedQueryTransformation(AttachedPart, AuroraModeApproxLayer, nn.Module):
         self.aurora_mode_approx_gqt[adapter_name] = nn.ParameterDict(parameters)
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
+    def _open(self, layer: nn.Module, args: Any) -> None:
+        checkpoint = layer.__dict__.get("_gradient_checkpointing_func")
+        if checkpoint is not None and not isinstance(checkpoint, InsideCheckpoint):
+            layer.__dict__["_gradient_checkpointing_func"] = InsideCheckpoint(checkpoint, self)
+        self.scope.open()
+
     def _keep_query(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.scope.values["query"] = output[0] if isinstance(output, tuple) else output
+        self._keep("query", output)
 
     def _keep_cross(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.scope.values["cross"] = output[0] if isinstance(output, tuple) else output
+        self._keep("cross", output)
 
-    def _inject(self, last: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def _keep(self, name: str, output: Any) -> None:
+        if self.scope.is_open:
+            self.scope.values[name] = output[0] if isinstance(output, tuple) else output
+
+    def _inject(self, layer: nn.Module, args: Any, output: Any) -> Any:
         kept = self.scope.values
         self.scope.close()
         if "cross" not in kept:  # text alone: nothing is fused
             return output
+        y = output[0] if isinstance(output, tuple) else output
+        length = kept["cross"].shape[1]  # a Q-Former's queries stand first; the text behind them reads no picture
+        fused = y[:, :length]
         for adapter in self.live_adapters():
             parameters = self.aurora_mode_approx_gqt[adapter]
             for branch in ("query", "cross"):
                 if f"{branch}_gate_norm" in parameters:
                     gate, scale, shift = (parameters[f"{branch}_{n}_norm"] for n in ("gate", "scale", "shift"))
-                    # A Q-Former's queries stand first; the text behind them reads no picture.
-                    source = kept[branch][:, : output.shape[1]].to(scale.dtype)
-                    output = output + (torch.tanh(gate) * ((1 + scale) * source + shift)).to(output.dtype)
-        return output
+                    source = kept[branch][:, :length].to(scale.dtype)
+                    fused = fused + (torch.tanh(gate) * ((1 + scale) * source + shift)).to(y.dtype)
+        y = fused if length == y.shape[1] else torch.cat([fused, y[:, length:]], dim=1)
+        return (y, *output[1:]) if isinstance(output, tuple) else y
+
+
+class InsideCheckpoint:
+    """A layer's checkpoint function that adds the query transformation inside the recomputed region."""
+
+    def __init__(self, checkpoint: Callable[..., Any], part: GatedQueryTransformation) -> None:
+        self.checkpoint = checkpoint
+        self.part = part
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        return self.checkpoint(self._run, function, *args)
+
+    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
+        self.part.scope.open()
+        try:
+            return self.part._inject(self.part.host(), args, function(*args))
+        finally:
+            self.part.scope.close()
 
 
 class ContextBank(nn.Module):
