@@ -42,7 +42,7 @@ format: install
 
 # hours of CPU; results that are there already are kept
 benchmark: install
-	$(BIN)/python -m benchmarks.run --task all --experiment all --seeds 0 1 2
+	for task in benchmarks/experiments/*; do $(BIN)/python -m benchmarks.run --task $$(basename $$task) --experiment all --seeds 0 1 2; done
 	$(BIN)/python -m benchmarks.run report
 
 clean:

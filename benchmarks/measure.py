@@ -52,9 +52,9 @@ def fit(
         kwargs: Further arguments of the trainer, such as `compute_loss_func` or `callbacks`.
 
     Returns:
-        trainable_parameters, adapter_bytes, train_seconds, step_seconds (the median), peak_extra_bytes (resident
-        memory at its highest during training, over that before) and the mean train_loss. Not all of the seconds and
-        bytes are those of a quiet machine: compare them only within one run of experiments.
+        trainable_parameters, adapter_bytes, train_seconds, step_seconds and step_processor_seconds (medians; on a
+        busy machine only the latter can be compared), peak_extra_bytes (resident memory at its highest during
+        training, over that before) and the mean train_loss.
     """
     clock = StepClock()
     with tempfile.TemporaryDirectory() as scratch, PeakMemory() as memory:
@@ -81,9 +81,11 @@ def fit(
         seconds = time.perf_counter() - started
     if not math.isfinite(outcome.training_loss):
         raise FloatingPointError(f"The training loss is {outcome.training_loss}.")
+    wall, processor = clock.medians()
     return footprint(model) | {
         "train_seconds": round(seconds, 2),
-        "step_seconds": round(clock.median(), 4),
+        "step_seconds": round(wall, 4),
+        "step_processor_seconds": round(processor, 4),
         "peak_extra_bytes": memory.extra,
         "train_loss": outcome.training_loss,
     }
@@ -104,20 +106,23 @@ def footprint(model: nn.Module) -> dict[str, int]:
 
 
 class StepClock(TrainerCallback):
-    """Seconds of each optimizer step, the making of its batch left out."""
+    """Seconds of each optimizer step, by the clock on the wall and of the processor; making its batch is left out."""
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._started = 0.0
+        self.wall: list[float] = []
+        self.processor: list[float] = []
+        self._started = (0.0, 0.0)
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._started = time.perf_counter()
+        self._started = (time.perf_counter(), time.process_time())
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._started)
+        self.wall.append(time.perf_counter() - self._started[0])
+        self.processor.append(time.process_time() - self._started[1])
 
-    def median(self) -> float:
-        return statistics.median(self.seconds) if self.seconds else 0.0
+    def medians(self) -> tuple[float, float]:
+        """Of the wall's seconds and of the processor's, all threads together."""
+        return statistics.median(self.wall), statistics.median(self.processor)
 
 
 class PeakMemory:

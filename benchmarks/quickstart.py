@@ -45,9 +45,9 @@ CONSOLE = Console()
 
 @dataclass
 class Adapted:
-    """A model's embeddings of the test pictures by style, and what its training took."""
+    """A model's embeddings of the test pictures in the new style, and what its training took."""
 
-    embeds: dict[str, dict[str, Tensor]]
+    embeds: dict[str, Tensor]
     metrics: dict[str, float]
     parameters: int = 0
     file_bytes: int = 0
@@ -65,12 +65,15 @@ def main() -> None:
         reload(options.reload)
         return
 
-    retrieval.english_clip(), retrieval.emoji_pictures()  # made once; not counted
+    retrieval.english_clip(), retrieval.emoji_pictures()  # fetched and made once, not counted
     started = time.perf_counter()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    rows = {"frozen base": evaluate(retrieval.load_model())}
-    for name, experiment in METHODS.items():
-        rows[name] = adapt(name, experiments.load("retrieval", experiment), options.steps)
+    methods = {name: experiments.load("retrieval", experiment) for name, experiment in METHODS.items()}
+    settings = methods[OURS].settings
+    base = retrieval.load_model()
+    retrieval.skip_lower_layers(base, settings["frozen_vision_layers"])
+    rows = {"frozen base": evaluate(base, settings)}
+    rows |= {name: adapt(name, experiment, options.steps) for name, experiment in methods.items()}
     CONSOLE.print(table(rows))
     check_reloaded()
     draw(rows["frozen base"], rows[OURS], [FOLDER / "quickstart.png", *([DOCS] if options.docs else [])])
@@ -80,9 +83,11 @@ def main() -> None:
 def adapt(name: str, experiment: experiments.Experiment, steps: int | None) -> Adapted:
     """Train one adapter on the new style and evaluate it."""
     set_seed(SEED)
+    settings = experiment.settings
     model = get_peft_model(retrieval.load_model(), experiment.peft_config())
+    # The first layers are frozen for good: what they make of a picture is computed once and stands for the picture.
+    retrieval.skip_lower_layers(model, settings["frozen_vision_layers"])
     clock = StepClock()
-    training = experiment.training | ({} if steps is None else {"max_steps": steps})
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -93,34 +98,32 @@ def adapt(name: str, experiment: experiments.Experiment, steps: int | None) -> A
             report_to="none",
             use_cpu=True,
             seed=SEED,
-            **training,
+            **experiment.training | ({} if steps is None else {"max_steps": steps}),
         ),
-        train_dataset=retrieval.select_pictures("train", experiment.settings["new_style"]),
-        data_collator=ImageTextCollator(retrieval.load_processor(), text_column="label_en", model=model),
+        train_dataset=retrieval.KeptStates("train", settings["new_style"], settings["frozen_vision_layers"]),
+        data_collator=retrieval.KeptStatesCollator(retrieval.load_processor()),
         callbacks=[clock],
     )
     CONSOLE.print(f"Training {name}")
     trainer.train()
+    result, cost = evaluate(model, settings), footprint(model)
+    result.parameters, result.file_bytes = cost["trainable_parameters"], cost["adapter_bytes"]
+    result.step_seconds, _ = clock.medians()
     if name == OURS:
+        retrieval.run_lower_layers(model, settings["frozen_vision_layers"])
         peft_multimodal.save(model, FOLDER / "adapter")
         torch.save(embed_checked(model), FOLDER / "trained.pt")
-    result, cost = evaluate(model), footprint(model)
-    result.parameters, result.file_bytes = cost["trainable_parameters"], cost["adapter_bytes"]
-    result.step_seconds = clock.median()
     return result
 
 
-def evaluate(model: Any) -> Adapted:
-    """Recalls on the test concepts in the new style and the old ones."""
-    settings = experiments.load("retrieval", METHODS[OURS]).settings
+def evaluate(model: Any, settings: Mapping[str, Any]) -> Adapted:
+    """Recalls of a model without its lower layers, on the test concepts in the new style and the old ones."""
     new, old = settings["new_style"], settings["old_styles"]
-    embeds = {style: embed(model, retrieval.select_pictures("test", style)) for style in (new, *old)}
+    collator = retrieval.KeptStatesCollator(retrieval.load_processor())
+    rows = {style: retrieval.KeptStates("test", style, settings["frozen_vision_layers"]) for style in (new, *old)}
+    embeds = {style: compute_embeddings(model, found, collator, progress=False) for style, found in rows.items()}
     ranks = {style: retrieval.ranks_of(found) for style, found in embeds.items()}
-    return Adapted({"new": embeds[new]}, retrieval.metrics(ranks, new, old))
-
-
-def embed(model: Any, rows: Any) -> dict[str, Tensor]:
-    return compute_embeddings(model, rows, ImageTextCollator(retrieval.load_processor(), text_column="label_en"))
+    return Adapted(embeds[new], retrieval.metrics(ranks, new, old))
 
 
 def table(rows: Mapping[str, Adapted]) -> Table:
@@ -148,7 +151,10 @@ def table(rows: Mapping[str, Adapted]) -> Table:
 def embed_checked(model: Any) -> dict[str, Tensor]:
     """Embeddings of the pictures and names by which a reloaded adapter is checked."""
     new = experiments.load("retrieval", METHODS[OURS]).settings["new_style"]
-    return embed(model, retrieval.select_pictures("test", new).select(range(CHECKED)))
+    collator = ImageTextCollator(retrieval.load_processor(), text_column="label_en")
+    return compute_embeddings(
+        model, retrieval.select_pictures("test", new).select(range(CHECKED)), collator, progress=False
+    )
 
 
 def reload(adapter: Path) -> None:
@@ -193,7 +199,7 @@ def draw(before: Adapted, after: Adapted, paths: Sequence[Path], queries: int = 
     pictures = retrieval.select_pictures("test", settings["new_style"])
     nearest = [
         (found["text_embeds"] @ found["image_embeds"].T).topk(top).indices.tolist()
-        for found in (before.embeds["new"], after.embeds["new"])
+        for found in (before.embeds, after.embeds)
     ]
     found_by_either = [i for i in range(len(pictures)) if any(i in order[i] for order in nearest)]
     shown = random.Random(SEED).sample(found_by_either, min(queries, len(found_by_either)))

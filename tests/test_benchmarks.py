@@ -199,7 +199,7 @@ def synthetic(name: str, seed: int, concepts: int = 12) -> records.Record:
             "concepts": [str(i) for i in range(concepts)],
             "ranks": {style: retrieval.as_lists(found) for style, found in ranks.items()},
         },
-        cost=cost | ({"step_seconds": 1.0, "peak_extra_bytes": 10**7} if trains else {}),
+        cost=cost | ({"step_processor_seconds": 1.0, "peak_extra_bytes": 10**7} if trains else {}),
     )
 
 
@@ -274,7 +274,10 @@ def test_kept_lower_layers_are_exact():
         names = [name for name, _ in model.named_modules()]
         retrieval.skip_lower_layers(model, 2)
         kept = model(**inputs | {"pixel_values": states[0]})
+        retrieval.run_lower_layers(model, 2)
+        again = model(**inputs)
     assert torch.equal(whole.logits_per_image, kept.logits_per_image)
+    assert torch.equal(whole.logits_per_image, again.logits_per_image)
     assert names == [name for name, _ in model.named_modules()], "an adapter must find its modules"
 
 
@@ -302,6 +305,7 @@ def test_every_retrieval_experiment_prepares_and_trains_a_model(name, tmp_path):
     assert cost["trainable_parameters"] == sum(p.numel() for p in before.values())
     assert cost["adapter_bytes"] >= 4 * cost["trainable_parameters"]
     assert cost["step_seconds"] > 0
+    assert cost["step_processor_seconds"] > 0
     assert any(not torch.equal(before[n], p) for n, p in model.named_parameters() if n in before)
 
 

@@ -8,7 +8,7 @@ import time
 
 import benchmarks.assets as assets
 
-NAMES = ("emoji_pictures", "animated_emoji", "easy_vqa", "dinov2_small", "minilm", "english_clip")
+NAMES = ("emoji_pictures", "animated_emoji", "easy_vqa", "dinov2_small", "minilm", "english_clip", "blip_retrieval")
 
 
 def main() -> int:

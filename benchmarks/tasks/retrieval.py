@@ -150,6 +150,13 @@ def skip_lower_layers(model: nn.Module, layers: int) -> None:
         module.forward = _pass_on
 
 
+def run_lower_layers(model: nn.Module, layers: int) -> None:
+    """Undo `skip_lower_layers`: the model takes pictures again."""
+    vision: Any = model.vision_model
+    for module in (vision.embeddings, *vision.encoder.layer[:layers]):
+        del module.forward
+
+
 def _pass_on(states: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
     given = kwargs.get("pixel_values") if states is None else states
     assert given is not None
@@ -203,7 +210,7 @@ def report(records: Sequence[Record], plots: Path) -> str:
     sides = {"new": [settings["new_style"]], "old": settings["old_styles"]}
     columns = [f"{d}_r@{k}" for d in DIRECTIONS for k in KS]
     quality, costs, pairs = [], [], []
-    reference_step = tables.median(r.cost["step_seconds"] for r in groups[PEER]) if PEER in groups else None
+    reference_step = tables.median(r.cost["step_processor_seconds"] for r in groups[PEER]) if PEER in groups else None
     for name, runs in groups.items():
         label = runs[0].label
         quality.append(
@@ -212,7 +219,7 @@ def report(records: Sequence[Record], plots: Path) -> str:
             + [tables.mean_spread([r.metrics[f"{side}_mean_recall"] for r in runs]) for side in sides]
         )
         cost = runs[0].cost
-        steps = [r.cost["step_seconds"] for r in runs if "step_seconds" in r.cost]
+        steps = [r.cost["step_processor_seconds"] for r in runs if "step_processor_seconds" in r.cost]
         relative = f"{tables.median(steps) / reference_step:.2f}" if steps and reference_step else ""
         memory = tables.megabytes(tables.median(r.cost["peak_extra_bytes"] for r in runs)) if steps else ""
         adapter, total = adapter_parameters(runs[0]), tables.parameters(runs[0])
@@ -244,7 +251,8 @@ def report(records: Sequence[Record], plots: Path) -> str:
         f"Unseen concepts, {len(records[0].items['concepts'])} in each style; percent, mean ± standard deviation over "
         f"up to {seeds} seeds. Mean recall is the mean of six recalls; the old styles' is that of both.\n\n"
         + tables.markdown(["new style", "seeds", *heads, "mean recall", "old styles, mean recall"], quality)
-        + "\nWhat it costs. Adapter parameters leave out the two projections, which every trained row trains and keeps.\n\n"
+        + "\nWhat it costs. Adapter parameters leave out the two projections, which every trained row trains and keeps; a "
+        "step's time is the processor's.\n\n"
         + tables.markdown(
             [
                 "",

@@ -1,8 +1,8 @@
 """VQA: a BLIP question answerer learns new colours and is tested on other pictures of them, and of the old ones.
 
 The base knows the questions, the shapes and the old colours. It trains on questions about pictures of the new colours,
-by `transformers.Trainer` and the model's own answer loss. Kinds of questions and their answers are balanced, so that
-always giving the best answer of a kind reaches the `blind` accuracy. Answers are generated greedily, and ranked: of all
+by `transformers.Trainer` and the model's own answer loss. Questions for the colour and for the shape are balanced, and
+so are their answers, so that always giving the best answer of a kind reaches the `blind` accuracy. Answers are generated greedily, and ranked: of all
 answers of the data set the one of least negative log-likelihood. As the control, the questions about the new colours
 are asked of each other's pictures.
 """
