@@ -23,14 +23,14 @@ def quality(groups: Groups, columns: Mapping[str, str]) -> str:
 
 
 def costs(groups: Groups) -> str:
-    """Trained parameters, the adapter's file, seconds a step relative to LoRA r=64, memory, learning rate."""
-    reference = tables.median(r.cost["step_seconds"] for r in groups[PEER]) if PEER in groups else None
+    """Trained parameters, the adapter's file, processor seconds a step relative to LoRA r=64, memory, learning rate."""
+    reference = tables.median(r.cost["step_processor_seconds"] for r in groups[PEER]) if PEER in groups else None
     rows = []
     for runs in groups.values():
         cost = runs[0].cost
         row = [runs[0].label, tables.count(cost["trainable_parameters"]), tables.megabytes(cost["adapter_bytes"])]
-        if "step_seconds" in cost:
-            step = tables.median(r.cost["step_seconds"] for r in runs)
+        if "step_processor_seconds" in cost:
+            step = tables.median(r.cost["step_processor_seconds"] for r in runs)
             row += [
                 f"{step / reference:.2f}" if reference else "",
                 tables.megabytes(tables.median(r.cost["peak_extra_bytes"] for r in runs)),

@@ -204,13 +204,13 @@ def table(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
 
 def _tower_roots(model: Any, modules: dict[str, nn.Module]) -> dict[str, str]:
     """{module path: tower name} for the vision, text and decoder towers; what remains is fusion (or no tower)."""
-    token_embeddings = _token_embeddings(model, modules)
-    pixels = [p for p, m in modules.items() if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m.in_channels == 3]
+    tokens = token_embeddings(model)
+    pixels = pixel_readers(model)
     if not pixels:  # patches are read by a linear layer: ask the model
         encoder = model.get_encoder(modality="image") if hasattr(model, "get_encoder") else model
         pixels = [p for p, m in modules.items() if m is encoder and p]
-    vision = _highest(pixels, avoid=token_embeddings)
-    text = _highest(token_embeddings, avoid=vision)
+    vision = _highest(pixels, avoid=tokens)
+    text = _highest(tokens, avoid=vision)
     roots = dict.fromkeys(vision, "vision")
     for path in text:
         if halves := _encoder_and_decoder(modules, path):
@@ -232,8 +232,14 @@ def _encoder_and_decoder(modules: dict[str, nn.Module], path: str) -> dict[str, 
     return {found: name for name, found in paths.items() if found}
 
 
-def _token_embeddings(model: Any, modules: dict[str, nn.Module]) -> list[str]:
+def pixel_readers(model: nn.Module) -> list[str]:
+    """Paths of the convolutions that read pictures."""
+    return [p for p, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m.in_channels == 3]
+
+
+def token_embeddings(model: Any) -> list[str]:
     """Paths of the embeddings that read tokens (not positions, not types)."""
+    modules = dict(model.named_modules())
     sizes = {getattr(c, "vocab_size", None) for c in _configs(getattr(model, "config", None))}
     try:
         primary = unwrap(model.get_input_embeddings()) if hasattr(model, "get_input_embeddings") else None

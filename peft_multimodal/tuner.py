@@ -217,6 +217,24 @@ class AttachedPart(MultimodalLayer):
         self.merged_adapters.clear()
 
 
+class _InputGradients:
+    """Forward hook of the modules that read tokens and pixels, for gradient checkpointing over frozen embeddings.
+
+    Reentrant checkpointing passes no gradient on where no input requires one: a tower would stop training without a
+    word. transformers marks the embeddings' outputs, but only those of models whose main input is `input_ids`; and its
+    mark makes a leaf, which BLIP's embeddings then add to in place, an error. A marked copy serves all.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, embedding: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not output.is_leaf:
+            return None
+        checkpointing = embedding.training and getattr(self.model, "is_gradient_checkpointing", False)
+        return output.requires_grad_().clone() if output.requires_grad or checkpointing else None
+
+
 class MultimodalTuner(BaseTuner):
     """Base of the five methods' models: scoping by towers, strict storage by roles, attached parts."""
 
@@ -291,6 +309,11 @@ class MultimodalTuner(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             config.target_modules = written  # PEFT writes "all-linear" out into names, which a rename would break
+        if not getattr(self, "_embedding_hooks", None):
+            self._embedding_hooks = [
+                model.get_submodule(path).register_forward_hook(_InputGradients(model))
+                for path in [*anatomy.token_embeddings(model), *anatomy.pixel_readers(model)]
+            ]
 
     # --- inputs of a call --------------------------------------------------------------------------------------------
 
@@ -320,6 +343,8 @@ class MultimodalTuner(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         parts = list(self.attached_parts())
         super()._unload_and_optionally_merge(*args, **kwargs)
+        for handle in self._embedding_hooks:
+            handle.remove()
         for parent, name, part in parts:
             part.remove_hooks()
             delattr(parent, name)

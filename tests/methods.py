@@ -116,7 +116,8 @@ def fill(family: Family, model: PeftModel) -> None:
 
 def adapter(model: PeftModel, name: str = "default") -> dict[str, nn.Parameter]:
     """The parameters of an adapter."""
-    found = {n: p for n, p in model.named_parameters() if model.base_model.prefix in n and f".{name}" in n}
+    prefix = model.base_model.prefix
+    found = {n: p for n, p in model.named_parameters() if prefix in n and name in n.rpartition(prefix)[2].split(".")}
     assert found
     return found
 

@@ -40,6 +40,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 import peft_multimodal
 from peft_multimodal import matched_modules
@@ -248,22 +250,23 @@ def test_a_fresh_process_gives_the_same_outputs(reloaded):
 
 @cases()
 def test_several_adapters_under_their_own_names(family: Family, method: str, tmp_path: Path):
+    """Also under a name that is a part of stored keys."""
     model = wrap(family, method, adapter_name="first")
-    model.add_adapter("second", METHODS[method](family))
-    stir(model, "second", seed=1)
+    model.add_adapter("vision", METHODS[method](family))
+    stir(model, "vision", seed=1)
     outputs = {}
-    for name in ("first", "second"):
+    for name in ("first", "vision"):
         model.set_adapter(name)
         outputs[name] = run(family, model)
-    assert distance(outputs["first"], outputs["second"]) > 1e-3
+    assert distance(outputs["first"], outputs["vision"]) > 1e-3
     model.save_pretrained(tmp_path)
 
     for low_cpu_mem_usage in (False, True):
         options = {"low_cpu_mem_usage": low_cpu_mem_usage}
-        other = PeftModel.from_pretrained(family.build(), tmp_path / "second", adapter_name="mine", **options)
-        assert distance(run(family, other), outputs["second"]) <= 1e-6
+        other = PeftModel.from_pretrained(family.build(), tmp_path / "vision", adapter_name="mine", **options)
+        assert distance(run(family, other), outputs["vision"]) <= 1e-6
         other.load_adapter(tmp_path / "first", adapter_name="yours", **options)
-        assert distance(run(family, other), outputs["second"]) <= 1e-6
+        assert distance(run(family, other), outputs["vision"]) <= 1e-6
         other.set_adapter("yours")
         assert distance(run(family, other), outputs["first"]) <= 1e-6
         assert not any(p.is_meta for p in [*other.parameters(), *other.buffers()])
@@ -858,7 +861,7 @@ def test_half_precision(family: Family, method: str, mode: str):
     assert start.dtype == output.dtype == expected.dtype
     exact = run(family, wrap(family, method))
     lost = distance(expected, run(family, frozen(family)))  # by the base model alone
-    assert distance(start, expected) <= lost
+    assert distance(start, expected) <= 2 * lost
     assert distance(output, exact) <= 4 * lost
     loss.backward()
     for name, parameter in adapter(model).items():
@@ -875,7 +878,7 @@ DO_NOT_COMPILE = {"vilt", "qwen2_5_vl"}  # their own code branches on the values
 def test_compiles_without_graph_breaks(family: Family, method: str):
     torch._dynamo.reset()
     if family.name in DO_NOT_COMPILE:
-        with pytest.raises(torch._dynamo.exc.TorchDynamoException) as error:
+        with pytest.raises((TorchDynamoException, GuardOnDataDependentSymNode)) as error:
             run(family, torch.compile(frozen(family), fullgraph=True, backend="eager"))
         pytest.skip(f"the base model doesn't compile: {str(error.value).splitlines()[0]}")
     model = wrap(family, method)
@@ -981,7 +984,9 @@ def test_adding_switching_and_deleting_adapters(family: Family, method: str):
 def test_adapters_of_different_shape_live_together(family: Family, method: str):
     model = wrap(family, method)
     first = run(family, model)
-    tower = matched_modules(family.build(), METHODS[method](family)).matrices[-1].tower
+    towers = peft_multimodal.describe(family.build()).tower_names()
+    tower = "fusion" if "fusion" in towers else towers[-1]
+    torch.manual_seed(0)
     model.add_adapter("other", METHODS[method](family, r=2, towers=[tower], share="none"))
     stir(model, "other")
     assert torch.equal(run(family, model), first)

@@ -5,7 +5,7 @@ their English names, by `transformers.Trainer` and the model's own contrastive l
 image-to-text recall on unseen concepts in the new style, and in the old ones (forgetting).
 
 The lower vision layers are frozen in every experiment, so their outputs are computed once per picture and kept: exact,
-and less work a step. `benchmarks.quickstart` does the same job without that shortcut.
+and less work a step. An adapter that was trained so fits the whole model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import VisionTextDualEncoderModel, VisionTextDualEncoderProces
 
 from peft_multimodal.evaluation import compute_embeddings, embedding_ranks, retention
 
-from .. import measure
+from .. import measure, summary
 from .. import report as tables
 from ..assets import emoji_pictures, english_clip
 from ..experiment import Experiment
@@ -33,7 +33,7 @@ from . import Split
 
 KS = (1, 5, 10)
 DIRECTIONS = ("t2i", "i2t")
-PEER, BASE, ALONE = "lora/r64", "base/frozen", "projections/alone"
+ALONE = "projections/alone"
 PROJECTIONS = re.compile(r"\b(visual|text)_projection\b")
 
 
@@ -207,72 +207,55 @@ def report(records: Sequence[Record], plots: Path) -> str:
     """Quality, then cost, then what the paired bootstrap says; two plots."""
     groups = tables.by_experiment(records)
     settings = records[0].config["task"]
-    sides = {"new": [settings["new_style"]], "old": settings["old_styles"]}
-    columns = [f"{d}_r@{k}" for d in DIRECTIONS for k in KS]
-    quality, costs, pairs = [], [], []
-    reference_step = tables.median(r.cost["step_processor_seconds"] for r in groups[PEER]) if PEER in groups else None
-    for name, runs in groups.items():
-        label = runs[0].label
-        quality.append(
-            [label, str(len(runs))]
-            + [tables.mean_spread([r.metrics[f"new_{column}"] for r in runs]) for column in columns]
-            + [tables.mean_spread([r.metrics[f"{side}_mean_recall"] for r in runs]) for side in sides]
-        )
-        cost = runs[0].cost
-        steps = [r.cost["step_processor_seconds"] for r in runs if "step_processor_seconds" in r.cost]
-        relative = f"{tables.median(steps) / reference_step:.2f}" if steps and reference_step else ""
-        memory = tables.megabytes(tables.median(r.cost["peak_extra_bytes"] for r in runs)) if steps else ""
-        adapter, total = adapter_parameters(runs[0]), tables.parameters(runs[0])
-        rate = runs[0].config["training"].get("learning_rate") if steps else None
-        costs.append(
-            [
-                label,
-                tables.count(adapter),
-                tables.count(total),
-                tables.megabytes(cost["adapter_bytes"]),
-                relative,
-                memory,
-                "" if rate is None else f"{rate:g}",
-            ]
-        )
-        row = [label]
-        for styles in sides.values():
-            for other in (PEER, BASE):
-                found = None
-                if other in groups and other != name:
-                    found = tables.paired(runs, groups[other], lambda r, styles=styles: concept_recalls(r, styles))  # type: ignore[misc]
-                row.append(tables.difference(found))
-        pairs.append(row)
-
+    new, old = [settings["new_style"]], settings["old_styles"]
+    words = {"t2i": "text to image", "i2t": "image to text"}
+    columns = {f"new_{d}_r@{k}": f"{words[d]} R@{k}" for d in DIRECTIONS for k in KS}
+    columns |= {"new_mean_recall": "mean recall", "old_mean_recall": "old styles, mean recall"}
     draw(groups, plots)
-    heads = [f"{'text to image' if d == 't2i' else 'image to text'} R@{k}" for d in DIRECTIONS for k in KS]
-    seeds = max(len(runs) for runs in groups.values())
     return (
-        f"Unseen concepts, {len(records[0].items['concepts'])} in each style; percent, mean ± standard deviation over "
-        f"up to {seeds} seeds. Mean recall is the mean of six recalls; the old styles' is that of both.\n\n"
-        + tables.markdown(["new style", "seeds", *heads, "mean recall", "old styles, mean recall"], quality)
+        f"Unseen concepts, {len(records[0].items['concepts'])} in each style, new style unless said; percent. Mean "
+        "recall is the mean of the six recalls, and the old styles' that of both.\n\n"
+        + summary.quality(groups, columns)
         + "\nWhat it costs. Adapter parameters leave out the two projections, which every trained row trains and keeps; a "
         "step's time is the processor's.\n\n"
-        + tables.markdown(
-            [
-                "",
-                "adapter parameters",
-                "trained parameters",
-                "file, MB",
-                "step / LoRA r=64",
-                "peak extra, MB",
-                "learning rate",
-            ],
-            costs,
-        )
+        + costs(groups)
         + "\nDifference in mean recall with its 95 % interval, paired bootstrap over test concepts (each concept's mean "
         "over seeds).\n\n"
-        + tables.markdown(
-            ["", "new: − LoRA r=64", "new: − frozen base", "old: − LoRA r=64", "old: − frozen base"], pairs
+        + summary.differences(
+            groups, {"new": lambda r: concept_recalls(r, new), "old": lambda r: concept_recalls(r, old)}
         )
         + "\n![Mean recall in the new style against parameters](results/retrieval_parameters.png)\n"
         "![New style against what is left of the old ones](results/retrieval_forgetting.png)\n"
     )
+
+
+def costs(groups: Mapping[str, Sequence[Record]]) -> str:
+    """Parameters with and without the projections, the file, processor time and memory, the learning rate taken."""
+    reference = None
+    if summary.PEER in groups:
+        reference = tables.median(r.cost["step_processor_seconds"] for r in groups[summary.PEER])
+    rows = []
+    for runs in groups.values():
+        cost = runs[0].cost
+        row = [runs[0].label, *map(tables.count, (adapter_parameters(runs[0]), tables.parameters(runs[0])))]
+        row.append(tables.megabytes(cost["adapter_bytes"]))
+        if "step_processor_seconds" in cost:
+            step = tables.median(r.cost["step_processor_seconds"] for r in runs)
+            row += [
+                f"{step / reference:.2f}" if reference else "",
+                tables.megabytes(tables.median(r.cost["peak_extra_bytes"] for r in runs)),
+                f"{runs[0].config['training']['learning_rate']:g}",
+            ]
+        rows.append(row + [""] * (7 - len(row)))
+    heads = [
+        "adapter parameters",
+        "trained parameters",
+        "file, MB",
+        "step / LoRA r=64",
+        "peak extra, MB",
+        "learning rate",
+    ]
+    return tables.markdown(["", *heads], rows)
 
 
 def adapter_parameters(record: Record) -> int:
@@ -295,8 +278,8 @@ def draw(groups: Mapping[str, Sequence[Record]], plots: Path) -> None:
         log=True,
         level=("projections alone", sum(new[ALONE]) / len(new[ALONE])) if ALONE in groups else None,
     )
-    if BASE in groups:
-        before = sum(old[BASE]) / len(old[BASE])
+    if summary.BASE in groups:
+        before = sum(old[summary.BASE]) / len(old[summary.BASE])
         kept = {name: [retention(value, before) for value in values] for name, values in old.items()}
         tables.plot_points(
             [tables.Point(label[n], kept[n], new[n], own[n]) for n in groups],
