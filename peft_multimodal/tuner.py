@@ -231,8 +231,12 @@ class _InputGradients:
     def __call__(self, embedding: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not output.is_leaf:
             return None
-        checkpointing = embedding.training and getattr(self.model, "is_gradient_checkpointing", False)
-        return output.requires_grad_().clone() if output.requires_grad or checkpointing else None
+        return output.requires_grad_().clone() if output.requires_grad or self._checkpointing(embedding) else None
+
+    def _checkpointing(self, embedding: nn.Module) -> bool:
+        names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the newer name first: the older warns
+        name = next((n for n in names if hasattr(type(self.model), n)), "")
+        return embedding.training and bool(getattr(self.model, name, False))
 
 
 class MultimodalTuner(BaseTuner):

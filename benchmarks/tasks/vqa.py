@@ -66,7 +66,7 @@ def run(experiment: Experiment, seed: int, split: Split) -> dict[str, Any]:
     return {
         "metrics": found,
         "items": {
-            "pictures": {part: rows["image_id"] for part, rows in tests.items()},
+            "pictures": {part: list(rows["image_id"]) for part, rows in tests.items()},
             "right": {
                 part: {way: vqa_scores(said[part][way], rows["answer"]).tolist() for way in WAYS}
                 for part, rows in tests.items()
