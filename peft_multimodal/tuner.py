@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -294,6 +294,10 @@ class MultimodalTuner(BaseTuner):
         self._matched = by_module
         return peft_config
 
+    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
+        with suppress(NotImplementedError):  # a model without `get_input_embeddings` has nothing tied to it
+            super()._check_tied_modules(model, peft_config)
+
     def check_model(self, config: Any, matrices: list[Matrix], found: Anatomy) -> None:
         """Refuse what this method can't do on this model, before the model is touched."""
 
@@ -383,7 +387,11 @@ class MultimodalTuner(BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         state_dict = {_WRAPPERS.sub("", key): value for key, value in state_dict.items()}
-        return {stored: state_dict[key] for stored, key in cls.checkpoint_keys(model, adapter_name).items()}
+        keys = cls.checkpoint_keys(model, adapter_name)
+        if not state_dict.keys() >= set(keys.values()):
+            # PEFT has dropped keys that contain another adapter's name, which may be a part of a module path.
+            state_dict = {_WRAPPERS.sub("", key): value for key, value in model.state_dict().items()} | state_dict
+        return {stored: state_dict[key] for stored, key in keys.items()}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
