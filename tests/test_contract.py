@@ -36,7 +36,7 @@ from methods import (
     trace,
     wrap,
 )
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -187,18 +187,6 @@ def test_each_tower_trains_alone(family: Family, method: str):
         assert missing == {n for n in adapter(model) if silent(family, n)}, tower
 
 
-def lora_with_checkpointing(family: Family, reentrant: bool) -> str | None:
-    """Why the base model can't be trained this way, whatever the adapter; None where it can."""
-    model = get_peft_model(family.build(), LoraConfig(r=2, target_modules="all-linear")).train()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    try:
-        family.loss(model).backward()
-    except RuntimeError as error:
-        return str(error)
-    return None
-
-
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non_reentrant"])
 @cases("clip", "blip_retrieval", "blip_captioning", "blip_2", "llava", "qwen2_5_vl")
 def test_gradient_checkpointing(family: Family, method: str, reentrant: bool):
@@ -212,15 +200,7 @@ def test_gradient_checkpointing(family: Family, method: str, reentrant: bool):
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
-    try:
-        actual = gradients(family, model)
-    except RuntimeError as error:
-        assert str(error) == lora_with_checkpointing(family, reentrant)  # noqa: PT017
-        if reentrant:
-            pytest.skip(f"LoRA fails alike: {error}")
-        model.disable_input_require_grads()  # which this way of checkpointing doesn't need
-        calls[:] = calls[:without]
-        actual = gradients(family, model)
+    actual = gradients(family, model)
     assert len(calls) > 2 * without, "nothing was recomputed"
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
@@ -252,21 +232,21 @@ def test_a_fresh_process_gives_the_same_outputs(reloaded):
 def test_several_adapters_under_their_own_names(family: Family, method: str, tmp_path: Path):
     """Also under a name that is a part of stored keys."""
     model = wrap(family, method, adapter_name="first")
-    model.add_adapter("vision", METHODS[method](family))
-    stir(model, "vision", seed=1)
+    model.add_adapter("0", METHODS[method](family))
+    stir(model, "0", seed=1)
     outputs = {}
-    for name in ("first", "vision"):
+    for name in ("first", "0"):
         model.set_adapter(name)
         outputs[name] = run(family, model)
-    assert distance(outputs["first"], outputs["vision"]) > 1e-3
+    assert distance(outputs["first"], outputs["0"]) > 1e-3
     model.save_pretrained(tmp_path)
 
     for low_cpu_mem_usage in (False, True):
         options = {"low_cpu_mem_usage": low_cpu_mem_usage}
-        other = PeftModel.from_pretrained(family.build(), tmp_path / "vision", adapter_name="mine", **options)
-        assert distance(run(family, other), outputs["vision"]) <= 1e-6
+        other = PeftModel.from_pretrained(family.build(), tmp_path / "0", adapter_name="mine", **options)
+        assert distance(run(family, other), outputs["0"]) <= 1e-6
         other.load_adapter(tmp_path / "first", adapter_name="yours", **options)
-        assert distance(run(family, other), outputs["vision"]) <= 1e-6
+        assert distance(run(family, other), outputs["0"]) <= 1e-6
         other.set_adapter("yours")
         assert distance(run(family, other), outputs["first"]) <= 1e-6
         assert not any(p.is_meta for p in [*other.parameters(), *other.buffers()])
