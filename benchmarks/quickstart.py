@@ -22,6 +22,7 @@ import torch
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -113,7 +114,7 @@ def adapt(name: str, experiment: experiments.Experiment, steps: int | None) -> A
     if name == OURS:
         retrieval.run_lower_layers(model, settings["frozen_vision_layers"])
         peft_multimodal.save(model, FOLDER / "adapter")
-        torch.save(embed_checked(model), FOLDER / "trained.pt")
+        save_file(embed_checked(model), FOLDER / "trained.safetensors")
     return result
 
 
@@ -162,14 +163,17 @@ def reload(adapter: Path) -> None:
     """In a fresh process: embed with the base and with the adapter."""
     base = embed_checked(retrieval.load_model())
     adapted = embed_checked(peft_multimodal.load(retrieval.load_model(), adapter))
-    torch.save({"base": base, "adapted": adapted}, FOLDER / "reloaded.pt")
+    save_file(base, FOLDER / "base.safetensors")
+    save_file(adapted, FOLDER / "adapted.safetensors")
 
 
 def check_reloaded() -> None:
     """The saved adapter gives the trained model's outputs in a fresh process, and not the base's."""
     subprocess.run([sys.executable, "-m", "benchmarks.quickstart", "--reload", str(FOLDER / "adapter")], check=True)
-    trained, reloaded = torch.load(FOLDER / "trained.pt"), torch.load(FOLDER / "reloaded.pt")
-    error, effect = (largest_difference(trained, reloaded[which]) for which in ("adapted", "base"))
+    trained = load_file(FOLDER / "trained.safetensors")
+    error, effect = (
+        largest_difference(trained, load_file(FOLDER / f"{which}.safetensors")) for which in ("adapted", "base")
+    )
     CONSOLE.print(
         f"Loaded in a fresh process: outputs differ from the trained model's by {error:.1e}, from the base's by {effect:.3f}"
     )
