@@ -4,6 +4,7 @@
 | --- | --- |
 | `label` | the row's name in the tables |
 | `peft` | keyword arguments of the PEFT config, `peft_type` among them; null without PEFT |
+| `scale` | alpha / r, the factor of a LoRA's or an Aurora's update; it sets `lora_alpha` or `alpha` of `peft` |
 | `trainable` | without PEFT: a regular expression of the base model's parameters that train; null for none |
 | `training` | `transformers.TrainingArguments` |
 | `task` | what else the task reads |
@@ -11,7 +12,8 @@
 | `chosen` | the index of that choice, written by `benchmarks.run select`; null until then |
 | `choice_of` | instead of those two: another experiment of the task, whose choice is taken |
 
-`peft`, `training` and `task` of an experiment are laid over those of the defaults key by key, the choice over both.
+`peft`, `training` and `task` of an experiment are laid over those of the defaults key by key, `scale` as a whole, the
+choice over both.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ import peft_multimodal  # noqa: F401  registers its methods in PEFT
 from .records import write_atomically
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
-KEYS = {"label", "peft", "trainable", "training", "task", "choices", "chosen", "choice_of"}
+KEYS = {"label", "peft", "scale", "trainable", "training", "task", "choices", "chosen", "choice_of"}
 LAYERED = ("peft", "training", "task")
+ALPHA = {"LORA": "lora_alpha", "AURORA_MODE_APPROX": "alpha"}
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,9 @@ def _read(path: Path, folder: Path, choice: int | None) -> Experiment:
             raise ValueError(f"{path}: choice {chosen} of {len(choices)}.")
         layers.append(choices[chosen])
     merged: dict[str, Any] = {key: _overlay(layer.get(key) for layer in layers) for key in LAYERED}
+    scale = next((layer["scale"] for layer in reversed(layers) if "scale" in layer), None)
+    if own.get("peft") and scale is not None:
+        merged["peft"][ALPHA[own["peft"]["peft_type"]]] = scale * own["peft"]["r"]
     return Experiment(
         task=task,
         name=f"{method}/{path.stem}",
