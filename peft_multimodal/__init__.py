@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .anatomy import describe
-from .methods import AuroraModeApproxConfig, AuroraModeApproxModel
+from .methods import (
+    AuroraModeApproxConfig,
+    AuroraModeApproxModel,
+    CrossLingualAdapterConfig,
+    CrossLingualAdapterModel,
+)
 from .saving import load, save
 from .tuner import matched_modules
 
@@ -31,6 +36,8 @@ _LAZY = {
 __all__ = [
     "AuroraModeApproxConfig",
     "AuroraModeApproxModel",
+    "CrossLingualAdapterConfig",
+    "CrossLingualAdapterModel",
     "ImageTextCollator",
     "ImageTextRetrievalTrainer",
     "QuestionAnswerCollator",

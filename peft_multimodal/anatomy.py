@@ -126,7 +126,7 @@ def describe(model: nn.Module) -> Anatomy:
         >>> print(describe(model))
     """
     model = base_model(model)
-    modules = dict(model.named_modules())
+    modules = own_modules(model)
     roots = _tower_roots(model, modules)
     matrices = list(_matrices(modules, roots))
     towers = [
@@ -159,6 +159,18 @@ def describe(model: nn.Module) -> Anatomy:
         if found
     ]
     return Anatomy(type(model).__name__, towers, matrices, fusion_layers(modules), _media_tokens(model))
+
+
+def own_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """{path: module} of the model itself: what adapters have attached to it (and not wrapped around a layer) is left out."""
+    found: dict[str, nn.Module] = {}
+    attached: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not hasattr(module, "base_layer"):
+            attached.append(path + ".")
+        elif not path.startswith(tuple(attached)):
+            found[path] = module
+    return found
 
 
 def base_model(model: Any) -> Any:
@@ -234,12 +246,12 @@ def _encoder_and_decoder(modules: dict[str, nn.Module], path: str) -> dict[str, 
 
 def pixel_readers(model: nn.Module) -> list[str]:
     """Paths of the convolutions that read pictures."""
-    return [p for p, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m.in_channels == 3]
+    return [p for p, m in own_modules(model).items() if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m.in_channels == 3]
 
 
 def token_embeddings(model: Any) -> list[str]:
     """Paths of the embeddings that read tokens (not positions, not types)."""
-    modules = dict(model.named_modules())
+    modules = own_modules(model)
     sizes = {getattr(c, "vocab_size", None) for c in _configs(getattr(model, "config", None))}
     try:
         primary = unwrap(model.get_input_embeddings()) if hasattr(model, "get_input_embeddings") else None

@@ -246,6 +246,8 @@ class MultimodalTuner(BaseTuner):
     peft_config: dict[str, Any]  # {adapter name: config}, of the method's config class
     tuner_layer_cls: type[MultimodalLayer]
     target_module_mapping: dict[str, list[str]] = {}
+    not_mergeable: str | None = None
+    """Why this method's adapters can't be merged and what to do instead; None where they are weight updates."""
 
     # --- matching ----------------------------------------------------------------------------------------------------
 
@@ -347,6 +349,16 @@ class MultimodalTuner(BaseTuner):
         super().delete_adapter(adapter_name)
         for _, _, part in self.attached_parts():  # PEFT's loop passes over modules that bear the prefix
             part.delete_adapter(adapter_name)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        if self.not_mergeable:
+            raise ValueError(self.not_mergeable)
+        super().merge_adapter(*args, **kwargs)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
+        if self.not_mergeable:
+            raise ValueError(self.not_mergeable)
+        return super().merge_and_unload(*args, **kwargs)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         parts = list(self.attached_parts())

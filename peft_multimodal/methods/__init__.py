@@ -1,5 +1,6 @@
 """The methods, one file each. Importing this package registers them in PEFT."""
 
 from .aurora_mode_approx import AuroraModeApproxConfig, AuroraModeApproxModel
+from .cross_lingual_adapter import CrossLingualAdapterConfig, CrossLingualAdapterModel
 
-__all__ = ["AuroraModeApproxConfig", "AuroraModeApproxModel"]
+__all__ = ["AuroraModeApproxConfig", "AuroraModeApproxModel", "CrossLingualAdapterConfig", "CrossLingualAdapterModel"]

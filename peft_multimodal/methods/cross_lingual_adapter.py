@@ -1,0 +1,685 @@
+"""CrossLingualAdapter: a frozen encoder of another language and a small adapter stand in for the English text tower.
+
+Vision and language are decoupled in a dual encoder, so a language is added with translation pairs alone: a frozen
+encoder S of that language and the adapter A are trained to give what the frozen English tower T gives for the
+translation. Nothing else changes: pictures that were indexed before stay valid to the last bit.
+
+    H   = S(tokens of the language)                         B x L x d_s, frozen
+    A_0 = LN(H) W_down + b_down                             d_s -> m
+    A_k = TransformerBlock(A_{k-1}), k = 1..n               bidirectional, padding masked
+    Y   = A_n W_up + b_up                                   m -> d_t: in place of the tower's token states
+    y   = pool(Y)                                           in place of its pooled output, before any projection
+
+With n = 0 this is the linear head of Multilingual-CLIP (Carlsson et al. 2022); the frozen student with a down
+projection, one or two transformer layers and an up projection is the recipe of DAMO's talk on adapting CLIP to
+Chinese. The losses stand in `peft_multimodal.training.distillation`.
+
+Parameters, at an FFN of 4 m: (d_s m + m) + n (12 m^2 + 13 m) + (m d_t + d_t); pooling by attention has m more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft.utils import PeftType
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ..anatomy import Anatomy, Matrix, describe, is_below, token_embeddings
+from ..registry import register
+from ..tuner import AttachedPart, CallScope, MultimodalConfig, MultimodalLayer, MultimodalTuner
+from .blocks import TransformerBlock
+
+BASE = "__base__"  # PEFT's name for rows that no adapter acts on
+ENCODER_FOLDER = "encoder"
+
+
+@dataclass
+class CrossLingualAdapterConfig(MultimodalConfig):
+    """Configuration of [`CrossLingualAdapterModel`].
+
+    Args:
+        encoder: The frozen encoder of the language: a Hub id or a folder for `AutoModel`. Several languages that name
+            the same encoder share it. `with_encoder` takes a module instead.
+        encoder_revision: Its commit, tag or branch; filled in with the commit that was loaded.
+        bottleneck_dim: Width m of the adapter.
+        num_layers: Transformer layers n; 0 leaves a linear map.
+        num_heads: Their attention heads.
+        ff_mult: Their FFN's width in multiples of m.
+        dropout: In the transformer layers, in training.
+        pool: How y is taken from Y: "mean" over the text's tokens, "cls" (the first token) or "attention" (a learned query).
+        level: "pooled" for dual encoders; "tokens" where a fusion encoder reads the text's token states (FLAVA). None
+            takes what the model asks for; a text tower alone doesn't tell, so there None is "pooled".
+        save_encoder: Keep a copy of the encoder in the adapter's folder, for one that is on no Hub.
+        encoder_type, encoder_width, encoder_vocab_size, tokenizer_hash, output_dim: Filled in; checked on loading.
+    """
+
+    encoder: str | None = None
+    encoder_revision: str | None = None
+    bottleneck_dim: int = 256
+    num_layers: int = 1
+    num_heads: int = 4
+    ff_mult: int = 4
+    dropout: float = 0.0
+    pool: str = "mean"
+    level: str | None = None
+    save_encoder: bool = False
+    encoder_type: str | None = None
+    encoder_width: int | None = None
+    encoder_vocab_size: int | None = None
+    tokenizer_hash: str | None = None
+    output_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("CROSS_LINGUAL_ADAPTER")
+        for name in ("bottleneck_dim", "num_heads", "ff_mult"):
+            self.check_number(name, 1, integer=True)
+        self.check_number("num_layers", 0, integer=True)
+        self.check_number("dropout", 0, 0.999)
+        self.check_choice("pool", ("mean", "cls", "attention"))
+        self.check("level", "'pooled', 'tokens' or None", lambda v: v in (None, "pooled", "tokens"))
+        self.check_flag("save_encoder")
+        for name in ("encoder", "encoder_revision", "encoder_type", "tokenizer_hash"):
+            self.check(name, "a string or None", lambda v: v is None or (isinstance(v, str) and v))
+        for name in ("encoder_width", "encoder_vocab_size", "output_dim"):
+            self.check(name, "a positive integer or None", lambda v: v is None or (type(v) is int and v > 0))
+        self.check("num_heads", "a divisor of bottleneck_dim", lambda v: self.bottleneck_dim % v == 0)
+        whole = "None: the text tower is replaced as a whole"
+        for name in ("target_modules", "exclude_modules", "layers_to_transform"):
+            self.check(name, whole, lambda v: v is None)
+        self.check("towers", "None or ['text']", lambda v: v is None or list(v) == ["text"])
+        self._given: LanguageEncoder | None = None  # neither this nor the next is saved
+        self._folder: dict[str, Any] | None = None
+        self._loaded: LanguageEncoder | None = None
+
+    def with_encoder(self, encoder: nn.Module, tokenizer: Any = None) -> CrossLingualAdapterConfig:
+        """Take this module (and its tokenizer) for the encoder; returns the config.
+
+        The config records `encoder`, or where the module says that it came from. An encoder that was trained or
+        changed here should be published, or kept with the adapter by `save_encoder=True`.
+        """
+        self._given = LanguageEncoder(encoder, tokenizer)
+        name = getattr(getattr(encoder, "config", None), "name_or_path", None)
+        self.encoder = self.encoder or name or None
+        return self
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        names = ("revision", "token", "cache_dir")
+        config._folder = {
+            "pretrained_model_name_or_path": str(pretrained_model_name_or_path),
+            "subfolder": "/".join(filter(None, (subfolder, ENCODER_FOLDER))),
+            **{name: kwargs[name] for name in names if kwargs.get(name) is not None},
+        }
+        return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Also keeps the tokenizer's files, and the encoder with `save_encoder=True`; the config is written last."""
+        if self._loaded is not None:
+            if self._loaded.tokenizer is not None:
+                self._loaded.tokenizer.save_pretrained(save_directory)
+            if self.save_encoder:
+                self._loaded.module.save_pretrained(Path(save_directory, ENCODER_FOLDER))  # type: ignore[operator]
+            elif self.encoder is None or Path(self.encoder).is_dir() or self._given is not None:
+                warnings.warn(
+                    f"The adapter's folder names its language encoder by {self.encoder!r}, which is no commit on the "
+                    "Hub; elsewhere it loads only with that encoder at hand. Set "
+                    "model.peft_config[adapter_name].save_encoder = True to keep a copy in the folder, or publish the "
+                    "encoder and name its id.",
+                    stacklevel=2,
+                )
+        super().save_pretrained(save_directory, **kwargs)
+
+
+class LanguageEncoder(NamedTuple):
+    """A language's encoder and its tokenizer."""
+
+    module: nn.Module
+    tokenizer: Any = None
+
+
+# --- the adapter -----------------------------------------------------------------------------------------------------
+
+
+class LanguageAdapter(nn.Module):
+    """The module docstring's A: from the states of the language's encoder to those of the text tower.
+
+    Args:
+        config: The adapter's.
+        width: d_s of the encoder.
+        output_dim: d_t of the tower.
+    """
+
+    def __init__(self, config: CrossLingualAdapterConfig, width: int, output_dim: int) -> None:
+        super().__init__()
+        m = config.bottleneck_dim
+        self.pool = config.pool
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.down = nn.Linear(width, m)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(m, config.num_heads, config.ff_mult, config.dropout) for _ in range(config.num_layers)
+        )
+        self.up = nn.Linear(m, output_dim)
+        nn.init.zeros_(self.up.bias)
+        if config.pool == "attention":
+            self.query = nn.Parameter(torch.zeros(m))  # a mean at the start
+
+    def forward(self, H: Tensor, mask: Tensor, tokens: bool = True) -> tuple[Tensor | None, Tensor]:
+        """(B, L, d_s) and a boolean mask (B, L) -> Y (B, L, d_t), or None unless `tokens`, and y (B, d_t)."""
+        mask = mask | ~mask.any(dim=1, keepdim=True)  # a row of padding alone would be NaN
+        A = self.down(self.norm(H.to(self.down.weight.dtype)))
+        for block in self.blocks:
+            A = block(A, mask[:, None, None, :])
+        y = self.up(self._pooled(A, mask))  # pooled before the map up: it is affine and the weights sum to 1
+        if not tokens:
+            return None, y
+        return torch.cat([y[:, None], self.up(A[:, 1:])], dim=1), y  # who reads token states reads y as the first
+
+    def _pooled(self, A: Tensor, mask: Tensor) -> Tensor:
+        if self.pool == "cls":
+            first = mask.int().argmax(dim=1)  # where padding is on the left
+            return A[torch.arange(len(A), device=A.device), first]
+        if self.pool == "attention":
+            weights = (A @ self.query).masked_fill(~mask, float("-inf")).softmax(dim=1).to(A.dtype)
+        else:
+            weights = mask / mask.sum(dim=1, keepdim=True)
+        return torch.einsum("bl,blm->bm", weights.to(A.dtype), A)
+
+
+class Teaching(NamedTuple):
+    """What the frozen tower gives for English texts: the pooled output (B, d_t), at the level of tokens E (B, L, d_t)."""
+
+    pooled: Tensor
+    states: Tensor | None
+
+
+class CrossLingualAdapterLayer(MultimodalLayer):
+    """Base of everything that this method puts into a model."""
+
+
+class LanguageTower(AttachedPart, CrossLingualAdapterLayer, nn.Module):
+    """Hangs below the text tower and takes its `forward` over: the adapters and the encoders that they share.
+
+    A language is an adapter. With the adapters disabled, and for rows named `__base__`, the tower runs as it is.
+    """
+
+    role = "text"
+    adapter_layer_names = ("cross_lingual_adapter_language",)
+    cross_lingual_adapter_language: Any  # {adapter: LanguageAdapter}
+
+    def __init__(self, model: nn.Module, tower: nn.Module, level: str) -> None:
+        nn.Module.__init__(self)
+        AttachedPart.__init__(self)
+        self.cross_lingual_adapter_language = nn.ModuleDict()
+        self.encoders = nn.ModuleDict()
+        self.encoder_of: dict[str, str] = {}
+        self.level = level
+        self.scope = CallScope()  # `adapter_names` of a call
+        self._model, self._tower = (model,), (tower,)  # tuples are not registered
+        self._own_forward = tower.__dict__.get("forward")
+        tower.__dict__["forward"] = self.forward
+        if hasattr(type(model), "get_text_features"):
+            model.__dict__["get_text_features"] = self.get_text_features
+
+    def host(self) -> nn.Module:
+        return self._tower[0]
+
+    def remove_hooks(self) -> None:
+        super().remove_hooks()
+        del self._tower[0].__dict__["forward"]
+        if self._own_forward is not None:
+            self._tower[0].__dict__["forward"] = self._own_forward
+        self._model[0].__dict__.pop("get_text_features", None)
+
+    def add(self, adapter_name: str, config: CrossLingualAdapterConfig, key: str, encoder: nn.Module) -> None:
+        if key not in self.encoders:
+            self.encoders[key] = encoder
+        self.encoder_of[adapter_name] = key
+        width, dim = config.encoder_width, config.output_dim
+        assert width is not None and dim is not None
+        self.cross_lingual_adapter_language[adapter_name] = LanguageAdapter(config, width, dim)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.encoder_of.pop(adapter_name, None)
+        for key in set(self.encoders) - set(self.encoder_of.values()):
+            del self.encoders[key]
+
+    def train(self, mode: bool = True) -> LanguageTower:
+        super().train(mode)
+        self.encoders.eval()  # frozen: no dropout, ever
+        return self
+
+    # --- the student ---
+
+    @torch.no_grad()
+    def encode(self, input_ids: Tensor, mask: Tensor, adapter_name: str) -> Tensor:
+        """H (B, L, d_s) of the frozen encoder.
+
+        Raises:
+            ValueError: a token is outside its vocabulary, or a text is longer than it can read.
+        """
+        encoder: Any = self.encoders[self.encoder_of[adapter_name]]
+        size, limit = _vocabulary_size(encoder), getattr(encoder.config, "max_position_embeddings", None)
+        if not torch.compiler.is_compiling() and not input_ids.is_meta:
+            low, high = (int(x) for x in input_ids.aminmax())
+            if low < 0 or high >= size:
+                raise ValueError(
+                    f"Token {high if high >= size else low} is outside the {size} tokens of adapter {adapter_name!r}'s encoder: "
+                    "the text was tokenised for another model. LanguageProcessor picks the tokenizer of a language."
+                )
+        if limit is not None and input_ids.shape[1] > limit:
+            raise ValueError(
+                f"{input_ids.shape[1]} tokens, but the encoder of adapter {adapter_name!r} reads {limit}: tokenise with "
+                f"truncation=True, max_length={limit}."
+            )
+        return encoder(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
+
+    def mask_of(self, input_ids: Tensor, attention_mask: Tensor | None, adapter_name: str) -> Tensor:
+        """The boolean mask of the text's own tokens; without an attention mask by the encoder's padding id."""
+        if attention_mask is not None:
+            return attention_mask.bool()
+        encoder: Any = self.encoders[self.encoder_of[adapter_name]]
+        pad = getattr(encoder.config, "pad_token_id", None)
+        return torch.ones_like(input_ids, dtype=torch.bool) if pad is None else input_ids != pad
+
+    def project(self, H: Tensor, mask: Tensor, adapter_name: str) -> tuple[Tensor | None, Tensor]:
+        """The adapter alone: Y (B, L, d_t) at the level of tokens, else None, and y (B, d_t)."""
+        return self.cross_lingual_adapter_language[adapter_name](H, mask, tokens=self.level == "tokens")
+
+    def adapted(self, input_ids: Tensor, attention_mask: Tensor | None, adapter_name: str) -> BaseModelOutputWithPooling:
+        """What the text tower gives, for a text of the adapter's language."""
+        mask = self.mask_of(input_ids, attention_mask, adapter_name)
+        H = self.encode(input_ids, mask, adapter_name)
+        Y, y = self.cross_lingual_adapter_language[adapter_name](H, mask)
+        dtype = next(p.dtype for p in self.host().parameters() if p.is_floating_point())
+        Y, y = Y.to(dtype), y.to(dtype)
+        if self.level == "pooled":
+            return BaseModelOutputWithPooling(last_hidden_state=Y, pooler_output=y, hidden_states=(Y,))
+        last = self._finished(Y)
+        pooler = getattr(self.host(), "pooler", None)
+        pooled = last[:, 0] if pooler is None else pooler(last)
+        return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=(Y,))
+
+    def _finished(self, states: Tensor) -> Tensor:
+        """The last layer's states behind the tower's final norm, where it has one."""
+        norm = _final_norm(self.host())
+        return states if norm is None else norm(states)
+
+    # --- the teacher ---
+
+    def own(self, *args: Any, **kwargs: Any) -> Any:
+        """The tower as it is."""
+        tower = self.host()
+        if self._own_forward is not None:
+            return self._own_forward(*args, **kwargs)
+        return type(tower).forward(tower, *args, **kwargs)
+
+    @torch.no_grad()
+    def teach(self, input_ids: Tensor, attention_mask: Tensor | None) -> Teaching:
+        """The frozen tower's outputs for English texts, in eval mode."""
+        tower = self.host()
+        training = tower.training
+        try:
+            return _teaching(tower.eval(), self.own, self.level, input_ids, attention_mask)
+        finally:
+            tower.train(training)
+
+    # --- a call of the tower ---
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the tower's `forward`."""
+        names = self.scope.values.get("adapter_names")
+        active = self.live_adapters()
+        if self.disable_adapters or (names is None and not active):
+            if args:
+                return self.own(input_ids, attention_mask, *args, **kwargs)
+            return self.own(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if input_ids is None:
+            raise ValueError(
+                "A language's encoder reads input_ids; pass them, or use the English tower: model.disable_adapter()."
+            )
+        if names is None:
+            if len(active) > 1:
+                raise ValueError(
+                    f"Adapters {active} are languages: one can be active, or name each row's: adapter_names=[...]."
+                )
+            out = self.adapted(input_ids, attention_mask, active[0])
+        else:
+            out = self._by_rows(input_ids, attention_mask, names)
+        wanted = kwargs.get("return_dict")
+        if wanted is None:
+            wanted = getattr(getattr(self.host(), "config", None), "return_dict", True)
+        return out if wanted else out.to_tuple()
+
+    def get_text_features(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The model's own `get_text_features`, with the language of each row where `adapter_names` is given."""
+        model: Any = self._model[0]
+        with self.rows(adapter_names):
+            return type(model).get_text_features(model, *args, **kwargs)
+
+    @contextmanager
+    def rows(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
+        """Within it, row i of a batch is of the language `adapter_names[i]`."""
+        if adapter_names is None:
+            yield
+            return
+        unknown = sorted(set(adapter_names) - {BASE, *self.cross_lingual_adapter_language})
+        if unknown:
+            known = [BASE, *self.cross_lingual_adapter_language]
+            raise ValueError(f"No adapter for {unknown}; there are {known}. Load it: model.load_adapter(folder, name).")
+        if self.disable_adapters:
+            raise ValueError("adapter_names=[...] was given while the adapters are disabled.")
+        self.scope.open()
+        self.scope.values["adapter_names"] = list(adapter_names)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            self.scope.close()
+
+    def _by_rows(self, input_ids: Tensor, attention_mask: Tensor | None, names: Any) -> BaseModelOutputWithPooling:
+        """Each row by its own language; a row's result is that of a batch of its language alone."""
+        if len(names) != len(input_ids):
+            raise ValueError(f"{len(names)} adapter_names for {len(input_ids)} rows.")
+        if attention_mask is None:
+            raise ValueError("A batch of several languages needs its attention_mask: each language pads its own way.")
+        found: list[tuple[Tensor, int, int, Any]] = []
+        for name in dict.fromkeys(names):
+            rows = torch.tensor([i for i, n in enumerate(names) if n == name], device=input_ids.device)
+            columns = attention_mask[rows].any(dim=0).nonzero().flatten().tolist() or [0]
+            start, end = columns[0], columns[-1] + 1
+            ids, mask = input_ids[rows, start:end], attention_mask[rows, start:end]
+            if name == BASE:
+                out = self.own(input_ids=ids, attention_mask=mask, output_hidden_states=True, return_dict=True)
+            else:
+                out = self.adapted(ids, mask, name)
+            found.append((rows, start, end, out))
+
+        def joined(part: Any) -> Tensor:
+            """The rows' sequences at the places that their texts have in the batch."""
+            parts = [part(out) for *_, out in found]
+            whole = parts[0].new_zeros(len(names), input_ids.shape[1], parts[0].shape[-1])
+            for (rows, start, end, _), states in zip(found, parts, strict=True):
+                whole[rows, start:end] = states
+                whole[rows, 0] = states[:, 0]  # who reads token states reads the first, also behind padding on the left
+            return whole
+
+        def pooled_of(out: Any) -> Tensor:
+            pooled = getattr(out, "pooler_output", None)
+            return out.last_hidden_state[:, 0] if pooled is None else pooled
+
+        pooled = pooled_of(found[0][3])
+        pooled = pooled.new_zeros(len(names), pooled.shape[-1])
+        for rows, _, _, out in found:
+            pooled[rows] = pooled_of(out)
+        widths = {out.last_hidden_state.shape[-1] for *_, out in found}
+        if len(widths) > 1:  # a tower that pools to another width: nobody reads its token states
+            last = pooled[:, None]
+        else:
+            last = joined(lambda o: o.last_hidden_state)
+        hidden = joined(lambda o: o.hidden_states[-1]) if self.level == "tokens" else last
+        return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=(hidden,))
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+class CrossLingualAdapterModel(MultimodalTuner):
+    """Gives a dual encoder, or a fusion model with a text tower of its own, another language.
+
+    Example:
+        >>> config = CrossLingualAdapterConfig(encoder="intfloat/multilingual-e5-small")
+        >>> model = get_peft_model(clip, config, adapter_name="zh")
+        >>> model.get_text_features(**zh_tokenizer(["一个红苹果"], return_tensors="pt")).pooler_output
+        >>> with model.disable_adapter():  # English again
+        ...     model.get_text_features(**en_tokenizer(["a red apple"], return_tensors="pt")).pooler_output
+    """
+
+    prefix = "cross_lingual_adapter_"
+    tuner_layer_cls = CrossLingualAdapterLayer
+    not_mergeable = (
+        "A language's encoder takes the text tower's place; that is no weight update, so it can't be merged. Keep the "
+        "adapter, or get the English model back by unload()."
+    )
+
+    @classmethod
+    def match(cls, config: CrossLingualAdapterConfig, model: nn.Module) -> list[Matrix]:
+        found = describe(model)
+        path = text_tower(model, found)
+        dim = config.output_dim or _output_dim(model.get_submodule(path), level_of(config, found))
+        return [Matrix(path, "tower", (0, dim), config.encoder_width or 0, dim, "text", "text.tower.0")]
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        found = describe(self.model)
+        path = text_tower(self.model, found)
+        level = level_of(peft_config, found)
+        present = self.language_tower()
+        if present is not None and present.level != level:
+            raise ValueError(f"The model's adapters have level={present.level!r}; one with {level!r} can't join them.")
+        tower = self.model.get_submodule(path)
+        dim = _output_dim(tower, level)
+        if peft_config.output_dim not in (None, dim):
+            raise ValueError(
+                f"This adapter belongs to another base: it gives {peft_config.output_dim} features, the text tower of "
+                f"{found.model_class} {dim}."
+            )
+        self._loaded = load_encoder(peft_config, present)
+        _follow(self._loaded.module, tower, keep_dtype=peft_config._given is not None)
+        peft_config.level, peft_config.output_dim = level, dim
+        peft_config._loaded = self._loaded
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        anchor = next(p for p in token_embeddings(self.model) if is_below(p, path))  # PEFT passes over the root
+        self._tower_path, self._matched = path, {anchor: self._matched[path]}
+        return peft_config
+
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:  # fmt: skip
+        part = self.language_tower()
+        if part is None:
+            tower = self.model.get_submodule(self._tower_path)
+            part = LanguageTower(self.model, tower, peft_config.level)
+            part.train(tower.training)
+            tower.add_module("cross_lingual_adapter_tower", part)
+        part.add(adapter_name, peft_config, encoder_key(peft_config, self._loaded.module), self._loaded.module)
+        if adapter_name not in self.active_adapters:
+            part.cross_lingual_adapter_language[adapter_name].requires_grad_(False)
+
+    def language_tower(self) -> LanguageTower | None:
+        """The part that holds the languages."""
+        return next((m for m in self.model.modules() if isinstance(m, LanguageTower)), None)
+
+    @torch.no_grad()
+    def start_at(self, mean: Tensor, adapter_name: str) -> None:
+        """Let b_up start at the mean teacher vector (d_t), which all texts have in common.
+
+        An adapter on the meta device, whose weights are yet to be loaded, is left alone.
+        """
+        part: Any = self.language_tower()
+        bias = part.cross_lingual_adapter_language[adapter_name].up.bias
+        if not bias.is_meta:
+            bias.copy_(mean)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        part: Any = self.language_tower()
+        with part.rows(kwargs.get("adapter_names")):
+            yield
+
+
+def text_tower(model: nn.Module, found: Anatomy) -> str:
+    """Path of the text tower that can be replaced as a whole.
+
+    Raises:
+        ValueError: the model has none; the message says why and what to use.
+    """
+    towers = [t for t in found.towers if t.name == "text" and t.attentions]
+    instead = (
+        "Use a dual encoder (CLIP, SigLIP, VisionTextDualEncoder, ...) or a fusion model whose text encoder stands apart "
+        "(FLAVA), or train this one on the language with AuroraModeApprox."
+    )
+    if found.fusion_layers:
+        raise ValueError(
+            f"{found.model_class} reads the picture inside its text layers (" + found.fusion_layers[0] + ", ...), so its text "
+            f"encoder can't be exchanged for another language's. {instead}"
+        )
+    if len(towers) != 1:
+        read = "several text towers" if towers else "no text encoder of its own: one stack reads text and picture alike"
+        raise ValueError(f"{found.model_class} has {read}. {instead}")
+    path = towers[0].path
+    if not path:  # the text side alone; its projection stands behind the tower
+        children = dict(model.named_children())
+        embeddings = token_embeddings(model)
+        for name in children:
+            if any(is_below(e, name) for e in embeddings) and any("projection" in other for other in children):
+                return name
+    return path
+
+
+def level_of(config: CrossLingualAdapterConfig, found: Anatomy) -> str:
+    """What the rest of the model reads of the text tower: its pooled output, or (a fusion encoder) its tokens' states."""
+    return config.level or ("tokens" if any(t.name == "fusion" for t in found.towers) else "pooled")
+
+
+def load_encoder(config: CrossLingualAdapterConfig, present: LanguageTower | None = None) -> LanguageEncoder:
+    """The config's frozen encoder, from `present` if that has it, checked against what the config knows of it.
+
+    Fills in the config's `encoder_*` fields and `tokenizer_hash`.
+    """
+    given = config._given
+    kept = None if present is None or given is not None else present.encoders._modules.get(encoder_key(config))
+    if given is not None:
+        found = given
+    elif kept is not None:
+        found = LanguageEncoder(kept, _tokenizer(config))
+    else:
+        found = _read_encoder(config)
+    module: Any = found.module
+    actual = {
+        "encoder_type": module.config.model_type,
+        "encoder_width": _width(module),
+        "encoder_vocab_size": _vocabulary_size(module),
+        "tokenizer_hash": None if found.tokenizer is None else vocabulary_hash(found.tokenizer),
+    }
+    for name, value in actual.items():
+        recorded = getattr(config, name)
+        if config.is_loaded and None not in (recorded, value) and recorded != value:
+            raise ValueError(
+                f"The adapter was trained on another encoder: {config.encoder!r} has {name} {value!r} now, then it was "
+                f"{recorded!r}. Name the right one: config.encoder, config.encoder_revision, or config.with_encoder(module)."
+            )
+        setattr(config, name, recorded if value is None else value)
+    commit = getattr(module.config, "_commit_hash", None)
+    config.encoder_revision = config.encoder_revision if given is not None else commit or config.encoder_revision
+    return LanguageEncoder(module.requires_grad_(False).eval(), found.tokenizer)
+
+
+def _read_encoder(config: CrossLingualAdapterConfig) -> LanguageEncoder:
+    if config.encoder is None and not (config.save_encoder and config._folder):
+        raise ValueError(
+            "encoder= is missing: the Hub id or the folder of a frozen encoder of the language, such as "
+            "'intfloat/multilingual-e5-small'; or give a module by config.with_encoder(module)."
+        )
+    source = _source(config)
+    try:
+        module: Any = AutoModel.from_pretrained(**source, trust_remote_code=False, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"The language encoder {config.encoder!r} can't be loaded: {error}. If it is elsewhere now, name the place: "
+            "config = CrossLingualAdapterConfig.from_pretrained(folder); config.encoder = ...; then pass config=config."
+        ) from error
+    if getattr(module.config, "is_encoder_decoder", False):
+        module = module.get_encoder()
+    return LanguageEncoder(module, _tokenizer(config))
+
+
+def _source(config: CrossLingualAdapterConfig) -> dict[str, Any]:
+    if config.save_encoder and config._folder:
+        return config._folder
+    return {"pretrained_model_name_or_path": config.encoder, "revision": config.encoder_revision or "main"}
+
+
+def _tokenizer(config: CrossLingualAdapterConfig) -> Any:
+    """The encoder's tokenizer, or None where it has none."""
+    source = _source(config)
+    if config.save_encoder and config._folder:  # the tokenizer stands beside the encoder's folder
+        parent = source["subfolder"].removesuffix(ENCODER_FOLDER).rstrip("/")
+        source = source | {"subfolder": parent}
+    try:
+        return AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def encoder_key(config: CrossLingualAdapterConfig, module: nn.Module | None = None) -> str:
+    """The name under which an encoder is shared: its place and revision, or the module that was given."""
+    if config._given is not None:
+        return f"module_{id(module or config._given.module)}"
+    place = json.dumps({name: str(value) for name, value in _source(config).items() if name != "token"}, sort_keys=True)
+    return "encoder_" + hashlib.sha256(place.encode()).hexdigest()[:16]
+
+
+def vocabulary_hash(tokenizer: Any) -> str:
+    """A hash of a tokenizer's tokens and their ids."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]), ensure_ascii=False)
+    return hashlib.sha256(vocabulary.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _vocabulary_size(encoder: Any) -> int:
+    return encoder.get_input_embeddings().weight.shape[0]
+
+
+def _width(encoder: Any) -> int:
+    width = encoder.config.get_text_config()
+    return getattr(width, "hidden_size", None) or width.d_model
+
+
+def _follow(encoder: nn.Module, tower: nn.Module, keep_dtype: bool) -> None:
+    """Move the encoder to the tower's device, and unless it was given as a module to its dtype."""
+    reference = next(p for p in tower.parameters() if p.is_floating_point())
+    if not reference.is_meta:
+        encoder.to(device=reference.device, dtype=None if keep_dtype else reference.dtype)
+
+
+def _final_norm(tower: nn.Module) -> nn.Module | None:
+    """The norm behind the last layer, if the tower has one: then the last of its `hidden_states` stands before it."""
+    norms = [m for m in tower.children() if "Norm" in type(m).__name__]
+    return norms[0] if len(norms) == 1 else None
+
+
+def _teaching(tower: Any, forward: Any, level: str, input_ids: Tensor, attention_mask: Tensor | None) -> Teaching:
+    tokens = level == "tokens"
+    out = forward(
+        input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=tokens or None, return_dict=True
+    )
+    if tokens:
+        states = out.last_hidden_state if _final_norm(tower) is None else out.hidden_states[-1]
+        return Teaching(states[:, 0], states)
+    pooled = getattr(out, "pooler_output", None)
+    return Teaching(out.last_hidden_state[:, 0] if pooled is None else pooled, None)
+
+
+@torch.no_grad()
+def _output_dim(tower: nn.Module, level: str) -> int:
+    """d_t, measured."""
+    device = next(tower.parameters()).device
+    ids = torch.ones(1, 2, dtype=torch.long, device=device)
+    part: Any = next((m for m in tower.children() if isinstance(m, LanguageTower)), None)
+    forward = tower.forward if part is None else part.own
+    return _teaching(tower, forward, level, ids, torch.ones_like(ids)).pooled.shape[-1]
+
+
+register("cross_lingual_adapter", CrossLingualAdapterConfig, CrossLingualAdapterModel)
