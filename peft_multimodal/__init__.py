@@ -21,12 +21,16 @@ from .saving import load, save
 from .tuner import matched_modules
 
 if TYPE_CHECKING:
-    from .data import ImageTextCollator, QuestionAnswerCollator
+    from .data import ImageTextCollator, LanguageProcessor, QuestionAnswerCollator
     from .evaluation import RetrievalRecall, VQAAccuracy
+    from .training.distillation import CrossLingualTrainer, DistillationLoss
     from .training.trainer import ImageTextRetrievalTrainer
 
 _LAZY = {
+    "CrossLingualTrainer": "training.distillation",
+    "DistillationLoss": "training.distillation",
     "ImageTextCollator": "data",
+    "LanguageProcessor": "data",
     "QuestionAnswerCollator": "data",
     "RetrievalRecall": "evaluation",
     "VQAAccuracy": "evaluation",
@@ -38,8 +42,11 @@ __all__ = [
     "AuroraModeApproxModel",
     "CrossLingualAdapterConfig",
     "CrossLingualAdapterModel",
+    "CrossLingualTrainer",
+    "DistillationLoss",
     "ImageTextCollator",
     "ImageTextRetrievalTrainer",
+    "LanguageProcessor",
     "QuestionAnswerCollator",
     "RetrievalRecall",
     "VQAAccuracy",

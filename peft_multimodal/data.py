@@ -1,4 +1,4 @@
-"""Collators: dataset rows with PIL images and text to the batches that vision-language models take.
+"""Collators and processors: dataset rows with PIL images and text to the batches that vision-language models take.
 
 They read the dataset's own columns, which `Trainer` would drop: `TrainingArguments(remove_unused_columns=False)`.
 """
@@ -6,13 +6,18 @@ They read the dataset's own columns, which `Trainer` would drop: `TrainingArgume
 from __future__ import annotations
 
 import inspect
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import AutoImageProcessor, AutoTokenizer, BatchEncoding
+from transformers.utils import cached_file
 
 Row = Mapping[str, Any]
 
@@ -144,6 +149,154 @@ class QuestionAnswerCollator:
             batch["decoder_attention_mask"] = answers["attention_mask"]
             batch["labels"] = decoder.masked_fill(answers["attention_mask"] == 0, -100)
         return batch
+
+
+class LanguageProcessor:
+    """Tokenises each text by the tokenizer of its language, for a model with [`CrossLingualAdapterModel`]'s adapters.
+
+    A language is called as its adapter. The first one is that of the model's own text tower, English in general.
+
+        >>> processor = LanguageProcessor(en=clip_tokenizer, zh=zh_tokenizer)
+        >>> model.get_text_features(**processor(["一个红苹果"], language="zh"))  # with the adapter zh active
+        >>> model.get_text_features(**processor(["a red apple", "一个红苹果"], language=["en", "zh"]))
+
+    Args:
+        image_processor: For `images=`.
+        padding: As tokenizers take it, for all languages or as {language: padding}. A tower that was trained on padded
+            texts (SigLIP) needs "max_length" for its language.
+        max_length: Longest text in tokens, for all or by language; by default each tokenizer's own limit.
+        tokenizers: `language=tokenizer`, the model's own language first.
+
+    Raises:
+        ValueError: there is no tokenizer, or a language's name is no name (letters, digits, - and _).
+    """
+
+    FILE = "language_processor.json"
+
+    def __init__(
+        self,
+        *,
+        image_processor: Any = None,
+        padding: bool | str | dict[str, bool | str] = True,
+        max_length: int | dict[str, int] | None = None,
+        **tokenizers: Any,
+    ) -> None:
+        if not tokenizers:
+            raise ValueError("LanguageProcessor needs tokenizers: LanguageProcessor(en=..., zh=...).")
+        for name in tokenizers:
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise ValueError(f"{name!r} is no name of a language: letters, digits, - and _ only.")
+        self.tokenizers = tokenizers
+        self.image_processor = image_processor
+        self.padding = padding
+        self.max_length = max_length
+
+    @property
+    def base(self) -> str:
+        """The language of the model's own text tower."""
+        return next(iter(self.tokenizers))
+
+    @property
+    def languages(self) -> list[str]:
+        return list(self.tokenizers)
+
+    def tokenizer(self, language: str) -> Any:
+        """The tokenizer of a language; ValueError names those that there are."""
+        if language not in self.tokenizers:
+            raise ValueError(f"There is no tokenizer for {language!r}, but for {self.languages}.")
+        return self.tokenizers[language]
+
+    def tokenize(self, text: Sequence[str], language: str) -> dict[str, Tensor]:
+        """input_ids and attention_mask int64 `(B, L)` of texts of one language."""
+        tokenizer = self.tokenizer(language)
+        length = self.max_length.get(language) if isinstance(self.max_length, dict) else self.max_length
+        padding = self.padding.get(language, True) if isinstance(self.padding, dict) else self.padding
+        if empty := [i for i, t in enumerate(text) if not (isinstance(t, str) and t.strip())]:
+            raise ValueError(f"Text {empty[0]} is empty or no string: {text[empty[0]]!r}.")
+        limited = length is not None or tokenizer.model_max_length < 1_000_000  # transformers' "no limit" is 1e30
+        found = tokenizer(list(text), padding=padding, truncation=limited, max_length=length, return_tensors="pt")
+        # A tokenizer that gives no mask belongs to a model that reads its padding.
+        mask = found.get("attention_mask", torch.ones_like(found["input_ids"]))
+        return {"input_ids": found["input_ids"], "attention_mask": mask}
+
+    def __call__(
+        self,
+        text: str | Sequence[str] | None = None,
+        images: Any = None,
+        language: str | Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> BatchEncoding:
+        """A batch for the model.
+
+        Args:
+            text: A text or a list of them.
+            images: For the image processor, with `kwargs`.
+            language: Of all texts, or of each; by default the model's own.
+
+        Returns:
+            input_ids and attention_mask int64 `(B, L)`; with a list of languages also adapter_names, a list of B
+            names that routes each row; pixel_values where there are images.
+        """
+        batch: dict[str, Any] = {}
+        if text is not None:
+            texts = [text] if isinstance(text, str) else list(text)
+            if language is None or isinstance(language, str):
+                batch |= self.tokenize(texts, language or self.base)
+            else:
+                batch |= self._mixed(texts, list(language))
+        if images is not None:
+            if self.image_processor is None:
+                raise ValueError("This LanguageProcessor has no image_processor.")
+            batch |= self.image_processor(images, **{"return_tensors": "pt", **kwargs})
+        return BatchEncoding(batch)
+
+    def _mixed(self, texts: list[str], languages: list[str]) -> dict[str, Any]:
+        if len(languages) != len(texts):
+            raise ValueError(f"{len(languages)} languages for {len(texts)} texts.")
+        rows = {name: [i for i, n in enumerate(languages) if n == name] for name in dict.fromkeys(languages)}
+        parts = {name: self.tokenize([texts[i] for i in found], name) for name, found in rows.items()}
+        longest = max(part["input_ids"].shape[1] for part in parts.values())
+        ids = torch.zeros(len(texts), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for name, part in parts.items():
+            width = part["input_ids"].shape[1]
+            ids[rows[name], :width] = part["input_ids"]
+            mask[rows[name], :width] = part["attention_mask"]
+        names = ["__base__" if name == self.base else name for name in languages]
+        return {"input_ids": ids, "attention_mask": mask, "adapter_names": names}
+
+    def batch_decode(self, input_ids: Any, language: str | None = None, **kwargs: Any) -> list[str]:
+        return self.tokenizer(language or self.base).batch_decode(input_ids, **kwargs)
+
+    def save_pretrained(self, folder: Any, **kwargs: Any) -> None:
+        """One folder a language, and `language_processor.json`."""
+        folder = Path(folder)
+        for name, tokenizer in self.tokenizers.items():
+            tokenizer.save_pretrained(folder / name)
+        if self.image_processor is not None:
+            self.image_processor.save_pretrained(folder / "image_processor")
+        settings = {
+            "languages": self.languages,
+            "padding": self.padding,
+            "max_length": self.max_length,
+            "images": self.image_processor is not None,
+        }
+        (folder / self.FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: Any, **kwargs: Any) -> LanguageProcessor:
+        """Read what `save_pretrained` wrote, from a folder or the Hub (`revision`, `token`, `cache_dir`)."""
+        file = cached_file(str(name_or_path), cls.FILE, **kwargs)
+        assert file is not None  # a missing file raises
+        settings = json.loads(Path(file).read_text(encoding="utf-8"))
+        languages = settings["languages"]
+        names: dict[str, Any] = dict.fromkeys(languages)
+        cls(**names)  # refuses a name that is a path
+        read = {name: AutoTokenizer.from_pretrained(name_or_path, subfolder=name, **kwargs) for name in languages}
+        images = None
+        if settings["images"]:
+            images = AutoImageProcessor.from_pretrained(name_or_path, subfolder="image_processor", **kwargs)
+        return cls(image_processor=images, padding=settings["padding"], max_length=settings["max_length"], **read)
 
 
 def _process(processor: Any, images: list[Any], texts: list[str], padding: Any, length: int | None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 from peft_multimodal import training
 from peft_multimodal.training import losses
-from peft_multimodal.training.trainer import ImageTextRetrievalTrainer, _call_inside
+from peft_multimodal.training.trainer import ImageTextRetrievalTrainer, call_inside
 
 
 def slow_itc(cosines, scale, image_ids, text_ids):
@@ -324,15 +324,15 @@ def test_contrastive_loss_func_in_the_stock_trainer(tmp_path, family, extra):
     torch.testing.assert_close(once, twice)
 
 
-def test_call_inside_restores_forward():
+def testcall_inside_restores_forward():
     module = torch.nn.Linear(2, 2)
     calls = []
     module.register_forward_pre_hook(lambda *_: calls.append("hook"))
-    assert _call_inside(module, module, lambda batch: batch["x"] + 1, {"x": 1}) == 2
+    assert call_inside(module, module, lambda batch: batch["x"] + 1, {"x": 1}) == 2
     assert calls == ["hook"]
     assert "forward" not in vars(module)
     with pytest.raises(ZeroDivisionError):
-        _call_inside(module, module, lambda batch: 1 / 0, {})
+        call_inside(module, module, lambda batch: 1 / 0, {})
     assert module(torch.zeros(1, 2)).shape == (1, 2)
 
 
@@ -342,7 +342,7 @@ sys.path.insert(0, {tests!r})
 import torch.distributed as dist
 from test_losses import blip, blip_batch
 from peft_multimodal.training.losses import retrieval_loss
-from peft_multimodal.training.trainer import _call_inside
+from peft_multimodal.training.trainer import call_inside
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 torch.manual_seed(0)
@@ -355,7 +355,7 @@ for half in halves:
     own.append({{n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}})
 model.zero_grad()
 wrapper = torch.nn.parallel.DistributedDataParallel(model)
-_call_inside(wrapper, model, lambda batch: retrieval_loss(model, batch), halves[rank])["loss"].backward()
+call_inside(wrapper, model, lambda batch: retrieval_loss(model, batch), halves[rank])["loss"].backward()
 for n, p in model.named_parameters():
     if p.requires_grad:
         torch.testing.assert_close(p.grad, (own[0][n] + own[1][n]) / 2)

@@ -246,9 +246,8 @@ class LanguageTower(AttachedPart, CrossLingualAdapterLayer, nn.Module):
         if key not in self.encoders:
             self.encoders[key] = encoder
         self.encoder_of[adapter_name] = key
-        width, dim = config.encoder_width, config.output_dim
-        assert width is not None and dim is not None
-        self.cross_lingual_adapter_language[adapter_name] = LanguageAdapter(config, width, dim)
+        sizes: Any = (config.encoder_width, config.output_dim)
+        self.cross_lingual_adapter_language[adapter_name] = LanguageAdapter(config, *sizes)
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -299,7 +298,9 @@ class LanguageTower(AttachedPart, CrossLingualAdapterLayer, nn.Module):
         """The adapter alone: Y (B, L, d_t) at the level of tokens, else None, and y (B, d_t)."""
         return self.cross_lingual_adapter_language[adapter_name](H, mask, tokens=self.level == "tokens")
 
-    def adapted(self, input_ids: Tensor, attention_mask: Tensor | None, adapter_name: str) -> BaseModelOutputWithPooling:
+    def adapted(
+        self, input_ids: Tensor, attention_mask: Tensor | None, adapter_name: str
+    ) -> BaseModelOutputWithPooling:
         """What the text tower gives, for a text of the adapter's language."""
         mask = self.mask_of(input_ids, attention_mask, adapter_name)
         H = self.encode(input_ids, mask, adapter_name)
@@ -308,15 +309,25 @@ class LanguageTower(AttachedPart, CrossLingualAdapterLayer, nn.Module):
         Y, y = Y.to(dtype), y.to(dtype)
         if self.level == "pooled":
             return BaseModelOutputWithPooling(last_hidden_state=Y, pooler_output=y, hidden_states=(Y,))
-        last = self._finished(Y)
-        pooler = getattr(self.host(), "pooler", None)
-        pooled = last[:, 0] if pooler is None else pooler(last)
-        return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=(Y,))
+        return self.finished(Y)
 
-    def _finished(self, states: Tensor) -> Tensor:
-        """The last layer's states behind the tower's final norm, where it has one."""
-        norm = _final_norm(self.host())
-        return states if norm is None else norm(states)
+    def finished(self, states: Tensor) -> BaseModelOutputWithPooling:
+        """The tower's output of its last layer's states (B, L, d_t): what stands behind the layers is its own."""
+        tower: Any = self.host()
+        norm, pooler = _final_norm(tower), getattr(tower, "pooler", None)
+        last = states if norm is None else norm(states)
+        pooled = last[:, 0] if pooler is None else pooler(last)
+        return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=(states,))
+
+    @contextmanager
+    def standing_in(self, states: Tensor) -> Iterator[None]:
+        """Within it the tower gives these states of its last layer (B, L, d_t), whatever text it is called with."""
+        self.scope.open()
+        self.scope.values["states"] = states
+        try:
+            yield
+        finally:
+            self.scope.close()
 
     # --- the teacher ---
 
@@ -341,6 +352,8 @@ class LanguageTower(AttachedPart, CrossLingualAdapterLayer, nn.Module):
 
     def forward(self, input_ids: Any = None, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the tower's `forward`."""
+        if "states" in self.scope.values:
+            return self.finished(self.scope.values["states"])
         names = self.scope.values.get("adapter_names")
         active = self.live_adapters()
         if self.disable_adapters or (names is None and not active):
@@ -425,10 +438,8 @@ class LanguageTower(AttachedPart, CrossLingualAdapterLayer, nn.Module):
         for rows, _, _, out in found:
             pooled[rows] = pooled_of(out)
         widths = {out.last_hidden_state.shape[-1] for *_, out in found}
-        if len(widths) > 1:  # a tower that pools to another width: nobody reads its token states
-            last = pooled[:, None]
-        else:
-            last = joined(lambda o: o.last_hidden_state)
+        # A tower that pools to another width: nobody reads its token states.
+        last = pooled[:, None] if len(widths) > 1 else joined(lambda o: o.last_hidden_state)
         hidden = joined(lambda o: o.hidden_states[-1]) if self.level == "tokens" else last
         return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=(hidden,))
 
@@ -533,7 +544,9 @@ def text_tower(model: nn.Module, found: Anatomy) -> str:
     )
     if found.fusion_layers:
         raise ValueError(
-            f"{found.model_class} reads the picture inside its text layers (" + found.fusion_layers[0] + ", ...), so its text "
+            f"{found.model_class} reads the picture inside its text layers ("
+            + found.fusion_layers[0]
+            + ", ...), so its text "
             f"encoder can't be exchanged for another language's. {instead}"
         )
     if len(towers) != 1:

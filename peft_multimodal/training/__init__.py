@@ -11,6 +11,8 @@ _WHERE = {
     "retrieval_embeddings": "losses",
     "retrieval_loss": "losses",
     "similarity_loss": "losses",
+    "CrossLingualTrainer": "distillation",
+    "DistillationLoss": "distillation",
     "ImageTextRetrievalTrainer": "trainer",
 }
 

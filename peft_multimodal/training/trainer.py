@@ -43,7 +43,7 @@ class ImageTextRetrievalTrainer(Trainer):
         module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         # accelerate's mixed precision lives in the forward that is replaced here.
         with self.accelerator.autocast():
-            outputs = _call_inside(
+            outputs = call_inside(
                 model, module, lambda batch: retrieval_loss(module, batch, self.logit_scale, generator), inputs
             )
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
@@ -61,7 +61,7 @@ class ImageTextRetrievalTrainer(Trainer):
         return loss.detach(), None, None  # type: ignore[union-attr]
 
 
-def _call_inside(wrapper: nn.Module, module: nn.Module, function: Callable[[dict[str, Any]], Any], batch: Any) -> Any:
+def call_inside(wrapper: nn.Module, module: nn.Module, function: Callable[[dict[str, Any]], Any], batch: Any) -> Any:
     """`function(batch)` as module's forward for one call: a DDP or FSDP wrapper's hooks run, as for any forward."""
     wrapper = getattr(wrapper, "_orig_mod", wrapper)  # torch.compile is the outermost wrapper
     own = vars(module).get("forward")  # accelerate's mixed precision, or an adapter's

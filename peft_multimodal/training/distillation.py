@@ -1,0 +1,508 @@
+"""Distillation of the English text tower into another language's adapter, from translation pairs alone.
+
+For the adapter's y and the frozen tower's e of the translation, both before the model's text projection W, with
+z = norm(W y) and z' = norm(W e):
+
+    L_mse = ||y - e||^2 / d_t                                          keeps norm and offset, needs no large batch
+    L_cos = 1 - z . z'
+    L_con = (CE(z Z'^T / tau) + CE(z' Z^T / tau)) / 2                  in the batch, tau = 0.05
+    L_tok = alignment of the token states, where a fusion encoder reads them
+
+Neither tower is trained, so their outputs are computed once and kept on disk; an epoch then costs the adapter alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import Trainer
+
+from ..anatomy import base_model, describe
+from ..data import LanguageProcessor
+from ..methods.cross_lingual_adapter import LanguageTower, vocabulary_hash
+from .trainer import call_inside
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DistillationLoss:
+    """Weights of the terms; 0 switches one off.
+
+    Args:
+        mse, cosine, contrastive: Of the pooled outputs.
+        tokens: Of the token states; None is 1 where the adapter has level="tokens", and 0 elsewhere.
+        functional: Of what the fusion encoder makes of both, beside the same pictures.
+        temperature: tau of the contrastive term.
+    """
+
+    mse: float = 1.0
+    cosine: float = 1.0
+    contrastive: float = 0.1
+    tokens: float | None = None
+    functional: float = 0.0
+    temperature: float = 0.05
+
+    def __post_init__(self) -> None:
+        weights = (self.mse, self.cosine, self.contrastive, self.tokens or 0.0, self.functional)
+        if any(not isinstance(w, (int, float)) or w < 0 for w in weights) or not any(weights):
+            raise ValueError(f"The losses' weights must be numbers >= 0, one of them > 0: {self}.")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be > 0, got {self.temperature!r}.")
+
+    def pooled(self, y: Tensor, e: Tensor, projection: nn.Module | None) -> Tensor:
+        """The module docstring's L_mse, L_cos and L_con, weighted, of y and e (B, d_t), in float32."""
+        y, e = y.float(), e.float()
+        loss = self.mse * F.mse_loss(y, e)
+        if self.cosine or self.contrastive:
+            z, target = (_unit(x, projection) for x in (y, e))
+            loss = loss + self.cosine * (1 - (z * target).sum(-1)).mean()
+            if self.contrastive:
+                loss = loss + self.contrastive * in_batch_contrast(z, target, self.temperature)
+        return loss
+
+
+def _unit(x: Tensor, projection: nn.Module | None) -> Tensor:
+    if projection is not None:
+        x = projection(x.to(next(projection.parameters()).dtype)).float()
+    return F.normalize(x, dim=-1)
+
+
+def in_batch_contrast(z: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Symmetric cross-entropy of unit vectors (B, d) with their targets; equal targets are no negatives of each other."""
+    logits = z @ target.t() / temperature
+    same = (target @ target.t()) > 1 - 1e-6
+    same.fill_diagonal_(False)
+    labels = torch.arange(len(z), device=z.device)
+    rows = F.cross_entropy(logits.masked_fill(same, float("-inf")), labels)
+    columns = F.cross_entropy(logits.t().masked_fill(same, float("-inf")), labels)
+    return 0.5 * (rows + columns)
+
+
+def soft_alignment_loss(Y: Tensor, E: Tensor, mask: Tensor, target_mask: Tensor) -> Tensor:
+    """Token states of two languages matched without an aligner, in both directions.
+
+    With S_ji = E_j . Y_i / sqrt(d), every teacher token is to be a mixture of student tokens (coverage, the softmax
+    over i), and every student token one of teacher tokens (precision; the softmax over j without gradient, lest the
+    student escapes by moving its weights). Coverage alone lets student tokens that nobody looks at drift.
+
+    Args:
+        Y: (B, L_s, d) of the student, mask (B, L_s).
+        E: (B, L_t, d) of the teacher, target_mask (B, L_t).
+    """
+    Y, E = Y.float(), E.float()
+    scores = E @ Y.transpose(1, 2) / Y.shape[-1] ** 0.5  # B x L_t x L_s
+    over_student = scores.masked_fill(~mask[:, None, :], float("-inf")).softmax(dim=-1)
+    over_teacher = scores.detach().masked_fill(~target_mask[:, :, None], float("-inf")).softmax(dim=1)
+    coverage = (E - over_student @ Y).square().mean(-1)
+    precision = (Y - over_teacher.transpose(1, 2) @ E).square().mean(-1)
+    return _masked_mean(coverage, target_mask) + _masked_mean(precision, mask)
+
+
+def hard_alignment_loss(Y: Tensor, E: Tensor, pairs: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+    """Mean square distance of aligned tokens: `pairs[b]` holds (student token, teacher token); both first ones always match."""
+    places = []
+    for b, found in enumerate(pairs):
+        for student, teacher in {(0, 0), *((int(s), int(t)) for s, t in found)}:
+            if not (0 <= student < Y.shape[1] and 0 <= teacher < E.shape[1]):
+                raise ValueError(
+                    f"Pair ({student}, {teacher}) of row {b} is outside its {Y.shape[1]} and {E.shape[1]} tokens."
+                )
+            places.append((b, student, teacher))
+    rows, i, j = zip(*places, strict=True)
+    return F.mse_loss(Y[list(rows), list(i)].float(), E[list(rows), list(j)].float())
+
+
+def functional_loss(
+    model: nn.Module, Y: Tensor, E: Tensor, mask: Tensor, target_mask: Tensor, pixels: Tensor
+) -> Tensor:
+    """What the frozen fusion encoder makes of the two texts beside the same pictures: free of length and order.
+
+    The states that are compared are those before the text's: the picture's, and a class token's.
+
+    Args:
+        model: The whole model, with a [`CrossLingualAdapterModel`] at level="tokens".
+        pixels: (B, 3, H, W); random ones do.
+    """
+    found = describe(model)
+    stack: Any = base_model(model).get_submodule(next(t.path for t in found.towers if t.name == "fusion"))
+    outputs = []
+    for states, text_mask in ((Y, mask), (E, target_mask)):
+        kept: list[Tensor] = []
+        handle = stack[-1].register_forward_hook(
+            lambda m, a, out, kept=kept: kept.append(out[0] if isinstance(out, tuple) else out)
+        )
+        try:
+            with _tower(model).standing_in(states):
+                model(input_ids=text_mask.long(), attention_mask=text_mask.long(), pixel_values=pixels)
+        finally:
+            handle.remove()
+        outputs.append(kept[-1][:, : kept[-1].shape[1] - states.shape[1]])
+    return F.mse_loss(outputs[0].float(), outputs[1].detach().float())
+
+
+def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    return (x * mask).sum() / mask.sum()
+
+
+# --- outputs that are kept -------------------------------------------------------------------------------------------
+
+
+class KeptOutputs(torch.utils.data.Dataset):
+    """The frozen towers' outputs of translation pairs, memory-mapped: a row is {"student", "teacher", "pairs"}.
+
+    student: (L_s, d_s); teacher: (d_t,), at the level of tokens (L_t, d_t). They lie in the cache of `datasets` under a
+    key of both towers' weights, both tokenizers, the texts and the dtype: whatever changes, they are made again.
+    Rows are sorted by length.
+    """
+
+    def __init__(
+        self,
+        part: LanguageTower,
+        adapter_name: str,
+        pairs: Sequence[dict[str, Any]],
+        collator: PairCollator,
+        dtype: str = "float32",
+        cache_dir: str | Path | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        self.dtype = np.dtype(dtype)
+        pairs = sorted(pairs, key=lambda pair: len(pair["target"]))
+        texts = "\x1e".join(f"{pair['source']}\x1f{pair['target']}\x1f{pair.get('pairs')}" for pair in pairs)
+        key = _digest(_weights_hash(part, adapter_name), collator.identity(), texts, dtype, part.level)
+
+        def rows() -> Iterator[dict[str, Any]]:
+            starts = range(0, len(pairs), batch_size)
+            for start in tqdm(starts, desc="Frozen outputs", unit="batch", leave=False):
+                batch = frozen_outputs(part, adapter_name, collator(pairs[start : start + batch_size]))
+                for i, pair in enumerate(pairs[start : start + batch_size]):
+                    student = batch["student_states"][i][batch["student_mask"][i]]
+                    teacher = batch["teacher_states"][i]
+                    if part.level == "tokens":
+                        teacher = teacher[batch["teacher_mask"][i]]
+                    yield {
+                        "student": self._bytes(student),
+                        "teacher": self._bytes(teacher),
+                        "pairs": pair.get("pairs") or [],
+                    }
+
+        binary = datasets.Value("large_binary")
+        features = datasets.Features(
+            {"student": binary, "teacher": binary, "pairs": datasets.List(datasets.List(datasets.Value("int32")))}
+        )
+        shown = datasets.is_progress_bar_enabled()
+        datasets.disable_progress_bars()  # ours says what is going on
+        try:
+            self.rows = datasets.Dataset.from_generator(
+                rows,
+                features=features,
+                cache_dir=None if cache_dir is None else str(cache_dir),
+                fingerprint=key,
+                writer_batch_size=256,
+            )
+        finally:
+            if shown:
+                datasets.enable_progress_bars()
+        adapter: Any = part.cross_lingual_adapter_language[adapter_name]
+        self.widths = {"student": adapter.down.in_features, "teacher": adapter.up.out_features}
+
+    def _bytes(self, x: Tensor) -> bytes:
+        return x.float().cpu().numpy().astype(self.dtype).tobytes()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        found = self.rows[indices]
+        return [
+            {
+                "student": np.frombuffer(student, self.dtype).reshape(-1, self.widths["student"]),
+                "teacher": np.frombuffer(teacher, self.dtype).reshape(-1, self.widths["teacher"]),
+                "pairs": pairs,
+            }
+            for student, teacher, pairs in zip(found["student"], found["teacher"], found["pairs"], strict=True)
+        ]
+
+    def mean_teacher(self, rows: int = 512) -> Tensor:
+        """The mean of the pooled teacher vectors over an even selection of rows: (d_t,)."""
+        step = max(1, len(self) // rows)
+        vectors = [row["teacher"][0] for row in self.__getitems__(list(range(0, len(self), step)))]
+        return torch.from_numpy(np.stack(vectors).astype(np.float32)).mean(0)
+
+
+def frozen_outputs(part: LanguageTower, adapter_name: str, batch: dict[str, Any]) -> dict[str, Any]:
+    """Both frozen towers on tokenised pairs: {student_states, student_mask, teacher_states, teacher_mask, pairs}.
+
+    Shapes: (B, L_s, d_s), (B, L_s); teacher_states (B, L_t, d_t) at the level of tokens, else (B, d_t).
+    """
+    device = next(part.host().parameters()).device
+    ids, mask = batch["target_input_ids"].to(device), batch["target_attention_mask"].to(device).bool()
+    teaching = part.teach(batch["source_input_ids"].to(device), batch["source_attention_mask"].to(device))
+    return {
+        "student_states": part.encode(ids, mask, adapter_name),
+        "student_mask": mask,
+        "teacher_states": teaching.pooled if teaching.states is None else teaching.states,
+        "teacher_mask": batch["source_attention_mask"].to(device).bool(),
+        "pairs": batch.get("pairs"),
+    }
+
+
+def _weights_hash(part: LanguageTower, adapter_name: str) -> str:
+    """Of the two frozen towers; a random pooler that a library puts on the encoder is not used and left out."""
+    digest = hashlib.sha256()
+    towers = (("teacher", part.host()), ("student", part.encoders[part.encoder_of[adapter_name]]))
+    for name, tower in towers:
+        for key, value in tower.state_dict().items():
+            if "cross_lingual_adapter_tower." in key or (name == "student" and key.startswith("pooler.")):
+                continue
+            digest.update(f"{name}.{key}{tuple(value.shape)}{value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\x1d".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PairCollator:
+    """Rows of `source` and `target` (and aligned tokens, `pairs`), or of `KeptOutputs`, to a batch."""
+
+    processor: LanguageProcessor
+    language: str
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        if "student" in rows[0]:
+            return self._kept(rows)
+        batch: dict[str, Any] = {}
+        for side, language in (("source", self.processor.base), ("target", self.language)):
+            tokens = self.processor.tokenize([row[side] for row in rows], language)
+            batch |= {f"{side}_{name}": value for name, value in tokens.items()}
+        return batch | {"pairs": [row.get("pairs") or [] for row in rows]}
+
+    def _kept(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = {"pairs": [row["pairs"] for row in rows]}
+        for name in ("student", "teacher"):
+            lengths = [len(row[name]) for row in rows]
+            states = np.zeros((len(rows), max(lengths), rows[0][name].shape[-1]), np.float32)
+            for i, row in enumerate(rows):
+                states[i, : lengths[i]] = row[name]
+            batch[f"{name}_states"] = torch.from_numpy(states)
+            batch[f"{name}_mask"] = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        return batch
+
+    def identity(self) -> str:
+        """Of the tokenisation."""
+        names = (self.processor.base, self.language)
+        hashes = [vocabulary_hash(self.processor.tokenizer(name)) for name in names]
+        return f"{hashes}{self.processor.padding}{self.processor.max_length}"
+
+
+class CrossLingualTrainer(Trainer):
+    """`transformers.Trainer` that distils the model's text tower into its active adapter's language.
+
+    The data set has the columns `source` (the tower's language) and `target` (the adapter's); at level="tokens" also
+    `pairs`, lists of aligned (target token, source token), where an aligner has made them. No picture is needed, and
+    no vision tower: the model may be the text side alone. Pairs with an empty side are left out and counted.
+
+        >>> trainer = CrossLingualTrainer(model, args, train_dataset=pairs, processing_class=processor)
+        >>> trainer.train()
+
+    Args:
+        processing_class: A `LanguageProcessor` with the tower's language first, and the adapter's.
+        loss: Weights of the losses.
+        language: Of the processor's tokenizers, the target's; by default the active adapter's name.
+        cache: Compute the frozen towers' outputs once and keep them on disk. False for data that doesn't fit, or that
+            streams: both towers then run in every step.
+        cache_dtype: "float32", or "float16" for half the space.
+        cache_dir: Default: the cache of `datasets`.
+
+    `evaluate()` gives eval_loss; `compute_metrics` gets y as predictions and e as labels, (pairs, d_t) each.
+    """
+
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: Any,
+        args: Any = None,
+        *,
+        processing_class: LanguageProcessor,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        loss: DistillationLoss | None = None,
+        language: str | None = None,
+        cache: bool = True,
+        cache_dtype: str = "float32",
+        cache_dir: str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        part = _tower(model)
+        active = part.active_adapters
+        if len(active) != 1:
+            raise ValueError(f"One adapter is trained at a time; active are {active}. Call model.set_adapter(name).")
+        if cache_dtype not in ("float32", "float16"):
+            raise ValueError(f"cache_dtype must be 'float32' or 'float16', got {cache_dtype!r}.")
+        if not isinstance(processing_class, LanguageProcessor):
+            raise TypeError("processing_class must be a LanguageProcessor: LanguageProcessor(en=..., zh=...).")
+        self.adapter_name = active[0]
+        self.distillation_loss = loss or DistillationLoss()
+        if self.distillation_loss.tokens is None:
+            self.distillation_loss = replace(self.distillation_loss, tokens=float(part.level == "tokens"))
+        if part.level != "tokens" and (self.distillation_loss.tokens or self.distillation_loss.functional):
+            raise ValueError(
+                "The losses tokens= and functional= need an adapter with level='tokens': a fusion encoder reads its states."
+            )
+        if self.distillation_loss.functional and not any(t.name == "fusion" for t in describe(model).towers):
+            raise ValueError("The loss functional= needs the fusion encoder: train in the whole model, not its text side.")
+        language = language or self.adapter_name
+        processing_class.tokenizer(language)  # an unknown one is an error here
+        self.skipped: dict[str, int] = {}
+        collator = PairCollator(processing_class, language)
+        keep = {"part": part, "adapter_name": self.adapter_name, "collator": collator}
+        keep |= {"dtype": cache_dtype, "cache_dir": cache_dir} if cache else {"part": None}
+        self._keep = keep
+        if args is not None and args.remove_unused_columns:
+            args = replace(args, remove_unused_columns=False)
+        super().__init__(
+            model,
+            args,
+            train_dataset=self._prepared(train_dataset, "train"),
+            eval_dataset=self._prepared(eval_dataset, "eval"),
+            data_collator=collator,
+            processing_class=processing_class,  # type: ignore[arg-type]
+            **kwargs,
+        )
+        self.args.remove_unused_columns = False
+        self.model_accepts_loss_kwargs = False
+        self.can_return_loss = True
+
+    def _prepared(self, data: Any, name: str) -> Any:
+        if isinstance(data, dict):
+            return {key: self._prepared(part, f"{name}_{key}") for key, part in data.items()}
+        if data is None:
+            return None
+        if not hasattr(data, "__len__"):
+            if self._keep["part"] is not None:
+                raise ValueError("A data set that streams has no end to compute beforehand: set cache=False.")
+            return data
+        pairs = [dict(row) for row in data]
+        if not pairs or not {"source", "target"} <= pairs[0].keys():
+            columns = sorted(pairs[0]) if pairs else "no rows"
+            raise ValueError(f"The {name} data needs the columns 'source' and 'target'; it has {columns}.")
+        full = [p for p in pairs if all(isinstance(p[s], str) and p[s].strip() for s in ("source", "target"))]
+        self.skipped[name] = len(pairs) - len(full)
+        if self.skipped[name]:
+            warnings.warn(
+                f"{self.skipped[name]} of {len(pairs)} {name} pairs have an empty side and are left out.", stacklevel=4
+            )
+        if (len(full) > 1 and len({(p["source"], p["target"]) for p in full}) == 1) or not full:
+            raise ValueError(
+                f"All {len(pairs)} {name} pairs are {'equal' if full else 'empty'}: there is nothing to learn."
+            )
+        if self._keep["part"] is None:
+            return full
+        return KeptOutputs(pairs=full, **self._keep)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        part = _tower(self.model)
+        adapter: Any = part.cross_lingual_adapter_language[self.adapter_name]
+        if not adapter.up.bias.is_meta and not adapter.up.bias.any():  # untrained
+            self.accelerator.unwrap_model(self.model).base_model.start_at(self._mean_teacher(part), self.adapter_name)
+        return super().train(*args, **kwargs)
+
+    def _mean_teacher(self, part: LanguageTower) -> Tensor:
+        if isinstance(self.train_dataset, KeptOutputs):
+            return self.train_dataset.mean_teacher()
+        if not isinstance(self.train_dataset, list):
+            stream: Any = self.train_dataset
+            rows = list(itertools.islice(stream, 256))
+        else:
+            rows = self.train_dataset[:: max(1, len(self.train_dataset) // 256)]
+        processor: Any = self.processing_class
+        tokens = processor.tokenize([row["source"] for row in rows], processor.base)
+        device = next(part.host().parameters()).device
+        return part.teach(**{name: value.to(device) for name, value in tokens.items()}).pooled.mean(0)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        with self.accelerator.autocast():
+            outputs = call_inside(model, module, lambda batch: self._distil(module, batch), inputs)
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def _distil(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        part, weights = _tower(model), self.distillation_loss
+        if "student_states" not in batch:
+            batch = frozen_outputs(part, self.adapter_name, batch)
+        Y, y = part.project(batch["student_states"], batch["student_mask"], self.adapter_name)
+        E, mask, target_mask = batch["teacher_states"], batch["student_mask"], batch["teacher_mask"]
+        e = E[:, 0] if E.dim() == 3 else E
+        loss = weights.pooled(y, e, text_projection(model))
+        if weights.tokens:
+            assert Y is not None
+            pairs = batch.get("pairs")
+            if pairs and all(pairs):
+                loss = loss + weights.tokens * hard_alignment_loss(Y, E, pairs)
+            else:
+                loss = loss + weights.tokens * soft_alignment_loss(Y, E, mask, target_mask)
+        if weights.functional:
+            assert Y is not None
+            pixels = random_pictures(model, len(E)).to(E.device)
+            loss = loss + weights.functional * functional_loss(model, Y, E, mask, target_mask, pixels)
+        return {"loss": loss, "y": y, "e": e}
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        with torch.no_grad():
+            loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        return loss.detach(), outputs["y"].detach(), outputs["e"].detach()
+
+
+def text_projection(model: Any) -> nn.Module | None:
+    """What projects the text tower's pooled output into the space that it shares with pictures; None where nothing does."""
+    return next(
+        (m for name, m in base_model(model).named_modules() if name.rpartition(".")[2] == "text_projection"), None
+    )
+
+
+def random_pictures(model: Any, count: int) -> Tensor:
+    """Noise of the size that the model's vision tower reads: (count, 3, H, W)."""
+    config: Any = base_model(model).config
+    config = getattr(config, "vision_config", None) or getattr(config, "image_config", None) or config
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn(count, 3, height, width)
+
+
+def _tower(model: Any) -> LanguageTower:
+    part = next((m for m in model.modules() if isinstance(m, LanguageTower)), None)
+    if part is None:
+        raise ValueError("The model has no language: get_peft_model(model, CrossLingualAdapterConfig(...)) adds one.")
+    return part
