@@ -172,6 +172,7 @@ class LanguageProcessor:
     """
 
     FILE = "language_processor.json"
+    TOKENIZERS = "tokenizers"
 
     def __init__(
         self,
@@ -269,10 +270,11 @@ class LanguageProcessor:
         return self.tokenizer(language or self.base).batch_decode(input_ids, **kwargs)
 
     def save_pretrained(self, folder: Any, **kwargs: Any) -> None:
-        """One folder a language, and `language_processor.json`."""
+        """`language_processor.json`, and a folder a language in `tokenizers` (an adapter's folder bears its name)."""
         folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         for name, tokenizer in self.tokenizers.items():
-            tokenizer.save_pretrained(folder / name)
+            tokenizer.save_pretrained(folder / self.TOKENIZERS / name)
         if self.image_processor is not None:
             self.image_processor.save_pretrained(folder / "image_processor")
         settings = {
@@ -292,7 +294,10 @@ class LanguageProcessor:
         languages = settings["languages"]
         names: dict[str, Any] = dict.fromkeys(languages)
         cls(**names)  # refuses a name that is a path
-        read = {name: AutoTokenizer.from_pretrained(name_or_path, subfolder=name, **kwargs) for name in languages}
+        read = {
+            name: AutoTokenizer.from_pretrained(name_or_path, subfolder=f"{cls.TOKENIZERS}/{name}", **kwargs)
+            for name in languages
+        }
         images = None
         if settings["images"]:
             images = AutoImageProcessor.from_pretrained(name_or_path, subfolder="image_processor", **kwargs)

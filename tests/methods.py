@@ -9,19 +9,24 @@ A new method joins the contract by such a line and its formula in `PARAMETERS`.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from families import FAMILIES, Family
+import transformers as hf
+from families import BOS, EOS, FAMILIES, PAD, SEP, VOCAB, Family, text_tower, tiny
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_multimodal import AuroraModeApproxConfig
+from peft_multimodal import AuroraModeApproxConfig, CrossLingualAdapterConfig
 
 R = 4
 
@@ -42,10 +47,48 @@ def aurora_fusion(family: Family, **changes: Any) -> PeftConfig | None:
     return aurora(family, **{**parts, "gqt_branches": ["query", "cross"], **changes})
 
 
+# Families with a text tower of its own, that can be exchanged as a whole.
+TEXT_TOWER = ("clip", "siglip", "chinese_clip", "altclip", "vision_text_dual_encoder", "flava")
+ENCODER_WIDTH = 28
+
+
+@functools.cache
+def language() -> str:
+    """A folder with the tiny encoder of another language and its tokenizer: the words w0, w1, ... are its tokens."""
+    folder = tempfile.mkdtemp(prefix="language-encoder-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    save_encoder(folder)
+    return folder
+
+
+def save_encoder(folder: str | Path, width: int = ENCODER_WIDTH, words: str = "w") -> None:
+    config = hf.BertConfig(**text_tower(width), hidden_dropout_prob=0.0)
+    tiny(hf.BertModel, config)().save_pretrained(folder)
+    tokens = {PAD: "[PAD]", BOS: "[CLS]", EOS: "[UNK]", SEP: "[SEP]"}
+    vocabulary = {tokens.get(i, f"{words}{i}"): i for i in range(VOCAB)}
+    hf.BertTokenizer(vocab=vocabulary).save_pretrained(folder)
+
+
+def cross_lingual(family: Family, **changes: Any) -> PeftConfig | None:
+    if family.name not in TEXT_TOWER:
+        return None
+    changes = {"encoder": language(), **changes}
+    return CrossLingualAdapterConfig(**{"bottleneck_dim": 16, "num_heads": 2, **changes})
+
+
 METHODS: dict[str, Callable[..., PeftConfig | None]] = {
     "aurora_mode_approx": aurora,
     "aurora_mode_approx-fusion": aurora_fusion,
+    "cross_lingual_adapter": cross_lingual,
 }
+
+# Where a method differs in what it promises.
+NOT_IDENTITY = {
+    "cross_lingual_adapter"
+}  # reads another language from the start; what it gives for pictures is the base's
+WHOLE_TOWER = {"cross_lingual_adapter"}  # takes a tower's place: has no target_modules, and nothing is recomputed in it
+ROUTES_ROWS = {"cross_lingual_adapter"}  # knows adapter_names=[...]
+COMPANIONS = {"cross_lingual_adapter": {"tokenizer.json", "tokenizer_config.json"}}  # files beside the adapter's
 
 CASES = [
     (name, method)
@@ -53,6 +96,11 @@ CASES = [
     for name, family in FAMILIES.items()
     if config(family) is not None
 ]
+
+
+def home(method: str) -> Family:
+    """The family on which a method is looked at where one is enough."""
+    return FAMILIES["blip_retrieval" if ("blip_retrieval", method) in CASES else "clip"]
 
 
 def aurora_parameters(base: nn.Module, config: AuroraModeApproxConfig) -> int:
@@ -86,9 +134,20 @@ def aurora_parameters(base: nn.Module, config: AuroraModeApproxConfig) -> int:
     return total + config.use_ice
 
 
+def cross_lingual_parameters(base: nn.Module, config: CrossLingualAdapterConfig) -> int:
+    """(d_s m + m) + n (12 m^2 + 13 m) + (m d_t + d_t), d_t being the width of the tower's output."""
+    d_s, m, n = ENCODER_WIDTH, config.bottleneck_dim, config.num_layers
+    d_t = TOWER_OUTPUT.get(type(base).__name__, 32)
+    return (d_s * m + m) + n * (12 * m**2 + 13 * m) + (m * d_t + d_t)
+
+
+TOWER_OUTPUT = {"SiglipModel": 48, "AltCLIPModel": 40}  # where the tower projects; elsewhere its width, 32
+
+
 PARAMETERS: dict[str, Callable[[nn.Module, Any], int]] = {
     "aurora_mode_approx": aurora_parameters,
     "aurora_mode_approx-fusion": aurora_parameters,
+    "cross_lingual_adapter": cross_lingual_parameters,
 }
 
 # What no optimizer may decay.
@@ -117,9 +176,14 @@ def fill(family: Family, model: PeftModel) -> None:
 def adapter(model: PeftModel, name: str = "default") -> dict[str, nn.Parameter]:
     """The parameters of an adapter."""
     prefix = model.base_model.prefix
-    found = {n: p for n, p in model.named_parameters() if prefix in n and name in n.rpartition(prefix)[2].split(".")}
+    found = {n: p for n, p in model.named_parameters() if f".{prefix}" in n and adapter_of(n, prefix) == name}
     assert found
     return found
+
+
+def adapter_of(tensor: str, prefix: str) -> str:
+    """The adapter that a tensor belongs to: its name follows its container's, `<prefix>P_norm.default`."""
+    return tensor.rpartition(f".{prefix}")[2].split(".")[1]
 
 
 @torch.no_grad()

@@ -7,13 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from auto_families import AutoCase, Unsupported, auto_cases
-from methods import adapter, distance, stir, trace
+from methods import NOT_IDENTITY, adapter, distance, language, stir, trace
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_multimodal import AuroraModeApproxConfig, matched_modules
+from peft_multimodal import AuroraModeApproxConfig, CrossLingualAdapterConfig, matched_modules
+from peft_multimodal.anatomy import is_below
 
-METHODS = {"aurora_mode_approx": lambda: AuroraModeApproxConfig(r=2, alpha=4.0, dropout=0.0)}
+METHODS = {
+    "aurora_mode_approx": lambda: AuroraModeApproxConfig(r=2, alpha=4.0, dropout=0.0),
+    "cross_lingual_adapter": lambda: CrossLingualAdapterConfig(encoder=language(), bottleneck_dim=8, num_heads=2),
+}
+REFUSED = {"cross_lingual_adapter": "Use a dual encoder"}  # in the message of a method that doesn't apply everywhere
 
 # Of different build: grouped queries, experts, an encoder-decoder, a detector, one stream, two streams.
 SAMPLE = (
@@ -59,11 +64,17 @@ def test_core_of_the_contract(case: AutoCase, method: str, tmp_path: Path):
     base.requires_grad_(False)
 
     # It starts as the base model, and matches what the dry run says.
-    table = matched_modules(base, METHODS[method]())
+    try:
+        table = matched_modules(base, METHODS[method]())
+    except ValueError as refusal:
+        if REFUSED.get(method, "never") not in str(refusal):
+            raise
+        assert trace(base) == before
+        pytest.skip(f"{case}: {refusal}")
     assert trace(base) == before
     model = get_peft_model(base, METHODS[method]())
     assert {m.module for m in table} <= {path for path, _ in model.get_base_model().named_modules()}
-    assert distance(run(model), expected) <= tolerance
+    assert distance(run(model), expected) <= tolerance or method in NOT_IDENTITY
 
     # Training moves its parameters and no others.
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
@@ -75,7 +86,7 @@ def test_core_of_the_contract(case: AutoCase, method: str, tmp_path: Path):
         loss(model).backward()
         optimizer.step()
     moved = {n.removeprefix("base_model.model.") for n, p in adapter(model).items() if not torch.equal(p, start[n])}
-    adapted = {m.module for m in table} & reached
+    adapted = {m.module for m in table if any(is_below(path, m.module) for path in reached)}
     assert adapted
     assert adapted <= {name.partition(f".{model.base_model.prefix}")[0] for name in moved}
     assert all(torch.equal(model.get_parameter(n), p) for n, p in frozen.items())

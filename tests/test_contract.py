@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -21,13 +22,20 @@ import transformers as hf
 from families import FAMILIES, IMAGE, Family
 from methods import (
     CASES,
+    COMPANIONS,
     METHODS,
     NO_DECAY,
+    NOT_IDENTITY,
     PARAMETERS,
+    ROUTES_ROWS,
+    TEXT_TOWER,
+    WHOLE_TOWER,
     adapter,
+    adapter_of,
     distance,
     fill,
     gradients,
+    home,
     inputs,
     run,
     save_all,
@@ -39,22 +47,27 @@ from methods import (
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 import peft_multimodal
 from peft_multimodal import matched_modules
 
+TARGETED = [method for method in METHODS if method not in WHOLE_TOWER]
+MERGE = {"aurora_mode_approx": {}, "aurora_mode_approx-fusion": {"cp_only": True}}  # what merging them takes
 
-def cases(*unmarked: str, only: tuple[str, ...] = (), having: str = "name") -> pytest.MarkDecorator:
+
+def cases(
+    *unmarked: str, only: Collection[str] = (), having: str = "name", among: Collection[str] = METHODS
+) -> pytest.MarkDecorator:
     """Every (family, method); where families are named, the others are marked `full`."""
 
     def case(name: str, method: str):
         marks = pytest.mark.full if unmarked and name not in unmarked else ()
         return pytest.param(FAMILIES[name], method, id=f"{name}-{method}", marks=marks)
 
-    found = [c for c in CASES if getattr(FAMILIES[c[0]], having) and (not only or c[0] in only)]
+    found = [c for c in CASES if getattr(FAMILIES[c[0]], having) and (not only or c[0] in only) and c[1] in among]
     return pytest.mark.parametrize(("family", "method"), [case(*c) for c in found])
 
 
@@ -74,9 +87,10 @@ def trainable(model: nn.Module) -> set[str]:
 
 
 def wrapped(model: PeftModel) -> set[str]:
-    """Paths of the wrapped modules."""
-    modules = model.get_base_model().named_modules()
-    return {path for path, m in modules if isinstance(m, BaseTunerLayer) and hasattr(m, "base_layer")}
+    """Paths of the wrapped modules, and of those whose place a part below them takes."""
+    modules = [(path, m) for path, m in model.get_base_model().named_modules() if isinstance(m, BaseTunerLayer)]
+    parts = {path.rpartition(".")[0] for path, m in modules if getattr(m, "host", lambda: None)() is not None}
+    return {path for path, m in modules if hasattr(m, "base_layer")} | parts
 
 
 def same(model: nn.Module, other: nn.Module) -> bool:
@@ -85,14 +99,34 @@ def same(model: nn.Module, other: nn.Module) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
+@torch.no_grad()
+def at_start(family: Family, method: str, model: nn.Module) -> Tensor:
+    """What an adapter doesn't change before it is trained: the output, or the pictures' part in it."""
+    if method not in NOT_IDENTITY:
+        return run(family, model)
+    return model.get_image_features(pixel_values=inputs(family, model)["pixel_values"]).pooler_output
+
+
 # ------------------------------------------------------------------------------------------ 1. the start, off and out
 
 
 @cases()
 def test_starts_as_the_base_model(family: Family, method: str):
     model, base = wrap(family, method, stirred=False), frozen(family)
-    assert distance(run(family, model), run(family, base)) <= 1e-6
-    assert distance(run(family, model.train()), run(family, base)) <= 1e-6
+    for mode in (False, True):
+        expected, output = (at_start(family, method, m) for m in (base, model.train(mode)))
+        assert distance(output, expected) <= 1e-6
+        assert method not in NOT_IDENTITY or torch.equal(output, expected)
+
+
+@cases(among=NOT_IDENTITY)
+def test_pictures_stay_what_they_were(family: Family, method: str):
+    """To the last bit, also after training."""
+    expected = at_start(family, method, frozen(family))
+    model = wrap(family, method).train()
+    family.loss(model).backward()
+    assert torch.equal(at_start(family, method, model), expected)
+    assert torch.equal(at_start(family, method, model.eval()), expected)
 
 
 @cases()
@@ -123,8 +157,9 @@ def test_unloaded_it_is_the_base_model(family: Family, method: str):
     assert same(unloaded, base)
     assert trace(unloaded) == trace(base)
     assert not trainable(unloaded)
+    expected = at_start(family, method, base)
     again = get_peft_model(unloaded, METHODS[method](family))
-    assert distance(run(family, again), expected) <= 1e-6
+    assert distance(at_start(family, method, again), expected) <= 1e-6
 
 
 @cases("clip", "blip_retrieval")
@@ -181,6 +216,7 @@ def test_each_tower_trains_alone(family: Family, method: str):
                 wrap(family, method, towers=[tower])
             continue
         modules = {m.module for m in found.matrices if m.tower == tower}
+        modules |= {t.path for t in found.towers if t.name == tower}
         assert wrapped(model)
         assert wrapped(model) <= modules, tower
         missing = {n for n, g in gradients(family, model).items() if g is None or not g.any()}
@@ -201,7 +237,7 @@ def test_gradient_checkpointing(family: Family, method: str, reentrant: bool):
     if reentrant:
         model.enable_input_require_grads()
     actual = gradients(family, model)
-    assert len(calls) > 2 * without, "nothing was recomputed"
+    assert len(calls) > 2 * without or method in WHOLE_TOWER, "nothing was recomputed"
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
 
@@ -295,6 +331,17 @@ def test_exact_keys_of_the_file(family: str, tmp_path: Path):
     assert set(load_file(tmp_path / "adapter_model.safetensors")) == expected
 
 
+@pytest.mark.parametrize("family", TEXT_TOWER)
+def test_exact_keys_of_a_language(family: str, tmp_path: Path):
+    wrap(FAMILIES[family], "cross_lingual_adapter", num_layers=2, pool="attention").save_pretrained(tmp_path)
+    linear = ("qkv", "out", "norm_attention", "norm_ffn", "ffn.0", "ffn.2")
+    modules = ["down", "up", *(f"blocks.{k}.{name}" for k in (0, 1) for name in linear)]
+    assert set(load_file(tmp_path / "adapter_model.safetensors")) == {
+        f"base_model.model.text.cross_lingual_adapter_language.{key}"
+        for key in ("query", *(f"{module}.{kind}" for module in modules for kind in ("weight", "bias")))
+    }
+
+
 def test_exact_keys_of_the_fusion_parts(tmp_path: Path):
     family = FAMILIES["blip_retrieval"]
     wrap(family, "aurora_mode_approx").save_pretrained(tmp_path / "without")
@@ -357,18 +404,28 @@ def test_named_targets_survive_a_rename_of_modules(tmp_path: Path):
 # ------------------------------------------------------------------------------------------------------- 4. counting
 
 
+def frozen_parts(model: PeftModel, method: str) -> int:
+    """The parameters that a method brings along and never trains: a language's encoder, once."""
+    if method not in WHOLE_TOWER:
+        return 0
+    encoder = hf.AutoModel.from_pretrained(model.peft_config["default"].encoder)
+    return sum(p.numel() for p in encoder.parameters())
+
+
 @cases()
 def test_parameter_count(family: Family, method: str, tmp_path: Path, capsys):
     model = wrap(family, method)
     expected = PARAMETERS[method](family.build(), model.peft_config["default"])
-    base = sum(p.numel() for p in family.build().parameters())
     assert sum(p.numel() for p in adapter(model).values()) == expected
+    base = sum(p.numel() for n, p in model.named_parameters() if n not in adapter(model))
+    assert base == sum(p.numel() for p in family.build().parameters()) + frozen_parts(model, method)
     assert model.get_nb_trainable_parameters() == (expected, base + expected)
     model.print_trainable_parameters()
     assert capsys.readouterr().out.startswith(f"trainable params: {expected:,d} || all params: {base + expected:,d} ")
     assert model.get_model_status().trainable_params == expected
 
-    buffers = [b for name, b in model.named_buffers() if model.base_model.prefix in name]
+    prefix = model.base_model.prefix
+    buffers = [b for n, b in model.named_buffers() if f".{prefix}" in n and adapter_of(n, prefix) == "default"]
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert sum(t.numel() for t in saved.values()) == expected + sum(b.numel() for b in buffers)
@@ -398,7 +455,7 @@ CLIP_FORMS = {
 
 
 @pytest.mark.parametrize("form", CLIP_FORMS)
-@pytest.mark.parametrize("method", [m for m in METHODS if ("clip", m) in CASES])
+@pytest.mark.parametrize("method", [m for m in TARGETED if ("clip", m) in CASES])
 def test_forms_of_target_modules(form: str, method: str, tmp_path: Path):
     family, (options, pattern) = FAMILIES["clip"], CLIP_FORMS[form]
     linear = {path for path, module in family.build().named_modules() if isinstance(module, nn.Linear)}
@@ -414,14 +471,14 @@ def test_forms_of_target_modules(form: str, method: str, tmp_path: Path):
 def test_all_linear_leaves_the_output_head_alone():
     family = FAMILIES["llava"]
     linear = {path for path, module in family.build().named_modules() if isinstance(module, nn.Linear)}
-    for method in (m for m in METHODS if ("llava", m) in CASES):
+    for method in (m for m in TARGETED if ("llava", m) in CASES):
         assert wrapped(wrap(family, method, target_modules="all-linear")) == linear - {"lm_head"}
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear", r".*q_proj"])
 def test_layers_to_transform_is_never_ignored(targets):
     family = FAMILIES["clip"]
-    for method in (m for m in METHODS if ("clip", m) in CASES):
+    for method in (m for m in TARGETED if ("clip", m) in CASES):
         try:
             config = METHODS[method](family, target_modules=targets, layers_to_transform=[1])
             found = {m.module for m in matched_modules(family.build(), config)}
@@ -442,7 +499,7 @@ def test_matched_modules_is_a_dry_run(family: Family, method: str):
     assert same(model, family.build())
     assert {m.module for m in table} == wrapped(wrap(family, method))
     assert len(table) == len(list(table)) == len({m.role for m in table})
-    for matrix in table:
+    for matrix in table if method in TARGETED else ():
         module = model.get_submodule(matrix.module)
         weight = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
         assert matrix.d_in == weight.shape[1]
@@ -451,7 +508,26 @@ def test_matched_modules_is_a_dry_run(family: Family, method: str):
         assert all(text in str(table) for text in (matrix.module, matrix.role, f"{matrix.d_out} x {matrix.d_in}"))
 
 
-@cases("clip", "mllama")
+@cases(among=WHOLE_TOWER)
+def test_a_whole_tower_is_one_row(family: Family, method: str):
+    config = METHODS[method](family)
+    (row,) = matched_modules(frozen(family), config)
+    assert (row.module, row.tower, row.role) == (family.towers["text"], "text", "text.tower.0")
+    model = get_peft_model(frozen(family), config)
+    for described in (frozen(family), model):
+        (row,) = matched_modules(described, model.peft_config["default"])
+        assert (row.d_in, row.d_out) == (config.encoder_width, config.output_dim)
+        assert all(text in str(matched_modules(described, config)) for text in (row.module, row.role))
+
+
+@pytest.mark.parametrize("form", [f for f in CLIP_FORMS if f != "tower"])
+@pytest.mark.parametrize("method", sorted(WHOLE_TOWER))
+def test_a_whole_tower_has_no_targets(form: str, method: str):
+    with pytest.raises(ValueError, match=r"must be None(: the text tower is replaced as a whole| or \['text'\]), got"):
+        METHODS[method](FAMILIES["clip"], **CLIP_FORMS[form][0])
+
+
+@cases("clip", "mllama", among=TARGETED)
 def test_nothing_matched_names_what_exists(family: Family, method: str):
     model = frozen(family)
     before = trace(model)
@@ -476,7 +552,8 @@ WHOLE = [("clip", "visual_projection"), ("llava", "multi_modal_projector"), ("bl
 def test_modules_to_save(name: str, module: str, method: str, tmp_path: Path):
     family = FAMILIES[name]
     expected = run(family, frozen(family))
-    model = wrap(family, method, modules_to_save=[module], target_modules="all-linear")
+    targets = {"target_modules": "all-linear"} if method in TARGETED else {}
+    model = wrap(family, method, modules_to_save=[module], **targets)
     assert not any(module in path for path in wrapped(model))
     whole = [n for n in trainable(model) if module in n]
     assert whole
@@ -517,7 +594,29 @@ BAD_VALUES = {
         ("use_ice", "yes"),
         *(("gqt_branches", value) for value in (["self"], "query", [1])),
         *(("ice_bank_size", value) for value in (0, "256", True)),
-    ]
+    ],
+    "cross_lingual_adapter": [
+        *(
+            (name, value)
+            for name in ("bottleneck_dim", "num_heads", "ff_mult")
+            for value in (0, -1, "8", 8.0, True, None)
+        ),
+        *(("num_layers", value) for value in (-1, "1", 1.0, True)),
+        ("num_heads", 3),  # of a width of 16
+        *(("dropout", value) for value in (1.0, -0.1, "0", True, float("nan"))),
+        *(("pool", value) for value in ("max", None, ["mean"], 0)),
+        *(("level", value) for value in ("token", "", 1, ["tokens"])),
+        *(("save_encoder", value) for value in (1, "yes", None)),
+        *(
+            (name, v)
+            for name in ("encoder", "encoder_revision", "encoder_type", "tokenizer_hash")
+            for v in ("", 3, ["a"])
+        ),
+        *((n, v) for n in ("encoder_width", "encoder_vocab_size", "output_dim") for v in (0, -1, "8", 8.0, True)),
+        *(("towers", value) for value in (["vision"], ["text", "vision"], ["decoder"])),
+        *((n, v) for n in ("target_modules", "exclude_modules") for v in (["q_proj"], "all-linear", [])),
+        *(("layers_to_transform", value) for value in (0, [1])),
+    ],
 }
 
 
@@ -533,7 +632,8 @@ def test_config_values_are_checked_where_they_are_set(method: str, field: str, v
 @pytest.mark.filterwarnings("ignore:You have passed exclude_modules")
 @cases("clip", "blip_retrieval")
 def test_config_round_trip(family: Family, method: str, tmp_path: Path):
-    config = wrap(family, method, towers=None, exclude_modules=["nonsense"]).peft_config["default"]
+    left_out = {"exclude_modules": ["nonsense"]} if method in TARGETED else {}
+    config = wrap(family, method, towers=None, **left_out).peft_config["default"]
     assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
     config.save_pretrained(tmp_path)
     loaded = PeftConfig.from_pretrained(tmp_path)
@@ -566,13 +666,16 @@ def audit():
     OPENED.clear()
 
 
+LOADED = {"cross_lingual_adapter": {"encoder", "encoder_revision"}}  # documented to go to AutoModel, checked after it
+
+
 @pytest.mark.filterwarnings("ignore:You have passed exclude_modules")
-@pytest.mark.parametrize("method", [m for m in METHODS if ("blip_retrieval", m) in CASES])
+@pytest.mark.parametrize("method", METHODS)
 def test_no_config_value_reaches_a_loader(method: str, tmp_path: Path, audit: list[str]):
     """Values that look like modules, paths or code are refused or stay what they are: text."""
-    family = FAMILIES["blip_retrieval"]
+    family = home(method)
     config = METHODS[method](family)
-    own = {f.name for f in fields(config)} - {f.name for f in fields(PeftConfig)}
+    own = {f.name for f in fields(config)} - {f.name for f in fields(PeftConfig)} - LOADED.get(method, set())
     assert own
     refused = 0
     for field in sorted(own):
@@ -645,7 +748,7 @@ DAMAGE = {  # damage, whether PEFT's own loading reaches our code, message
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_damaged_adapter_is_one_clear_error(damage: str, method: str, tmp_path: Path):
-    family = FAMILIES["blip_retrieval"]
+    family = home(method)
     expected, (spoil, by_peft, message) = run(family, frozen(family)), DAMAGE[damage]
     wrap(family, method).save_pretrained(tmp_path)
     spoil(tmp_path)
@@ -672,7 +775,7 @@ def test_an_adapter_of_another_base(name: str, other: str, method: str, tmp_path
     wrap(FAMILIES[name], method).save_pretrained(tmp_path)
     base = frozen(FAMILIES[other])
     expected, before = run(FAMILIES[other], base), trace(base)
-    with pytest.raises(ValueError, match=r"another base|don't fit|needs"):
+    with pytest.raises(ValueError, match=r"another base|don't fit|needs|has no text encoder"):
         PeftModel.from_pretrained(base, tmp_path)
     assert torch.equal(run(FAMILIES[other], base), expected)
     assert trace(base) == before
@@ -758,7 +861,8 @@ def test_transformers_trainer(family: Family, method: str, tmp_path: Path):
     checkpoint = tmp_path / "whole" / "checkpoint-2"
     files = {file.name for file in checkpoint.iterdir()}
     state = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin"}
-    assert files == {"adapter_model.safetensors", "adapter_config.json", "README.md"} | state
+    adapter_files = {"adapter_model.safetensors", "adapter_config.json", "README.md"} | COMPANIONS.get(method, set())
+    assert files == adapter_files | state
     count = trainer.model.get_nb_trainable_parameters()[0]
     assert (checkpoint / "adapter_model.safetensors").stat().st_size < 4 * count + 12_000
 
@@ -841,7 +945,7 @@ def test_half_precision(family: Family, method: str, mode: str):
     assert start.dtype == output.dtype == expected.dtype
     exact = run(family, wrap(family, method))
     lost = distance(expected, run(family, frozen(family)))  # by the base model alone
-    assert distance(start, expected) <= 2 * lost
+    assert distance(start, expected) <= 2 * lost or method in NOT_IDENTITY
     assert distance(output, exact) <= 4 * lost
     loss.backward()
     for name, parameter in adapter(model).items():
@@ -953,43 +1057,75 @@ def test_adding_switching_and_deleting_adapters(family: Family, method: str):
     assert list(model.peft_config) == ["default"]
     model.add_adapter("other", METHODS[method](family))  # the name is free again
     model.set_adapter("other")
-    assert distance(run(family, model), base) <= 1e-6
+    assert distance(at_start(family, method, model), at_start(family, method, frozen(family))) <= 1e-6
     model.set_adapter("default")
     model.delete_adapter("other")
     assert torch.equal(run(family, model), first)
     assert torch.equal(run(family, model.unload()), base)
 
 
+def other_shape(family: Family, method: str) -> dict:
+    """Changes of a config that give an adapter other sizes."""
+    if method in WHOLE_TOWER:
+        return {"bottleneck_dim": 8, "num_layers": 2, "pool": "cls"}
+    towers = peft_multimodal.describe(family.build()).tower_names()
+    return {"r": 2, "towers": ["fusion" if "fusion" in towers else towers[-1]], "share": "none"}
+
+
 @cases("clip", "blip_retrieval", "llava")
 def test_adapters_of_different_shape_live_together(family: Family, method: str):
     model = wrap(family, method)
     first = run(family, model)
-    towers = peft_multimodal.describe(family.build()).tower_names()
-    tower = "fusion" if "fusion" in towers else towers[-1]
+    changes = other_shape(family, method)
     torch.manual_seed(0)
-    model.add_adapter("other", METHODS[method](family, r=2, towers=[tower], share="none"))
+    model.add_adapter("other", METHODS[method](family, **changes))
     stir(model, "other")
     assert torch.equal(run(family, model), first)
     model.set_adapter("other")
     fill(family, model)
-    alone = wrap(family, method, r=2, towers=[tower], share="none")
+    alone = wrap(family, method, **changes)
     assert distance(run(family, model), run(family, alone)) <= 1e-5
     model.delete_adapter("default")
     assert distance(run(family, model), run(family, alone)) <= 1e-5
 
 
-def test_one_adapter_for_the_whole_batch():
-    family = FAMILIES["clip"]
-    for method in (m for m in METHODS if ("clip", m) in CASES):
-        model = wrap(family, method)
-        with pytest.raises(ValueError, match=r"adapter_names.*set_adapter"):
-            model(**family.inputs(model), adapter_names=["default"] * 3)
+@cases("clip", only=("clip", "siglip", "flava"))
+def test_adapter_names_of_rows(family: Family, method: str):
+    """Each row by its own adapter, as if it stood among rows of that adapter; or one adapter for the whole batch."""
+    model, names = wrap(family, method), ["other", "__base__", "default"]
+    model.add_adapter("other", METHODS[method](family))
+    stir(model, "other", seed=1)
+    with torch.no_grad():
+        if method not in ROUTES_ROWS:
+            with pytest.raises(ValueError, match=r"adapter_names.*set_adapter"):
+                model(**family.inputs(model), adapter_names=names)
+            return
+        # Texts are compared by the column of a dual encoder's logits, or by the row of a fusion encoder's states.
+        mixed = family.output(model(**family.inputs(model), adapter_names=names))
+    for row, name in enumerate(names):
+        with model.disable_adapter() if name == "__base__" else nullcontext():
+            model.set_adapter(name if name in model.peft_config else "default")
+            alone = run(family, model)
+        mine, its = (t[:, row] if family.kind == "dual" else t[row] for t in (mixed, alone))
+        seen = family.inputs()["attention_mask"][row].bool()
+        if family.kind == "fusion":  # the last states are those of the text
+            mine, its = (torch.cat([t[: -len(seen)], t[-len(seen) :][seen]]) for t in (mine, its))
+        torch.testing.assert_close(mine, its, atol=1e-5, rtol=1e-5, msg=name)
 
 
-MERGE = {"aurora_mode_approx": {}, "aurora_mode_approx-fusion": {"cp_only": True}}
+@cases(among=set(METHODS) - set(MERGE))
+def test_what_is_no_weight_update_is_not_merged(family: Family, method: str):
+    model = wrap(family, method)
+    expected = run(family, model)
+    for call in (model.merge_adapter, model.merge_and_unload):
+        for options in ({}, {"safe_merge": True}, {"adapter_names": ["default"]}):
+            with pytest.raises(ValueError, match=r"no weight update.*can't be merged.*unload\(\)"):
+                call(**options)
+    assert torch.equal(run(family, model), expected)
+    assert model.get_model_status().merged_adapters == []
 
 
-@cases()
+@cases(among=MERGE)
 def test_merges(family: Family, method: str):
     base = frozen(family)
     model, options = wrap(family, method), MERGE[method]
@@ -1028,7 +1164,7 @@ def test_parts_that_are_no_weight_update_are_not_merged(method: str):
     assert torch.equal(run(family, model), expected)
 
 
-@cases("clip", "siglip", "blip_retrieval", "llava", "qwen2_5_vl")
+@cases("clip", "siglip", "blip_retrieval", "llava", "qwen2_5_vl", among=MERGE)
 @pytest.mark.parametrize("which", [0, -1], ids=["first", "last"])
 def test_safe_merge_refuses_infinite_weights(family: Family, method: str, which: int):
     base = frozen(family)
@@ -1045,7 +1181,7 @@ def test_safe_merge_refuses_infinite_weights(family: Family, method: str, which:
         assert same(model.unload(), base)
 
 
-@cases("clip", "blip_retrieval", "llava")
+@cases("clip", "blip_retrieval", "llava", among=MERGE)
 def test_merges_in_float16(family: Family, method: str):
     expected = wrap(family, method, stirred=True)
     exact = expected.merge_and_unload(**MERGE[method]).state_dict()

@@ -15,7 +15,7 @@ import peft
 import pytest
 import torch
 from families import FAMILIES
-from methods import METHODS
+from methods import METHODS, home
 from peft import PeftType, mapping
 from peft.utils import register_peft_method
 
@@ -23,7 +23,7 @@ import peft_multimodal
 from peft_multimodal import registry
 
 TESTS = str(Path(__file__).parent)
-NAMES = sorted({METHODS[m](FAMILIES["blip_retrieval"]).peft_type.value for m in METHODS})
+NAMES = sorted({METHODS[m](home(m)).peft_type.value for m in METHODS})
 
 
 def python(code: str, *arguments: str) -> str:

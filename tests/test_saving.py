@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES
-from methods import METHODS, distance, run, stir, trace, wrap
+from methods import COMPANIONS, METHODS, distance, home, run, stir, trace, wrap
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import peft_multimodal
@@ -25,16 +25,17 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_save_and_load(method: str, tmp_path: Path):
-    model = wrap(FAMILY, method)
+    family = home(method)
+    model = wrap(family, method)
     folder = save(model, tmp_path / "deep" / "adapter")
     assert folder == tmp_path / "deep" / "adapter"
-    assert set(content(folder)) == FILES
+    assert set(content(folder)) == FILES | COMPANIONS.get(method, set())
     assert [p.name for p in folder.parent.iterdir()] == ["adapter"], "nothing temporary is left"
     assert folder.stat().st_mode & 0o777 == 0o755
     model.save_pretrained(tmp_path / "stock")
     assert content(folder) == content(tmp_path / "stock")
     for path in (folder, str(folder)):
-        assert distance(run(FAMILY, load(FAMILY.build(), path)), run(FAMILY, model)) <= 1e-6
+        assert distance(run(family, load(family.build(), path)), run(family, model)) <= 1e-6
 
 
 def test_keywords_reach_peft(tmp_path: Path):
@@ -155,12 +156,21 @@ def test_a_stock_adapter_loads_too(tmp_path: Path):
     assert distance(run(FAMILY, loaded), run(FAMILY, model)) <= 1e-6
 
 
+SIGNATURES = {
+    "blip_retrieval": ("BlipForImageTextRetrieval", {"vision": [2, 48], "text": [2, 32], "fusion": [2, 32]}),
+    "clip": ("CLIPModel", {"vision": [2, 48], "text": [2, 32]}),
+}
+ADAPTED = {"cross_lingual_adapter": ["text"]}  # of the towers, where it isn't all
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_what_the_config_says_about_the_adapter(method: str, tmp_path: Path):
-    save(wrap(FAMILY, method), tmp_path)
+    family = home(method)
+    save(wrap(family, method), tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
     assert config["format_version"] == peft_multimodal.tuner.FORMAT_VERSION
     assert config["package_version"] == peft_multimodal.__version__
-    assert config["base_signature"]["model_class"] == "BlipForImageTextRetrieval"
-    assert config["base_signature"]["towers"] == {"vision": [2, 48], "text": [2, 32], "fusion": [2, 32]}
+    model_class, towers = SIGNATURES[family.name]
+    assert config["base_signature"]["model_class"] == model_class
+    assert config["base_signature"]["towers"] == {tower: towers[tower] for tower in ADAPTED.get(method, towers)}
     assert config["inference_mode"] is True

@@ -5,8 +5,11 @@
 | `emoji_pictures()` | a `Dataset`: emoji in three styles, English and Chinese labels (columns: `pictures.py`) |
 | `animated_emoji()` | a `Dataset`: eight frames each (columns: `animated_emoji.py`) |
 | `easy_vqa()` | a `Dataset`: questions about shapes (columns: `easy_vqa.py`) |
-| `dinov2_small()`, `minilm()` | folders of the pretrained towers |
-| `english_clip()`, `blip_retrieval()` | folders of the dual encoder and the fusion model assembled from them |
+| `translation_pairs(language)` | a `Dataset`: texts in English and one of `LANGUAGES` (columns: `languages.py`) |
+| `emoji_labels(language)` | the emoji's names in one of `LANGUAGES` |
+| `dinov2_small()`, `minilm()`, `e5_small()` | folders of the pretrained towers: pictures, English, a hundred languages |
+| `english_clip()` | the folder of the dual encoder assembled from them |
+| `blip_retrieval()`, `blip_vqa()` | folders of the fusion models assembled from them, minutes of CPU each |
 
 Everything is fetched, checked, converted and kept in the user cache on first use (`cache_dir()`); run
 `python -m benchmarks.assets` to see what there is and `python -m benchmarks.assets NAME ...` to prepare it.
@@ -14,20 +17,28 @@ Everything is fetched, checked, converted and kept in the user cache on first us
 
 from .animated_emoji import animated_emoji
 from .blip_retrieval import blip_retrieval
+from .blip_vqa import blip_vqa
+from .e5_small import e5_small
 from .easy_vqa import easy_vqa
 from .english_clip import english_clip
 from .fetch import AssetError, cache_dir
+from .languages import LANGUAGES, emoji_labels, translation_pairs
 from .pictures import emoji_pictures
 from .towers import dinov2_small, minilm
 
 __all__ = [
+    "LANGUAGES",
     "AssetError",
     "animated_emoji",
     "blip_retrieval",
+    "blip_vqa",
     "cache_dir",
     "dinov2_small",
+    "e5_small",
     "easy_vqa",
+    "emoji_labels",
     "emoji_pictures",
     "english_clip",
     "minilm",
+    "translation_pairs",
 ]

@@ -1,4 +1,7 @@
-"""List the assets, or prepare those that are named: `python -m benchmarks.assets [NAME ...]`, `all` for every one."""
+"""List the assets, or prepare those that are named: `python -m benchmarks.assets [NAME ...]`.
+
+`all` prepares every one but those that are only prepared by name, as they take minutes of CPU.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,25 @@ import time
 
 import benchmarks.assets as assets
 
-NAMES = ("emoji_pictures", "animated_emoji", "easy_vqa", "dinov2_small", "minilm", "english_clip", "blip_retrieval")
+SLOW = ("blip_retrieval", "blip_vqa")
+ALL = (
+    "emoji_pictures",
+    "animated_emoji",
+    "easy_vqa",
+    "translation_pairs",
+    "dinov2_small",
+    "minilm",
+    "e5_small",
+    "english_clip",
+)
+NAMES = ALL + SLOW
+
+
+def prepare(name: str) -> object:
+    """What there is to say about the asset once it is there: its folder or table, the pairs of each language."""
+    if name == "translation_pairs":
+        return {language: len(assets.translation_pairs(language)) for language in assets.LANGUAGES}
+    return getattr(assets, name)()
 
 
 def main() -> int:
@@ -20,11 +41,13 @@ def main() -> int:
     if not names:
         print(f"Kept in {assets.cache_dir()}:")
         for name in NAMES:
-            print(f"  {name:16} {getattr(assets, name).__doc__.splitlines()[0]}")
-    for name in NAMES if "all" in names else names:
+            print(f"  {name:17} {getattr(assets, name).__doc__.splitlines()[0]}")
+        print(f"`all` leaves out {' and '.join(SLOW)}, which take minutes of CPU.")
+    wanted = {*names, *(ALL if "all" in names else ())}
+    for name in (name for name in NAMES if name in wanted):
         started = time.perf_counter()
         try:
-            made = getattr(assets, name)()
+            made = prepare(name)
         except assets.AssetError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1

@@ -64,6 +64,9 @@ class E5File:
     config: BertConfig
     pieces: list[tuple[str, float]]
     """The vocabulary of the Unigram tokenizer with its scores; a piece's place is its id."""
+    bos: int
+    eos: int
+    pad: int
     unk: int
     weights: dict[str, torch.Tensor]
     """Flat float32 tensors under the names of `BertModel`."""
@@ -138,6 +141,9 @@ def read_e5(file: Path) -> E5File:
             pad_token_id=pad,
         ),
         pieces=[(text[ends[i] : ends[i + 1]].decode(), score) for i, score in enumerate(scores)],
+        bos=bos,
+        eos=eos,
+        pad=pad,
         unk=unk,
         weights=weights,
     )
@@ -168,10 +174,7 @@ def tokenizer_of(source: E5File) -> PreTrainedTokenizerFast:
 
     The prefix belongs to the frame as `<s>` does: truncation leaves it whole, and the attention mask covers it.
     """
-    bos, eos, pad = (
-        source.pieces[index][0]
-        for index in (source.config.bos_token_id, source.config.eos_token_id, source.config.pad_token_id)
-    )
+    bos, eos, pad, unk = (source.pieces[index][0] for index in (source.bos, source.eos, source.pad, source.unk))
     tokenizer = Tokenizer(models.Unigram(source.pieces, unk_id=source.unk, byte_fallback=False))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
@@ -179,7 +182,7 @@ def tokenizer_of(source: E5File) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     prefix = tokenizer.encode("query:", add_special_tokens=False)
-    frame = {"query": prefix.ids, bos: [source.config.bos_token_id], eos: [source.config.eos_token_id]}
+    frame = {"query": prefix.ids, bos: [source.bos], eos: [source.eos]}
     names = {"query": prefix.tokens, bos: [bos], eos: [eos]}
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} query $A {eos}",
@@ -193,7 +196,7 @@ def tokenizer_of(source: E5File) -> PreTrainedTokenizerFast:
         cls_token=bos,
         sep_token=eos,
         pad_token=pad,
-        unk_token=source.pieces[source.unk][0],
+        unk_token=unk,
         model_input_names=["input_ids", "attention_mask"],
         model_max_length=source.config.max_position_embeddings,
     )

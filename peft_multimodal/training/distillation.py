@@ -372,7 +372,9 @@ class CrossLingualTrainer(Trainer):
                 "The losses tokens= and functional= need an adapter with level='tokens': a fusion encoder reads its states."
             )
         if self.distillation_loss.functional and not any(t.name == "fusion" for t in describe(model).towers):
-            raise ValueError("The loss functional= needs the fusion encoder: train in the whole model, not its text side.")
+            raise ValueError(
+                "The loss functional= needs the fusion encoder: train in the whole model, not its text side."
+            )
         language = language or self.adapter_name
         processing_class.tokenizer(language)  # an unknown one is an error here
         self.skipped: dict[str, int] = {}
