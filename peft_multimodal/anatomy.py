@@ -136,7 +136,7 @@ def describe(model: nn.Module) -> Anatomy:
             class_name=type(unwrap(modules[path])).__name__,
             attentions=len({m.module.rpartition(".")[0] for m in found}),
             hidden_size=Counter(m.d_in for m in found if m.letter in "qkv").most_common(1)[0][0] if found else None,
-            parameters=_count(modules[path]),
+            parameters=_count(modules, path),
         )
         for path, name in roots.items()
         for found in [[m for m in matrices if is_below(m.module, path) and m.letter in ("q", "k", "v")]]
@@ -152,7 +152,7 @@ def describe(model: nn.Module) -> Anatomy:
             type(unwrap(modules[path])).__name__,
             len({m.module.rpartition(".")[0] for m in found}),
             Counter(m.d_in for m in found).most_common(1)[0][0],
-            _count(modules[path]),
+            _count(modules, path),
         )
         for path in fusion_stacks
         for found in [[m for m in matrices if is_below(m.module, path) and m.letter == "q"]]
@@ -411,5 +411,7 @@ def _span(paths: list[str]) -> str:
     return paths[0] if len(paths) == 1 else f"{paths[0]} .. {paths[-1]}"
 
 
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def _count(modules: dict[str, nn.Module], root: str) -> int:
+    """Parameters below a path, each once, without those of parts that adapters have attached."""
+    found = {p for path, m in modules.items() if is_below(path, root) for p in m.parameters(recurse=False)}
+    return sum(p.numel() for p in found)

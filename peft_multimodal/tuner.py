@@ -66,6 +66,7 @@ class MultimodalConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.is_loaded = False
+        self.has_weights = False  # of a loaded one: they have been found to fit
         self.package_version = self.package_version or __version__
         if isinstance(self.towers, str):
             self.towers = [self.towers]
@@ -197,7 +198,14 @@ class AttachedPart(MultimodalLayer):
         """The module whose device and dtype the part follows."""
         return None
 
+    def settle(self, adapter_name: str) -> None:
+        """Bring a new adapter to the host's device and dtype (which PEFT then raises to float32 unless told not to)."""
+        self._move(adapter_name, None, cast=True)
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        self._move(adapter_name, device, cast=False)  # PEFT calls it again on what it has loaded: don't round that
+
+    def _move(self, adapter_name: str, device: torch.device | None, cast: bool) -> None:
         host = self.host()
         reference = next((p for p in host.parameters() if p.is_floating_point()), None) if host is not None else None
         if reference is None or (device is None and reference.is_meta):
@@ -207,7 +215,7 @@ class AttachedPart(MultimodalLayer):
             if adapter_name in container:
                 item = container[adapter_name]
                 if not any(t.is_meta for t in [*item.parameters(), *item.buffers()]):
-                    container[adapter_name] = item.to(device or reference.device, reference.dtype)
+                    container[adapter_name] = item.to(device or reference.device, reference.dtype if cast else None)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Only noted: whether the adapter may be merged is checked once for the whole of it, by the tuner."""
@@ -349,6 +357,7 @@ class MultimodalTuner(BaseTuner):
         super().delete_adapter(adapter_name)
         for _, _, part in self.attached_parts():  # PEFT's loop passes over modules that bear the prefix
             part.delete_adapter(adapter_name)
+            self.active_adapter = self.active_adapters or part.active_adapters
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         if self.not_mergeable:
@@ -430,6 +439,8 @@ class MultimodalTuner(BaseTuner):
             elif value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all()):
                 problems.append(f"{_short(key)} holds NaN or infinite values")
         if problems:
+            if config.is_loaded and not config.has_weights:
+                cls._take_out(model, adapter_name)
             base = config.base_model_name_or_path or "unknown"
             raise ValueError(
                 f"The weights don't fit adapter {adapter_name!r} ({config.peft_type.value}, trained on {base!r}); nothing "
@@ -438,7 +449,16 @@ class MultimodalTuner(BaseTuner):
                 + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
                 + ". Load it into the model it was trained on, with the config it was saved with."
             )
+        config.has_weights = True
         return {expected[key]: value for key, value in stored.items()} | others
+
+    @staticmethod
+    def _take_out(model: Any, adapter_name: str) -> None:
+        """Leave the model as it was before an adapter was made whose weights then didn't fit."""
+        if set(model.peft_config) == {adapter_name}:
+            model.base_model.unload()
+        else:
+            model.delete_adapter(adapter_name)
 
 
 def matched_modules(model: nn.Module, config: MultimodalConfig) -> MatchTable:

@@ -764,6 +764,7 @@ def test_a_damaged_adapter_is_one_clear_error(damage: str, method: str, tmp_path
         before = run(family, model)
         with pytest.raises(ValueError, match=message):
             model.load_adapter(tmp_path, "damaged")
+        assert list(model.peft_config) == model.active_adapters == ["good"]
         assert torch.equal(run(family, model), before)
 
 

@@ -7,15 +7,15 @@ reverse order. The tokenizers differ in vocabulary, special ids, padding and lim
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
 import shutil
 import socket
-import subprocess
-import sys
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -26,6 +26,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from accelerate.state import AcceleratorState
 from families import FAMILIES, text_tower
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,6 +46,15 @@ pytestmark = pytest.mark.filterwarnings(
 
 quick = settings(deadline=None, max_examples=25)
 numbers = lambda seed: torch.Generator().manual_seed(seed)  # noqa: E731
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage():
+    """Trainer collects garbage among all that was imported, which takes longer than the training."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 # -------------------------------------------------------------------------------------------------- losses, by loops
@@ -89,7 +99,7 @@ def test_pooled_loss_is_the_equation(ids, weights, projected, seed):
     expected = mse * sum(sum((a - b) ** 2 for a, b in zip(*v, strict=True)) / 5 for v in zip(y, e, strict=True))
     expected += cosine * sum(1 - dot(*v) for v in zip(Z, T, strict=True))
     expected = float(expected) / len(ids) + contrastive * slow_contrast(Z, T, 0.2)
-    assert float(found) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert found.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 def test_equal_targets_are_no_negatives():
@@ -243,7 +253,6 @@ def test_hard_pairs_out_of_range(pair):
         {"mse": None},
         {"tokens": [1.0]},
         {"mse": math.nan},
-        {"functional": math.inf},
         {"temperature": 0},
         {"temperature": -0.1},
         {"temperature": math.nan},
@@ -251,7 +260,7 @@ def test_hard_pairs_out_of_range(pair):
     ids=str,
 )
 def test_weights_are_checked(weights):
-    with pytest.raises(ValueError, match="numbers >= 0|temperature must be > 0"):
+    with pytest.raises(ValueError, match=r"numbers >= 0|temperature must be > 0"):
         DistillationLoss(**weights)
 
 
@@ -276,8 +285,11 @@ def folder(tmp_path_factory):
     return path
 
 
+ENCODER = encoder(ZH)
+
+
 def save_encoder(path):
-    encoder(ZH).save_pretrained(path)
+    ENCODER.save_pretrained(path)
     tokenizer("z", **ZH).save_pretrained(path)
 
 
@@ -297,10 +309,23 @@ def bare(family):
     return clip_text() if family == "clip_text" else FAMILIES[family].build()
 
 
-def adapted(family, folder, name="zh", base=None, **changes):
-    torch.manual_seed(0)
+def language(folder, encoder=None, **changes):
+    """The config of an adapter; the folder's encoder is given, since reading it takes as long as a short training."""
     config = CrossLingualAdapterConfig(**{"encoder": str(folder), "bottleneck_dim": 16, "num_heads": 2, **changes})
-    return get_peft_model(base or bare(family), config, adapter_name=name)
+    return config.with_encoder(encoder or copy.deepcopy(ENCODER), PROCESSOR.tokenizer("zh"))
+
+
+def adapted(family, folder, name="zh", base=None, **changes):
+    base = base or bare(family)
+    torch.manual_seed(0)
+    return get_peft_model(base, language(folder, **changes), adapter_name=name)
+
+
+def two_adapters(folder):
+    """CLIP with zh and ja, and one encoder."""
+    model = adapted("clip", folder)
+    model.add_adapter("ja", language(folder, encoder=next(iter(part_of(model).encoders.values()))))
+    return model
 
 
 def pairs(count=24, seed=0, aligned=False, longest=4):
@@ -508,7 +533,7 @@ def test_training(name, folder, tmp_path):
     family, data, options = case(name)
     model = adapted(family, folder)
     before, start = frozen(model, "zh"), copies(adapter_of(model))
-    run = trainer(model, tmp_path, data, eval_dataset=pairs(10, seed=1), num_train_epochs=8, **options)
+    run = trainer(model, tmp_path, data, eval_dataset=pairs(10, seed=1), num_train_epochs=4, **options)
     watch = Watch(model)
     first = run.evaluate()["eval_loss"]
     run.train()
@@ -596,7 +621,7 @@ def test_cached_training_is_uncached_training(name, folder, tmp_path):
         model = adapted(family, folder, **changes)
         run = trainer(
             *(model, tmp_path, data),
-            **{"cache": cache, "logging_steps": 1, "max_steps": 4, "per_device_train_batch_size": len(data), **options},
+            **{"cache": cache, "logging_steps": 1, "max_steps": 2, "per_device_train_batch_size": len(data), **options},
             **{
                 "eval_dataset": pairs(10, seed=1),
                 "per_device_eval_batch_size": 10,
@@ -630,19 +655,17 @@ def test_rows_are_the_towers_outputs(family, folder, tmp_path):
     data = random.Random(0).sample(pairs(70), 70)
     kept = trainer(model, tmp_path, data, processor=processor).train_dataset
     part, ordered = part_of(model), sorted(data, key=lambda pair: len(pair["target"]))
-    vectors = []
-    for pair, row in zip(ordered, kept, strict=True):
-        tokens = processor(pair["target"], language="zh")
+    for i in (0, 1, 30, 63, 64, 69):
+        tokens = processor(ordered[i]["target"], language="zh")
         H = part.encode(tokens["input_ids"], tokens["attention_mask"].bool(), "zh")[0]
-        pooled, E = part.teach(**processor(pair["source"]))
-        assert row["student"].shape == H.shape  # no padding
-        torch.testing.assert_close(torch.from_numpy(row["student"].copy()), H, rtol=1e-5, atol=1e-5)
+        pooled, E = part.teach(**processor(ordered[i]["source"]))
+        assert kept[i]["student"].shape == H.shape  # no padding
+        torch.testing.assert_close(torch.from_numpy(kept[i]["student"].copy()), H, rtol=1e-5, atol=1e-5)
         expected = pooled if E is None else E[0]
-        torch.testing.assert_close(torch.from_numpy(row["teacher"].copy()), expected, rtol=1e-5, atol=1e-5)
-        vectors.append(pooled[0])
-    torch.testing.assert_close(kept.mean_teacher(), torch.stack(vectors).mean(0), rtol=1e-5, atol=1e-5)
-    assert len(range(0, 70, 70 // 20)) >= 20
-    torch.testing.assert_close(kept.mean_teacher(20), torch.stack(vectors[::3]).mean(0), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.from_numpy(kept[i]["teacher"].copy()), expected, rtol=1e-5, atol=1e-5)
+    vectors = part.teach(**processor([pair["source"] for pair in ordered])).pooled
+    torch.testing.assert_close(kept.mean_teacher(), vectors.mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kept.mean_teacher(20), vectors[::3].mean(0), rtol=1e-5, atol=1e-5)
 
 
 def test_kept_outputs_go_to_workers(folder, tmp_path):
@@ -830,8 +853,7 @@ def test_models_that_do_not_fit(folder, tmp_path):
     side = adapted("flava", folder, base=bare("flava").text_model, level="tokens")
     with pytest.raises(ValueError, match="needs the fusion encoder"):
         trainer(side, tmp_path, pairs(4), loss=FUNCTIONAL)
-    model = adapted("clip", folder)
-    model.add_adapter("ja", CrossLingualAdapterConfig(encoder=str(folder), bottleneck_dim=16, num_heads=2))
+    model = two_adapters(folder)
     model.base_model.set_adapter(["zh", "ja"])
     with pytest.raises(ValueError, match=r"One adapter is trained at a time; active are \['zh', 'ja'\]"):
         trainer(model, tmp_path, pairs(4))
@@ -896,11 +918,11 @@ def test_data_that_streams(name, folder, tmp_path):
     model = adapted(family, folder)
     run = trainer(
         *(model, tmp_path, streaming(data)),
-        **{"cache": False, "max_steps": 30, "logging_steps": 1, "eval_dataset": pairs(10, seed=1), **options},
+        **{"cache": False, "max_steps": 12, "eval_dataset": pairs(10, seed=1), **options},
     )
     first = run.evaluate()["eval_loss"]
     run.train()
-    assert run.state.global_step == 30
+    assert run.state.global_step == 12
     assert run.evaluate()["eval_loss"] < 0.9 * first
 
 
@@ -926,14 +948,14 @@ RESUMED = {
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumed_is_uninterrupted(name, folder, tmp_path):
     adapter_name, options = RESUMED[name]
-    settings = {"num_train_epochs": 4, "save_strategy": "epoch", "logging_steps": 1, **options}
+    settings = {"num_train_epochs": 2, "save_strategy": "epoch", "logging_steps": 1, **options}
     whole = adapted(name.partition("-")[0], folder, name=adapter_name)
     run = trainer(whole, tmp_path, pairs(), **settings)
     run.train()
     again = adapted(name.partition("-")[0], folder, name=adapter_name)
     resumed = trainer(again, tmp_path, pairs(), **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-6"))
-    assert resumed.state.global_step == run.state.global_step == 12
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert resumed.state.global_step == run.state.global_step == 6
     torch.testing.assert_close(adapter_of(again, adapter_name), adapter_of(whole, adapter_name), rtol=0, atol=0)
     assert losses_of(resumed) == pytest.approx(losses_of(run), rel=1e-6)
 
@@ -948,7 +970,7 @@ def test_checkpoints_hold_the_adapter_alone(name, folder, tmp_path):
     weights = [p for p in checkpoint.rglob("*") if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".arrow")]
     assert {p.relative_to(checkpoint).as_posix() for p in weights} == {
         (place / "adapter_model.safetensors").relative_to(checkpoint).as_posix(),
-        *("optimizer.pt", "scheduler.pt", "rng_state.pth"),
+        *("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"),
     }
     with safe_open(place / "adapter_model.safetensors", "pt") as file:
         stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -1062,8 +1084,7 @@ def test_gradient_accumulation_is_the_big_batch(cache, folder, tmp_path):
     torch.testing.assert_close(one_step(folder, tmp_path, pairs(), cache=cache, **many), once, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["clip", "flava-functional", "flava-pairs"])
-@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize(("name", "cache"), [("clip", True), ("flava-functional", False), ("flava-pairs", True)])
 def test_mixed_precision(name, cache, folder, tmp_path):
     family, data, options = case(name)
     model, dtypes = adapted(family, folder), []
@@ -1072,30 +1093,27 @@ def test_mixed_precision(name, cache, folder, tmp_path):
     )
     run = trainer(
         *(model, tmp_path, data),
-        **{"eval_dataset": data, "bf16": True, "num_train_epochs": 6, "cache": cache, **options},
+        **{"eval_dataset": data, "bf16": True, "num_train_epochs": 4, "cache": cache, **options},
     )
     first = run.evaluate()["eval_loss"]
     run.train()
     assert run.evaluate()["eval_loss"] < 0.8 * first
     assert set(dtypes) == {torch.bfloat16}
     assert {p.dtype for p in adapter_of(model).values()} == {torch.float32}
-    assert {tuple(row["student"].dtype.name for row in run._prepared(data[:2], "x"))} <= {("float32",) * 2} or not cache
 
 
-@pytest.mark.parametrize("name", ["clip", "flava", "flava-functional"])
-@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize(("name", "cache"), [("clip", True), ("flava", False), ("flava-functional", True)])
 def test_a_base_in_bfloat16(name, cache, folder, tmp_path):
     family, data, options = case(name)
     model = adapted(family, folder, base=bare(family).bfloat16())
-    run = trainer(model, tmp_path, data, eval_dataset=data, num_train_epochs=6, cache=cache, **options)
+    run = trainer(model, tmp_path, data, eval_dataset=data, num_train_epochs=4, cache=cache, **options)
     first = run.evaluate()["eval_loss"]
     run.train()
     assert run.evaluate()["eval_loss"] < 0.8 * first
 
 
 def test_one_of_two_adapters_trains(folder, tmp_path):
-    model = adapted("clip", folder)
-    model.add_adapter("ja", CrossLingualAdapterConfig(encoder=str(folder), bottleneck_dim=16, num_heads=2))
+    model = two_adapters(folder)
     for name, other in (("zh", "ja"), ("ja", "zh")):
         model.set_adapter(name)
         before, start = frozen(model, name), copies(adapter_of(model, name))
@@ -1108,8 +1126,7 @@ def test_one_of_two_adapters_trains(folder, tmp_path):
 
 
 def test_rows_of_one_of_two_adapters_train_it_alone(folder):
-    model = adapted("clip", folder)
-    model.add_adapter("ja", CrossLingualAdapterConfig(encoder=str(folder), bottleneck_dim=16, num_heads=2))
+    model = two_adapters(folder)
     processor = LanguageProcessor(**PROCESSOR.tokenizers, ja=PROCESSOR.tokenizer("zh"))
     model.train()
     batch = processor(["z1 z2", "e1", "z3", "z4"], language=["zh", "en", "zh", "ja"])
@@ -1159,7 +1176,7 @@ def test_data_sets_of_any_kind(folder, tmp_path):
             return 8
 
         def __getitem__(self, index):
-            return pairs(8)[index] if index < 8 else [][0]
+            return pairs(8)[index]
 
     model = adapted("clip", folder)
     rows = [{"id": i, **pair} for i, pair in enumerate(pairs(8))]
@@ -1170,90 +1187,73 @@ def test_data_sets_of_any_kind(folder, tmp_path):
         assert evaluated == expected
 
 
-# -------------------------------------------------------------------------------------------------------- two processes
+# ------------------------------------------------------------------------------------------------------- two processes
 
-RANKS = """
-import json, os, sys, torch
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from test_distillation import *
-from transformers import trainer_utils
-tmp, folder, port = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-torch.set_num_threads(1)
-other = os.fork()  # both ranks of one import
-rank = 0 if other else 1
-os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-failed = True
-try:
-    found = {{}}
-    for name, cache in (("clip", True), ("flava-pairs-functional", True), ("flava", False), ("stream", False)):
+
+def one_rank(rank, tmp, folder, port):
+    """Trains in turn what `test_two_processes` looks at, as one of two processes."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", **where)
+    AcceleratorState._reset_state(reset_partial_state=True)  # a fork has its parent's
+    torch.set_num_threads(1)
+    found = {}
+    for name, cache in (("clip", True), ("flava-pairs-functional", True), ("stream", False)):
         family, data, options = case("clip" if name == "stream" else name)
-        options["loss"] = options.get("loss") or DistillationLoss(contrastive=0.0)
-        if name == "stream":
-            data = streaming(data)
+        options = {"loss": DistillationLoss(contrastive=0.0), **options}
         model = adapted(family, folder)
-        watch = Watch(model)
-        before = frozen(model, "zh")
+        watch, before = Watch(model), frozen(model, "zh")
         run = trainer(
-            *(model, tmp, data),
-            **{{"eval_dataset": pairs(11, seed=1), "cache": cache, "max_steps": 6, "logging_steps": 1}},
-            **{{"per_device_train_batch_size": 12, "ddp_backend": "gloo", "ddp_find_unused_parameters": False}},
-            compute_metrics=lambda p: {{"shape": list(p.predictions.shape)}},
+            *(model, tmp, streaming(data) if name == "stream" else data),
+            **{"eval_dataset": pairs(11, seed=1), "cache": cache, "max_steps": 4, "eval_on_start": True},
+            **{"per_device_train_batch_size": 12, "ddp_backend": "gloo", "ddp_find_unused_parameters": False},
+            accelerator_config={"dispatch_batches": False},  # batches of a stream differ in length
+            compute_metrics=lambda p: {"shape": list(p.predictions.shape)},
             **options,
         )
         assert run.args.world_size == 2
-        evaluated = run.evaluate()
         calls = watch.both
-        run.train()
-        after = run.evaluate()
+        run.train()  # evaluate() before it would keep transformers' Trainer from averaging gradients
+        run.evaluate()
         assert all(torch.equal(v, before[n]) for n, v in frozen(model, "zh").items())
-        adapter = copies(adapter_of(model))
-        torch.save(adapter, tmp / f"{{name}}-{{rank}}.pt")
-        found[name] = {{"calls": calls, "losses": losses_of(run), "eval": [evaluated["eval_loss"], after["eval_loss"]],
-                       "shape": after["eval_shape"]}}
-    (tmp / f"{{rank}}.json").write_text(json.dumps(found))
+        torch.save(copies(adapter_of(model)), tmp / f"{name}-{rank}.pt")
+        found[name] = {"calls": calls, "loss": losses_of(run, "eval_loss"), "shape": losses_of(run, "eval_shape")}
+    (tmp / f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
-    failed = False
-finally:
-    if failed:
-        import traceback
-        traceback.print_exc()
-    if rank:
-        sys.stderr.flush()
-        os._exit(failed)
-    if failed:
-        os.kill(other, 9)
-sys.exit(os.waitpid(other, 0)[1] != 0)
-"""
 
 
 def test_two_processes(folder, tmp_path):
-    tests = os.path.dirname(__file__)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    path = os.pathsep.join([os.path.dirname(tests), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-W", "ignore", "-c", RANKS.format(tests=tests), str(tmp_path), str(folder), str(port)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, timeout=240)
-    assert run.returncode == 0, run.stderr.decode()[-3000:]
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    for name, found in ranks[0].items():
+    # A fork has imported everything, but can't take autograd's threads of an accelerator along.
+    context = multiprocessing.get_context("spawn" if torch.accelerator.is_available() else "fork")
+    ranks = [context.Process(target=one_rank, args=(rank, tmp_path, folder, port)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    try:
+        for rank in ranks:
+            rank.join(timeout=120)
+        assert [rank.exitcode for rank in ranks] == [0, 0], "its traceback stands in the captured stderr"
+    finally:
+        for rank in ranks:
+            rank.kill()
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first.keys() == second.keys()
+    for name, found in first.items():
         a, b = (torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(2))
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-        assert found["eval"] == ranks[1][name]["eval"]
-        assert found["eval"][1] < found["eval"][0]
-        assert found["shape"] == [11, 32]
-    for name in ("clip", "flava-pairs-functional"):  # one process fills, the other waits and reads: train and eval
-        assert [sum(calls) for calls in zip(*(rank[name]["calls"] for rank in ranks), strict=True)] == [2, 2]
-    # Two halves of a batch are the batch.
+        assert found["loss"] == second[name]["loss"]
+        assert found["loss"][-1] < found["loss"][0]
+        assert found["shape"] == second[name]["shape"] == [[11, 32]] * 2
+    for name in ("clip", "flava-pairs-functional"):  # one fills, train and eval, and the other waits and reads
+        calls = [rank[name]["calls"] for rank in (first, second)]
+        assert [sum(side) for side in zip(*calls, strict=True)] == [2, 2]
     model = adapted("clip", folder)
-    alone = trainer(
-        *(model, tmp_path, pairs()),
-        **{"loss": DistillationLoss(contrastive=0.0), "max_steps": 6, "per_device_train_batch_size": 24},
-    )
-    alone.train()
-    torch.testing.assert_close(torch.load(tmp_path / "clip-0.pt"), copies(adapter_of(model)), rtol=1e-3, atol=1e-4)
+    options = {"loss": DistillationLoss(contrastive=0.0), "max_steps": 4, "per_device_train_batch_size": 24}
+    trainer(model, tmp_path, pairs(), **options).train()
+    for name in ("clip", "stream"):  # two halves of a batch are the batch
+        found = torch.load(tmp_path / f"{name}-0.pt")
+        torch.testing.assert_close(found, copies(adapter_of(model)), rtol=1e-3, atol=1e-4)
 
 
 def test_names_are_exported():

@@ -11,7 +11,9 @@ English names in the English CLIP.
 | `head` | `own`: the English tower; `adapter`: the method's; `linear` and `mlp`, trained by the same loss, and `ridge`, in closed form, read the mean over a text's tokens; `tuned`: a linear head over an encoder that trains by the experiment's LoRA; `both_ways`: the adapter, with kept outputs and without |
 | `languages` | those that are tested |
 | `train_languages` | those of the pairs, where others; `en` pairs English with itself, what the encoder then reads |
-| `pairs` | so many pairs, drawn by the seed; null for all |
+| `kinds` | of the pairs, see `translation_pairs` |
+| `pairs` | so many of them, drawn by the seed; null for all |
+| `label_weight` | a label, which is what the tests are about, counts so many times a word or a sentence |
 | `with_test` | the test concepts' own pairs train too, an oracle |
 | `hidden`, `ridge`, `loss` | of the MLP, of the ridge regression, and of `DistillationLoss` |
 
@@ -228,7 +230,7 @@ def distil(model: Any, experiment: Experiment, seed: int, cache: bool, folder: P
         callbacks=[clock],
     )
     return cost | {
-        "pairs": len(pairs),
+        "pairs": len(set(zip(pairs["source"], pairs["target"], strict=True))),
         "train_processor_seconds": round(sum(clock.epochs), 2),
         "epoch_processor_seconds": round(statistics.median(clock.epochs), 2),
         "whole_processor_seconds": round(time.process_time() - started, 2),
@@ -254,9 +256,9 @@ def ridge(experiment: Experiment, seed: int) -> tuple[Read, dict[str, Any]]:
     processor = language_processor()
     pairs = list(training_pairs(experiment.settings, seed))
     kept = KeptOutputs(part, NAME, pairs, PairCollator(processor, NAME), cache_dir=outputs_folder())
-    started = time.process_time()
-    x = torch.stack([head.norm(torch.tensor(row["student"])).mean(0) for row in kept]).double()
-    y = torch.stack([torch.tensor(row["teacher"][0]) for row in kept]).double()
+    rows, started = kept.__getitems__(list(range(len(kept)))), time.process_time()
+    x = torch.stack([head.norm(torch.tensor(row["student"])).mean(0) for row in rows]).double()
+    y = torch.stack([torch.tensor(row["teacher"][0]) for row in rows]).double()
     solve_ridge(head.up, x, y, experiment.settings["ridge"])
     cost = {"trainable_parameters": 0, "map_parameters": sum(p.numel() for p in head.parameters())}
     return partial(read, model.eval(), processor, NAME), cost | {
@@ -337,9 +339,11 @@ def training_pairs(settings: Mapping[str, Any], seed: int) -> datasets.Dataset:
     for language in settings["train_languages"] or settings["languages"]:
         found = translation_pairs("zh" if language == "en" else language)
         side = "source" if language == "en" else "target"
-        pairs += [{"source": r["source"], "target": r[side]} for r in found if r["split"] in splits]
+        rows = ({"source": r["source"], "target": r[side], "kind": r["kind"]} for r in found if r["split"] in splits)
+        pairs += [row for row in rows if row["kind"] in settings["kinds"]]
     if settings["pairs"] is not None:
         pairs = random.Random(seed).sample(pairs, settings["pairs"])
+    pairs += [pair for pair in pairs if pair["kind"] == "label"] * (settings["label_weight"] - 1)
     return datasets.Dataset.from_list(pairs)
 
 

@@ -64,7 +64,7 @@ class GatedQueryTransformation(AttachedPart, AuroraModeApproxLayer, nn.Module):
             parameters[f"{branch}_scale_norm"] = torch.zeros(width)
             parameters[f"{branch}_shift_norm"] = torch.zeros(width)
         self.aurora_mode_approx_gqt[adapter_name] = nn.ParameterDict(parameters)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.settle(adapter_name)
 
     def _open(self, layer: nn.Module, args: Any) -> None:
         checkpoint = layer.__dict__.get("_gradient_checkpointing_func")
@@ -173,7 +173,7 @@ class InformativeContext(AttachedPart, AuroraModeApproxLayer, nn.Module):
 
     def add(self, adapter_name: str, size: int, width: int) -> None:
         self.aurora_mode_approx_ice[adapter_name] = ContextBank(size, width)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.settle(adapter_name)
 
     def _enhance(self, encoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         adapters = self.live_adapters()

@@ -194,7 +194,7 @@ class AuroraModeApproxModel(MultimodalTuner):
         if adapter_name not in factors.aurora_mode_approx_U:
             matrices = [m for found in self._matched.values() for m in found]
             factors.add(adapter_name, config, {group_of(config, m): (m.d_in, m.d_out) for m in matrices})
-            factors._move_adapter_to_device_of_base_layer(adapter_name)
+            factors.settle(adapter_name)
             if config.use_gqt:
                 self._add_gqt(config, adapter_name)
             if config.use_ice:

@@ -19,8 +19,8 @@ Parameters, at an FFN of 4 m: (d_s m + m) + n (12 m^2 + 13 m) + (m d_t + d_t); p
 
 from __future__ import annotations
 
-import hashlib
-import json
+import inspect
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,16 +31,15 @@ from typing import Any, NamedTuple
 import torch
 from peft.utils import PeftType
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..anatomy import Anatomy, Matrix, describe, is_below, token_embeddings
+from ..anatomy import Anatomy, Matrix, base_model, describe, is_below, own_modules, token_embeddings
 from ..registry import register
 from ..tuner import AttachedPart, CallScope, MultimodalConfig, MultimodalLayer, MultimodalTuner
 from .blocks import TransformerBlock
+from .language_encoder import KEPT, LanguageEncoder, encoder_key, load_encoder, longest_text, vocabulary_size
 
 BASE = "__base__"  # PEFT's name for rows that no adapter acts on
-ENCODER_FOLDER = "encoder"
 
 
 @dataclass
@@ -116,12 +115,8 @@ class CrossLingualAdapterConfig(MultimodalConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        names = ("revision", "token", "cache_dir")
-        config._folder = {
-            "pretrained_model_name_or_path": str(pretrained_model_name_or_path),
-            "subfolder": "/".join(filter(None, (subfolder, ENCODER_FOLDER))),
-            **{name: kwargs[name] for name in names if kwargs.get(name) is not None},
-        }
+        hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if kwargs.get(name) is not None}
+        config._folder = {"source": str(pretrained_model_name_or_path), "subfolder": subfolder, "hub": hub}
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -130,7 +125,7 @@ class CrossLingualAdapterConfig(MultimodalConfig):
             if self._loaded.tokenizer is not None:
                 self._loaded.tokenizer.save_pretrained(save_directory)
             if self.save_encoder:
-                self._loaded.module.save_pretrained(Path(save_directory, ENCODER_FOLDER))  # type: ignore[operator]
+                self._loaded.module.save_pretrained(Path(save_directory, KEPT))  # type: ignore[operator]
             elif self.encoder is None or Path(self.encoder).is_dir() or self._given is not None:
                 warnings.warn(
                     f"The adapter's folder names its language encoder by {self.encoder!r}, which is no commit on the "
@@ -140,13 +135,6 @@ class CrossLingualAdapterConfig(MultimodalConfig):
                     stacklevel=2,
                 )
         super().save_pretrained(save_directory, **kwargs)
-
-
-class LanguageEncoder(NamedTuple):
-    """A language's encoder and its tokenizer."""
-
-    module: nn.Module
-    tokenizer: Any = None
 
 
 # --- the adapter -----------------------------------------------------------------------------------------------------
@@ -248,7 +236,7 @@ class LanguageTower(AttachedPart, CrossLingualAdapterLayer, nn.Module):
         self.encoder_of[adapter_name] = key
         sizes: Any = (config.encoder_width, config.output_dim)
         self.cross_lingual_adapter_language[adapter_name] = LanguageAdapter(config, *sizes)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.settle(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -271,7 +259,7 @@ class LanguageTower(AttachedPart, CrossLingualAdapterLayer, nn.Module):
             ValueError: a token is outside its vocabulary, or a text is longer than it can read.
         """
         encoder: Any = self.encoders[self.encoder_of[adapter_name]]
-        size, limit = _vocabulary_size(encoder), getattr(encoder.config, "max_position_embeddings", None)
+        size, limit = vocabulary_size(encoder), longest_text(encoder)
         if not torch.compiler.is_compiling() and not input_ids.is_meta:
             low, high = (int(x) for x in input_ids.aminmax())
             if low < 0 or high >= size:
@@ -402,6 +390,14 @@ class LanguageTower(AttachedPart, CrossLingualAdapterLayer, nn.Module):
         finally:
             self.scope.close()
 
+    def _extent(self, mask: Tensor, name: str) -> tuple[int, int]:
+        """The columns that the texts of one language take, behind which stands other languages' padding."""
+        limit = getattr(getattr(self.host(), "config", None), "max_position_embeddings", None)
+        if name == BASE and (limit is None or mask.shape[1] <= limit):
+            return 0, mask.shape[1]  # a tower may read its padding: SigLIP pools the last position
+        columns = mask.any(dim=0).nonzero().flatten().tolist() or [0]
+        return columns[0], columns[-1] + 1
+
     def _by_rows(self, input_ids: Tensor, attention_mask: Tensor | None, names: Any) -> BaseModelOutputWithPooling:
         """Each row by its own language; a row's result is that of a batch of its language alone."""
         if len(names) != len(input_ids):
@@ -411,8 +407,7 @@ class LanguageTower(AttachedPart, CrossLingualAdapterLayer, nn.Module):
         found: list[tuple[Tensor, int, int, Any]] = []
         for name in dict.fromkeys(names):
             rows = torch.tensor([i for i, n in enumerate(names) if n == name], device=input_ids.device)
-            columns = attention_mask[rows].any(dim=0).nonzero().flatten().tolist() or [0]
-            start, end = columns[0], columns[-1] + 1
+            start, end = self._extent(attention_mask[rows], name)
             ids, mask = input_ids[rows, start:end], attention_mask[rows, start:end]
             if name == BASE:
                 out = self.own(input_ids=ids, attention_mask=mask, output_hidden_states=True, return_dict=True)
@@ -467,15 +462,15 @@ class CrossLingualAdapterModel(MultimodalTuner):
 
     @classmethod
     def match(cls, config: CrossLingualAdapterConfig, model: nn.Module) -> list[Matrix]:
-        found = describe(model)
+        found, model = describe(model), base_model(model)
         path = text_tower(model, found)
-        dim = config.output_dim or _output_dim(model.get_submodule(path), level_of(config, found))
+        dim = config.output_dim or _output_dim(model.get_submodule(path), level_of(config, model, found))
         return [Matrix(path, "tower", (0, dim), config.encoder_width or 0, dim, "text", "text.tower.0")]
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         found = describe(self.model)
         path = text_tower(self.model, found)
-        level = level_of(peft_config, found)
+        level = level_of(peft_config, self.model, found)
         present = self.language_tower()
         if present is not None and present.level != level:
             raise ValueError(f"The model's adapters have level={present.level!r}; one with {level!r} can't join them.")
@@ -486,7 +481,7 @@ class CrossLingualAdapterModel(MultimodalTuner):
                 f"This adapter belongs to another base: it gives {peft_config.output_dim} features, the text tower of "
                 f"{found.model_class} {dim}."
             )
-        self._loaded = load_encoder(peft_config, present)
+        self._loaded = load_encoder(peft_config, None if present is None else present.encoders)
         _follow(self._loaded.module, tower, keep_dtype=peft_config._given is not None)
         peft_config.level, peft_config.output_dim = level, dim
         peft_config._loaded = self._loaded
@@ -494,6 +489,16 @@ class CrossLingualAdapterModel(MultimodalTuner):
         anchor = next(p for p in token_embeddings(self.model) if is_below(p, path))  # PEFT passes over the root
         self._tower_path, self._matched = path, {anchor: self._matched[path]}
         return peft_config
+
+    def check_model(self, config: CrossLingualAdapterConfig, matrices: list[Matrix], found: Anatomy) -> None:
+        inside = [
+            f"{name!r} ({path})"
+            for name in config.modules_to_save or ()
+            for path in own_modules(self.model)
+            if (path == name or path.endswith(f".{name}")) and is_below(path, matrices[0].module)
+        ]
+        if inside:
+            raise ValueError(f"modules_to_save={inside[0]} lies in the text tower, which doesn't run: it can't train.")
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str,
@@ -503,9 +508,10 @@ class CrossLingualAdapterModel(MultimodalTuner):
         if part is None:
             tower = self.model.get_submodule(self._tower_path)
             part = LanguageTower(self.model, tower, peft_config.level)
-            part.train(tower.training)
             tower.add_module("cross_lingual_adapter_tower", part)
-        part.add(adapter_name, peft_config, encoder_key(peft_config, self._loaded.module), self._loaded.module)
+        training = part.host().training  # no dropout in a model that stands in eval mode
+        part.add(adapter_name, peft_config, encoder_key(peft_config), self._loaded.module)
+        part.train(training)
         if adapter_name not in self.active_adapters:
             part.cross_lingual_adapter_language[adapter_name].requires_grad_(False)
 
@@ -549,115 +555,41 @@ def text_tower(model: nn.Module, found: Anatomy) -> str:
             + ", ...), so its text "
             f"encoder can't be exchanged for another language's. {instead}"
         )
-    if len(towers) != 1:
-        read = "several text towers" if towers else "no text encoder of its own: one stack reads text and picture alike"
+    embeddings = token_embeddings(model)
+    towers = [t for t in towers if any(is_below(e, t.path) for e in embeddings)]
+    if len(towers) != 1 or found.media_tokens or (not towers[0].path and _sees(model)):
+        read = (
+            "several text towers" if len(towers) > 1 else "no text encoder of its own: one stack reads text and picture"
+        )
         raise ValueError(f"{found.model_class} has {read}. {instead}")
     path = towers[0].path
     if not path:  # the text side alone; its projection stands behind the tower
-        children = dict(model.named_children())
-        embeddings = token_embeddings(model)
-        for name in children:
-            if any(is_below(e, name) for e in embeddings) and any("projection" in other for other in children):
-                return name
+        children = [name for name, _ in model.named_children()]
+        if any("projection" in name for name in children):
+            return next((n for n in children if any(is_below(e, n) for e in embeddings)), path)
     return path
 
 
-def level_of(config: CrossLingualAdapterConfig, found: Anatomy) -> str:
-    """What the rest of the model reads of the text tower: its pooled output, or (a fusion encoder) its tokens' states."""
-    return config.level or ("tokens" if any(t.name == "fusion" for t in found.towers) else "pooled")
+def _sees(model: nn.Module) -> bool:
+    """Whether the forward of a model takes pictures, or features of them."""
+    return any(name.startswith(("pixel", "visual", "image")) for name in inspect.signature(model.forward).parameters)
 
 
-def load_encoder(config: CrossLingualAdapterConfig, present: LanguageTower | None = None) -> LanguageEncoder:
-    """The config's frozen encoder, from `present` if that has it, checked against what the config knows of it.
+def level_of(config: CrossLingualAdapterConfig, model: nn.Module, found: Anatomy) -> str:
+    """What the rest of the model reads of the text tower: its pooled output, or (a fusion encoder) its tokens' states.
 
-    Fills in the config's `encoder_*` fields and `tokenizer_hash`.
+    A fusion encoder reads them if a map leads from the text's width into it, beside the one into the shared space.
     """
-    given = config._given
-    kept = None if present is None or given is not None else present.encoders._modules.get(encoder_key(config))
-    if given is not None:
-        found = given
-    elif kept is not None:
-        found = LanguageEncoder(kept, _tokenizer(config))
-    else:
-        found = _read_encoder(config)
-    module: Any = found.module
-    actual = {
-        "encoder_type": module.config.model_type,
-        "encoder_width": _width(module),
-        "encoder_vocab_size": _vocabulary_size(module),
-        "tokenizer_hash": None if found.tokenizer is None else vocabulary_hash(found.tokenizer),
-    }
-    for name, value in actual.items():
-        recorded = getattr(config, name)
-        if config.is_loaded and None not in (recorded, value) and recorded != value:
-            raise ValueError(
-                f"The adapter was trained on another encoder: {config.encoder!r} has {name} {value!r} now, then it was "
-                f"{recorded!r}. Name the right one: config.encoder, config.encoder_revision, or config.with_encoder(module)."
-            )
-        setattr(config, name, recorded if value is None else value)
-    commit = getattr(module.config, "_commit_hash", None)
-    config.encoder_revision = config.encoder_revision if given is not None else commit or config.encoder_revision
-    return LanguageEncoder(module.requires_grad_(False).eval(), found.tokenizer)
-
-
-def _read_encoder(config: CrossLingualAdapterConfig) -> LanguageEncoder:
-    if config.encoder is None and not (config.save_encoder and config._folder):
-        raise ValueError(
-            "encoder= is missing: the Hub id or the folder of a frozen encoder of the language, such as "
-            "'intfloat/multilingual-e5-small'; or give a module by config.with_encoder(module)."
-        )
-    source = _source(config)
-    try:
-        module: Any = AutoModel.from_pretrained(**source, trust_remote_code=False, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"The language encoder {config.encoder!r} can't be loaded: {error}. If it is elsewhere now, name the place: "
-            "config = CrossLingualAdapterConfig.from_pretrained(folder); config.encoder = ...; then pass config=config."
-        ) from error
-    if getattr(module.config, "is_encoder_decoder", False):
-        module = module.get_encoder()
-    return LanguageEncoder(module, _tokenizer(config))
-
-
-def _source(config: CrossLingualAdapterConfig) -> dict[str, Any]:
-    if config.save_encoder and config._folder:
-        return config._folder
-    return {"pretrained_model_name_or_path": config.encoder, "revision": config.encoder_revision or "main"}
-
-
-def _tokenizer(config: CrossLingualAdapterConfig) -> Any:
-    """The encoder's tokenizer, or None where it has none."""
-    source = _source(config)
-    if config.save_encoder and config._folder:  # the tokenizer stands beside the encoder's folder
-        parent = source["subfolder"].removesuffix(ENCODER_FOLDER).rstrip("/")
-        source = source | {"subfolder": parent}
-    try:
-        return AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def encoder_key(config: CrossLingualAdapterConfig, module: nn.Module | None = None) -> str:
-    """The name under which an encoder is shared: its place and revision, or the module that was given."""
-    if config._given is not None:
-        return f"module_{id(module or config._given.module)}"
-    place = json.dumps({name: str(value) for name, value in _source(config).items() if name != "token"}, sort_keys=True)
-    return "encoder_" + hashlib.sha256(place.encode()).hexdigest()[:16]
-
-
-def vocabulary_hash(tokenizer: Any) -> str:
-    """A hash of a tokenizer's tokens and their ids."""
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]), ensure_ascii=False)
-    return hashlib.sha256(vocabulary.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def _vocabulary_size(encoder: Any) -> int:
-    return encoder.get_input_embeddings().weight.shape[0]
-
-
-def _width(encoder: Any) -> int:
-    width = encoder.config.get_text_config()
-    return getattr(width, "hidden_size", None) or width.d_model
+    if config.level is not None:
+        return config.level
+    width = {t.name: t.hidden_size for t in found.towers}
+    maps = [
+        module
+        for path, module in own_modules(model).items()
+        if isinstance(module, nn.Linear) and re.search(r"text_(?!projection)", path.rpartition(".")[2])
+    ]
+    reads = any((m.in_features, m.out_features) == (width["text"], width.get("fusion")) for m in maps)
+    return "tokens" if reads else "pooled"
 
 
 def _follow(encoder: nn.Module, tower: nn.Module, keep_dtype: bool) -> None:
@@ -686,13 +618,30 @@ def _teaching(tower: Any, forward: Any, level: str, input_ids: Tensor, attention
 
 
 @torch.no_grad()
-def _output_dim(tower: nn.Module, level: str) -> int:
-    """d_t, measured."""
+def _output_dim(tower: Any, level: str) -> int:
+    """d_t, measured.
+
+    Raises:
+        ValueError: level="tokens", but what stands behind the tower's layers pools another token than the first.
+    """
     device = next(tower.parameters()).device
-    ids = torch.ones(1, 2, dtype=torch.long, device=device)
+    last = getattr(tower.config, "eos_token_id", None)
+    modules: dict[str, Any] = own_modules(tower)
+    size = min(modules[path].num_embeddings for path in token_embeddings(tower))
+    ids = torch.tensor([[0, 1, last if isinstance(last, int) and last < size else 2]], device=device) % size
     part: Any = next((m for m in tower.children() if isinstance(m, LanguageTower)), None)
     forward = tower.forward if part is None else part.own
-    return _teaching(tower, forward, level, ids, torch.ones_like(ids)).pooled.shape[-1]
+    out = forward(input_ids=ids, attention_mask=torch.ones_like(ids), return_dict=True)
+    pooled = getattr(out, "pooler_output", None)
+    if level == "pooled":
+        return (out.last_hidden_state if pooled is None else pooled).shape[-1]
+    pooler = getattr(tower, "pooler", None)
+    first = out.last_hidden_state[:, 0] if pooler is None else pooler(out.last_hidden_state)
+    if pooled is not None and not pooled.is_meta and not torch.allclose(first, pooled, atol=1e-4):
+        raise ValueError(
+            f"level='tokens' doesn't fit {type(tower).__name__}, which doesn't pool its first token. Use level='pooled'."
+        )
+    return out.last_hidden_state.shape[-1]
 
 
 register("cross_lingual_adapter", CrossLingualAdapterConfig, CrossLingualAdapterModel)

@@ -31,7 +31,8 @@ from transformers import Trainer
 
 from ..anatomy import base_model, describe
 from ..data import LanguageProcessor
-from ..methods.cross_lingual_adapter import LanguageTower, vocabulary_hash
+from ..methods.cross_lingual_adapter import LanguageTower
+from ..methods.language_encoder import vocabulary_hash
 from .trainer import call_inside
 
 # --- losses ----------------------------------------------------------------------------------------------------------
