@@ -215,7 +215,14 @@ class LanguageProcessor:
         if empty := [i for i, t in enumerate(text) if not (isinstance(t, str) and t.strip())]:
             raise ValueError(f"Text {empty[0]} is empty or no string: {text[empty[0]]!r}.")
         limited = length is not None or tokenizer.model_max_length < 1_000_000  # transformers' "no limit" is 1e30
-        found = tokenizer(list(text), padding=padding, truncation=limited, max_length=length, return_tensors="pt")
+        found = tokenizer(
+            list(text),
+            padding=padding,
+            padding_side="right",
+            truncation=limited,
+            max_length=length,
+            return_tensors="pt",
+        )
         # A tokenizer that gives no mask belongs to a model that reads its padding.
         mask = found.get("attention_mask", torch.ones_like(found["input_ids"]))
         return {"input_ids": found["input_ids"], "attention_mask": mask}

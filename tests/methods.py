@@ -53,11 +53,11 @@ ENCODER_WIDTH = 28
 
 
 @functools.cache
-def language() -> str:
-    """A folder with the tiny encoder of another language and its tokenizer: the words w0, w1, ... are its tokens."""
+def language(width: int = ENCODER_WIDTH, words: str = "w") -> str:
+    """A folder with the tiny encoder of another language and its tokenizer: the words w4, w5, ... are its tokens."""
     folder = tempfile.mkdtemp(prefix="language-encoder-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    save_encoder(folder)
+    save_encoder(folder, width, words)
     return folder
 
 

@@ -87,10 +87,10 @@ def trainable(model: nn.Module) -> set[str]:
 
 
 def wrapped(model: PeftModel) -> set[str]:
-    """Paths of the wrapped modules, and of those whose place a part below them takes."""
-    modules = [(path, m) for path, m in model.get_base_model().named_modules() if isinstance(m, BaseTunerLayer)]
-    parts = {path.rpartition(".")[0] for path, m in modules if getattr(m, "host", lambda: None)() is not None}
-    return {path for path, m in modules if hasattr(m, "base_layer")} | parts
+    """Paths of the wrapped modules, and of those whose `forward` was taken over."""
+    modules = list(model.get_base_model().named_modules())
+    layers = {path for path, m in modules if isinstance(m, BaseTunerLayer) and hasattr(m, "base_layer")}
+    return layers | {path for path, m in modules if "forward" in vars(m)}
 
 
 def same(model: nn.Module, other: nn.Module) -> bool:

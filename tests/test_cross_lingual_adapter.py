@@ -63,12 +63,9 @@ def features(model: nn.Module, batch: dict[str, Tensor], **options: Any) -> Tens
     return model.get_text_features(**batch, **options).pooler_output
 
 
-@functools.cache
 def second_language() -> str:
     """The folder of an encoder of another width and vocabulary."""
-    folder = language() + "-second"
-    save_encoder(folder, width=20, words="x")
-    return folder
+    return language(20, "x")
 
 
 def bilingual(family: Family = CLIP, base: nn.Module | None = None) -> PeftModel:

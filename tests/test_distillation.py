@@ -135,13 +135,18 @@ def test_losses_are_fp32_under_autocast():
         "cosine": lambda: DistillationLoss(mse=0, contrastive=0).pooled(y, e, None),
         "contrastive": lambda: DistillationLoss(mse=0, cosine=0, contrastive=1).pooled(y, e, None),
         "soft": lambda: ds.soft_alignment_loss(Y, E, mask, mask),
-        "hard": lambda: ds.hard_alignment_loss(Y, E, [[(1, 2)], [], [(3, 3)]]),
+        "hard": lambda: ds.hard_alignment_loss(Y, E, [[(1, 2)], [], [(3, 3)]], mask, mask),
     }
     exact = {name: call() for name, call in calls.items()}
     with torch.autocast("cpu", torch.bfloat16):
         found = {name: call() for name, call in calls.items()}
     assert all(x.dtype == torch.float32 for x in found.values())
     assert {n: float(x) for n, x in found.items()} == {n: float(x) for n, x in exact.items()}
+
+
+def whole(states):
+    """The mask of texts without padding."""
+    return torch.ones(states.shape[:2], dtype=torch.bool)
 
 
 def ragged(seed, lengths, width=4):
@@ -230,13 +235,14 @@ def test_hard_alignment_is_the_equation(pairs, seed):
         for row, found in enumerate(pairs)
         for i, j in {*found, (0, 0)}
     ]
-    assert float(ds.hard_alignment_loss(Y, E, pairs)) == pytest.approx(sum(terms) / len(terms), rel=1e-4)
+    assert float(ds.hard_alignment_loss(Y, E, pairs, whole(Y), whole(E))) == pytest.approx(sum(terms) / len(terms), rel=1e-4)
 
 
 @pytest.mark.parametrize("pair", [(5, 0), (0, 4), (-1, 0), (0, -1)])
 def test_hard_pairs_out_of_range(pair):
     with pytest.raises(ValueError, match=rf"Pair \({pair[0]}, {pair[1]}\) of row 1 is outside its 5 and 4 tokens"):
-        ds.hard_alignment_loss(torch.zeros(2, 5, 3), torch.zeros(2, 4, 3), [[(1, 1)], [(1, 1), pair]])
+        Y, E = torch.zeros(2, 5, 3), torch.zeros(2, 4, 3)
+        ds.hard_alignment_loss(Y, E, [[(1, 1)], [(1, 1), pair]], whole(Y), whole(E))
 
 
 @pytest.mark.parametrize(
@@ -806,13 +812,13 @@ PAIR = {"source": "e1", "target": "z1"}
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], "train data needs the columns 'source' and 'target'; it has no rows"),
+        ([], "train data needs the columns 'source' and 'target'; no rows"),
         ([{"source": "", "target": "z1"}] * 3, "All 3 train pairs are empty"),
         ([{"source": "e1", "target": None}], "All 1 train pairs are empty"),
         ([PAIR] * 4, "All 4 train pairs are equal"),
         ([PAIR, PAIR, {"source": "e2", "target": " "}], "train pairs are equal"),
-        ([{"en": "e1", "zh": "z1"}], r"columns 'source' and 'target'; it has \['en', 'zh'\]"),
-        ([{"source": "e1", "text": "z1"}], r"it has \['source', 'text'\]"),
+        ([{"en": "e1", "zh": "z1"}], r"columns 'source' and 'target'; row 0 has \['en', 'zh'\]"),
+        ([{"source": "e1", "text": "z1"}], r"row 0 has \['source', 'text'\]"),
         ([PAIR, {"source": "e2"}], "target"),
     ],
     ids=["none", "empty", "empty_none", "equal", "equal_but_empty", "columns", "column", "column_later"],

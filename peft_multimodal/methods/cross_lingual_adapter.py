@@ -172,7 +172,10 @@ class LanguageAdapter(nn.Module):
         y = self.up(self._pooled(A, mask))  # pooled before the map up: it is affine and the weights sum to 1
         if not tokens:
             return None, y
-        return torch.cat([y[:, None], self.up(A[:, 1:])], dim=1), y  # who reads token states reads y as the first
+        # Who reads token states reads y as the first; where padding is on the left, it stands in both places.
+        places = torch.arange(A.shape[1], device=A.device)
+        first = (places == 0) | (places == mask.int().argmax(dim=1, keepdim=True))
+        return torch.where(first[..., None], y[:, None], self.up(A)), y
 
     def _pooled(self, A: Tensor, mask: Tensor) -> Tensor:
         if self.pool == "cls":

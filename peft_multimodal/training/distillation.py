@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,13 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import Trainer
+from transformers import TrainingArguments
 
 from ..anatomy import base_model, describe
 from ..data import LanguageProcessor
 from ..methods.cross_lingual_adapter import LanguageTower
-from ..methods.language_encoder import vocabulary_hash
-from .trainer import call_inside
+from .trainer import AdapterTrainer, call_inside
 
 # --- losses ----------------------------------------------------------------------------------------------------------
 
@@ -58,14 +59,17 @@ class DistillationLoss:
 
     def __post_init__(self) -> None:
         weights = (self.mse, self.cosine, self.contrastive, self.tokens or 0.0, self.functional)
-        if any(not isinstance(w, (int, float)) or w < 0 for w in weights) or not any(weights):
+        if not all(isinstance(w, (int, float)) and 0 <= w < math.inf for w in weights) or not any(weights):
             raise ValueError(f"The losses' weights must be numbers >= 0, one of them > 0: {self}.")
-        if self.temperature <= 0:
+        if not (isinstance(self.temperature, (int, float)) and 0 < self.temperature < math.inf):
             raise ValueError(f"temperature must be > 0, got {self.temperature!r}.")
 
     def pooled(self, y: Tensor, e: Tensor, projection: nn.Module | None) -> Tensor:
         """The module docstring's L_mse, L_cos and L_con, weighted, of y and e (B, d_t), in float32."""
-        y, e = y.float(), e.float()
+        with _float32(y):
+            return self._pooled(y.float(), e.float(), projection)
+
+    def _pooled(self, y: Tensor, e: Tensor, projection: nn.Module | None) -> Tensor:
         loss = self.mse * F.mse_loss(y, e)
         if self.cosine or self.contrastive:
             z, target = (_unit(x, projection) for x in (y, e))
@@ -103,7 +107,11 @@ def soft_alignment_loss(Y: Tensor, E: Tensor, mask: Tensor, target_mask: Tensor)
         Y: (B, L_s, d) of the student, mask (B, L_s).
         E: (B, L_t, d) of the teacher, target_mask (B, L_t).
     """
-    Y, E = Y.float(), E.float()
+    with _float32(Y):
+        return _soft_alignment(Y.float(), E.float(), mask, target_mask)
+
+
+def _soft_alignment(Y: Tensor, E: Tensor, mask: Tensor, target_mask: Tensor) -> Tensor:
     scores = E @ Y.transpose(1, 2) / Y.shape[-1] ** 0.5  # B x L_t x L_s
     over_student = scores.masked_fill(~mask[:, None, :], float("-inf")).softmax(dim=-1)
     over_teacher = scores.detach().masked_fill(~target_mask[:, :, None], float("-inf")).softmax(dim=1)
@@ -112,18 +120,39 @@ def soft_alignment_loss(Y: Tensor, E: Tensor, mask: Tensor, target_mask: Tensor)
     return _masked_mean(coverage, target_mask) + _masked_mean(precision, mask)
 
 
-def hard_alignment_loss(Y: Tensor, E: Tensor, pairs: Sequence[Sequence[Sequence[int]]]) -> Tensor:
-    """Mean square distance of aligned tokens: `pairs[b]` holds (student token, teacher token); both first ones always match."""
+def hard_alignment_loss(
+    Y: Tensor, E: Tensor, pairs: Sequence[Sequence[Sequence[int]]], mask: Tensor, target_mask: Tensor
+) -> Tensor:
+    """Mean square distance of aligned tokens; both first ones always match.
+
+    Args:
+        pairs: `pairs[b]` holds (student token, teacher token).
+        Y, E, mask, target_mask: As for `soft_alignment_loss`.
+    """
     places = []
-    for b, found in enumerate(pairs):
+    lengths = zip(pairs, mask.sum(1).tolist(), target_mask.sum(1).tolist(), strict=True)
+    for b, (found, students, teachers) in enumerate(lengths):
         for student, teacher in {(0, 0), *((int(s), int(t)) for s, t in found)}:
-            if not (0 <= student < Y.shape[1] and 0 <= teacher < E.shape[1]):
+            if not (0 <= student < students and 0 <= teacher < teachers):
                 raise ValueError(
-                    f"Pair ({student}, {teacher}) of row {b} is outside its {Y.shape[1]} and {E.shape[1]} tokens."
+                    f"Pair ({student}, {teacher}) of row {b} is outside its {students} and {teachers} tokens."
                 )
             places.append((b, student, teacher))
-    rows, i, j = zip(*places, strict=True)
-    return F.mse_loss(Y[list(rows), list(i)].float(), E[list(rows), list(j)].float())
+    rows, i, j = (list(part) for part in zip(*places, strict=True))
+    return F.mse_loss(Y[rows, i].float(), E[rows, j].float())
+
+
+def alignment_loss(Y: Tensor, E: Tensor, pairs: Sequence[Any], mask: Tensor, target_mask: Tensor) -> Tensor:
+    """Hard for the rows whose tokens are aligned, soft for the others; each row weighs the same."""
+    hard = [i for i, found in enumerate(pairs) if found]
+    soft = [i for i, found in enumerate(pairs) if not found]
+    loss = Y.new_zeros((), dtype=torch.float32)
+    if hard:
+        aligned = hard_alignment_loss(Y[hard], E[hard], [pairs[i] for i in hard], mask[hard], target_mask[hard])
+        loss = loss + len(hard) / len(pairs) * aligned
+    if soft:
+        loss = loss + len(soft) / len(pairs) * soft_alignment_loss(Y[soft], E[soft], mask[soft], target_mask[soft])
+    return loss
 
 
 def functional_loss(
@@ -137,21 +166,34 @@ def functional_loss(
         model: The whole model, with a [`CrossLingualAdapterModel`] at level="tokens".
         pixels: (B, 3, H, W); random ones do.
     """
-    found = describe(model)
+    part, found = _tower(model), describe(model)
+    dtype = next(p.dtype for p in part.host().parameters() if p.is_floating_point())
     stack: Any = base_model(model).get_submodule(next(t.path for t in found.towers if t.name == "fusion"))
+    training = [module for module in base_model(model).modules() if module.training]
     outputs = []
-    for states, text_mask in ((Y, mask), (E, target_mask)):
-        kept: list[Tensor] = []
-        handle = stack[-1].register_forward_hook(
-            lambda m, a, out, kept=kept: kept.append(out[0] if isinstance(out, tuple) else out)
-        )
-        try:
-            with _tower(model).standing_in(states):
-                model(input_ids=text_mask.long(), attention_mask=text_mask.long(), pixel_values=pixels)
-        finally:
-            handle.remove()
-        outputs.append(kept[-1][:, : kept[-1].shape[1] - states.shape[1]])
+    try:
+        base_model(model).eval()  # the frozen encoders have no dropout, as when the text tower teaches
+        for states, text_mask in ((Y, mask), (E, target_mask)):
+            kept: list[Tensor] = []
+            handle = stack[-1].register_forward_hook(
+                lambda m, a, out, kept=kept: kept.append(out[0] if isinstance(out, tuple) else out)
+            )
+            try:
+                with part.standing_in(states.to(dtype)):
+                    tokens = {"input_ids": text_mask.long(), "attention_mask": text_mask.long()}
+                    model(**tokens, pixel_values=pixels.to(dtype))
+            finally:
+                handle.remove()
+            outputs.append(kept[-1][:, : kept[-1].shape[1] - states.shape[1]])
+    finally:
+        for module in training:
+            module.training = True
     return F.mse_loss(outputs[0].float(), outputs[1].detach().float())
+
+
+def _float32(x: Tensor) -> Any:
+    """Mixed precision switched off, for sums and products that need their digits."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -165,8 +207,8 @@ class KeptOutputs(torch.utils.data.Dataset):
     """The frozen towers' outputs of translation pairs, memory-mapped: a row is {"student", "teacher", "pairs"}.
 
     student: (L_s, d_s); teacher: (d_t,), at the level of tokens (L_t, d_t). They lie in the cache of `datasets` under a
-    key of both towers' weights, both tokenizers, the texts and the dtype: whatever changes, they are made again.
-    Rows are sorted by length.
+    key of both towers' weights, the texts' tokens and the dtype: whatever changes, they are made again. Rows are sorted
+    by the length of the target.
     """
 
     def __init__(
@@ -181,14 +223,18 @@ class KeptOutputs(torch.utils.data.Dataset):
     ) -> None:
         self.dtype = np.dtype(dtype)
         pairs = sorted(pairs, key=lambda pair: len(pair["target"]))
-        texts = "\x1e".join(f"{pair['source']}\x1f{pair['target']}\x1f{pair.get('pairs')}" for pair in pairs)
-        key = _digest(_weights_hash(part, adapter_name), collator.identity(), texts, dtype, part.level)
+        batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+        digest = _weights_hash(part, adapter_name)
+        digest.update(f"{dtype} {part.level}".encode())
+        for batch in batches:
+            for name, value in collator(batch).items():
+                tokens = value.numpy().tobytes() if isinstance(value, Tensor) else json.dumps(value).encode()
+                digest.update(f"{name} {len(tokens)}".encode() + tokens)
 
-        def rows() -> Iterator[dict[str, Any]]:
-            starts = range(0, len(pairs), batch_size)
-            for start in tqdm(starts, desc="Frozen outputs", unit="batch", leave=False):
-                batch = frozen_outputs(part, adapter_name, collator(pairs[start : start + batch_size]))
-                for i, pair in enumerate(pairs[start : start + batch_size]):
+        def outputs() -> Iterator[dict[str, Any]]:
+            for rows in tqdm(batches, desc="Frozen outputs", unit="batch", leave=False):
+                batch = frozen_outputs(part, adapter_name, collator(rows))
+                for i, pair in enumerate(rows):
                     student = batch["student_states"][i][batch["student_mask"][i]]
                     teacher = batch["teacher_states"][i]
                     if part.level == "tokens":
@@ -207,12 +253,14 @@ class KeptOutputs(torch.utils.data.Dataset):
         datasets.disable_progress_bars()  # ours says what is going on
         try:
             self.rows = datasets.Dataset.from_generator(
-                rows,
+                outputs,
                 features=features,
                 cache_dir=None if cache_dir is None else str(cache_dir),
-                fingerprint=key,
+                fingerprint=digest.hexdigest()[:32],
                 writer_batch_size=256,
             )
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise (error.__cause__ or error) from None  # what a text or a tower had to say
         finally:
             if shown:
                 datasets.enable_progress_bars()
@@ -263,7 +311,7 @@ def frozen_outputs(part: LanguageTower, adapter_name: str, batch: dict[str, Any]
     }
 
 
-def _weights_hash(part: LanguageTower, adapter_name: str) -> str:
+def _weights_hash(part: LanguageTower, adapter_name: str) -> Any:
     """Of the two frozen towers; a random pooler that a library puts on the encoder is not used and left out."""
     digest = hashlib.sha256()
     towers = (("teacher", part.host()), ("student", part.encoders[part.encoder_of[adapter_name]]))
@@ -273,11 +321,7 @@ def _weights_hash(part: LanguageTower, adapter_name: str) -> str:
                 continue
             digest.update(f"{name}.{key}{tuple(value.shape)}{value.dtype}".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\x1d".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    return digest
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -310,14 +354,8 @@ class PairCollator:
             batch[f"{name}_mask"] = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         return batch
 
-    def identity(self) -> str:
-        """Of the tokenisation."""
-        names = (self.processor.base, self.language)
-        hashes = [vocabulary_hash(self.processor.tokenizer(name)) for name in names]
-        return f"{hashes}{self.processor.padding}{self.processor.max_length}"
 
-
-class CrossLingualTrainer(Trainer):
+class CrossLingualTrainer(AdapterTrainer):
     """`transformers.Trainer` that distils the model's text tower into its active adapter's language.
 
     The data set has the columns `source` (the tower's language) and `target` (the adapter's); at level="tokens" also
@@ -336,10 +374,9 @@ class CrossLingualTrainer(Trainer):
         cache_dtype: "float32", or "float16" for half the space.
         cache_dir: Default: the cache of `datasets`.
 
-    `evaluate()` gives eval_loss; `compute_metrics` gets y as predictions and e as labels, (pairs, d_t) each.
+    `evaluate()` gives eval_loss; `compute_metrics` gets y as predictions and e as labels, (pairs, d_t) each, with
+    `cache=True` in the order of the targets' lengths.
     """
-
-    loss_is_scaled_for_ga = False
 
     def __init__(
         self,
@@ -383,19 +420,18 @@ class CrossLingualTrainer(Trainer):
         keep = {"part": part, "adapter_name": self.adapter_name, "collator": collator}
         keep |= {"dtype": cache_dtype, "cache_dir": cache_dir} if cache else {"part": None}
         self._keep = keep
-        if args is not None and args.remove_unused_columns:
-            args = replace(args, remove_unused_columns=False)
+        args = replace(args or TrainingArguments("trainer_output"), remove_unused_columns=False)
+        if args.place_model_on_device:
+            model.to(args.device)  # the frozen outputs are computed there too
         super().__init__(
             model,
             args,
             train_dataset=self._prepared(train_dataset, "train"),
             eval_dataset=self._prepared(eval_dataset, "eval"),
             data_collator=collator,
-            processing_class=processing_class,  # type: ignore[arg-type]
+            processing_class=processing_class,
             **kwargs,
         )
-        self.args.remove_unused_columns = False
-        self.model_accepts_loss_kwargs = False
         self.can_return_loss = True
 
     def _prepared(self, data: Any, name: str) -> Any:
@@ -408,9 +444,10 @@ class CrossLingualTrainer(Trainer):
                 raise ValueError("A data set that streams has no end to compute beforehand: set cache=False.")
             return data
         pairs = [dict(row) for row in data]
-        if not pairs or not {"source", "target"} <= pairs[0].keys():
-            columns = sorted(pairs[0]) if pairs else "no rows"
-            raise ValueError(f"The {name} data needs the columns 'source' and 'target'; it has {columns}.")
+        lacking = next((i for i, pair in enumerate(pairs) if not {"source", "target"} <= pair.keys()), None)
+        if not pairs or lacking is not None:
+            has = "no rows" if lacking is None else f"row {lacking} has {sorted(pairs[lacking])}"
+            raise ValueError(f"The {name} data needs the columns 'source' and 'target'; {has}.")
         full = [p for p in pairs if all(isinstance(p[s], str) and p[s].strip() for s in ("source", "target"))]
         self.skipped[name] = len(pairs) - len(full)
         if self.skipped[name]:
@@ -467,14 +504,12 @@ class CrossLingualTrainer(Trainer):
         loss = weights.pooled(y, e, text_projection(model))
         if weights.tokens:
             assert Y is not None
-            pairs = batch.get("pairs")
-            if pairs and all(pairs):
-                loss = loss + weights.tokens * hard_alignment_loss(Y, E, pairs)
-            else:
-                loss = loss + weights.tokens * soft_alignment_loss(Y, E, mask, target_mask)
+            loss = loss + weights.tokens * alignment_loss(Y, E, batch["pairs"], mask, target_mask)
         if weights.functional:
             assert Y is not None
-            pixels = random_pictures(model, len(E)).to(E.device)
+            # A generator of its own: other pictures in each step, the same in each evaluation and in a resumed run.
+            step = self.state.global_step if model.training else 0
+            pixels = random_pictures(model, len(E), torch.Generator().manual_seed(self.args.seed + step)).to(E.device)
             loss = loss + weights.functional * functional_loss(model, Y, E, mask, target_mask, pixels)
         return {"loss": loss, "y": y, "e": e}
 
@@ -495,13 +530,13 @@ def text_projection(model: Any) -> nn.Module | None:
     )
 
 
-def random_pictures(model: Any, count: int) -> Tensor:
+def random_pictures(model: Any, count: int, generator: torch.Generator | None = None) -> Tensor:
     """Noise of the size that the model's vision tower reads: (count, 3, H, W)."""
     config: Any = base_model(model).config
     config = getattr(config, "vision_config", None) or getattr(config, "image_config", None) or config
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
-    return torch.randn(count, 3, height, width)
+    return torch.randn(count, 3, height, width, generator=generator)
 
 
 def _tower(model: Any) -> LanguageTower:

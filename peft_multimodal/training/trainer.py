@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from transformers import Trainer
 
 from .losses import LOGIT_SCALE, retrieval_loss
 
 
-class ImageTextRetrievalTrainer(Trainer):
+class AdapterTrainer(Trainer):
+    """What the trainers of the package have in common: their own loss, and adapters of any name."""
+
+    loss_is_scaled_for_ga = False  # a mean over its own batch
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+        if self.args.n_gpu > 1:
+            raise ValueError("DataParallel isn't supported: start one process a GPU with `accelerate launch`.")
+
+    def _load_best_model(self) -> None:
+        # transformers looks for an adapter in the checkpoint's root, where PEFT keeps that which is called "default".
+        model: Any = self.accelerator.unwrap_model(self.model)
+        named = [name for name in getattr(model, "peft_config", {}) if name != "default"]
+        best = Path(self.state.best_model_checkpoint or "")
+        for name in named:
+            if (best / name / SAFETENSORS_WEIGHTS_NAME).is_file():
+                model.load_adapter(str(best / name), name, is_trainable=model.peft_config[name].inference_mode is False)
+        if (best / SAFETENSORS_WEIGHTS_NAME).is_file() or not named:
+            super()._load_best_model()
+
+
+class ImageTextRetrievalTrainer(AdapterTrainer):
     """`transformers.Trainer` whose loss is `retrieval_loss`: ITC + ITM, for models like `BlipForImageTextRetrieval`.
 
     Use it with `ImageTextCollator` and `TrainingArguments(remove_unused_columns=False)`. Evaluation gives eval_loss
@@ -23,14 +48,9 @@ class ImageTextRetrievalTrainer(Trainer):
         logit_scale: 1 / temperature of ITC and of the hard negatives.
     """
 
-    loss_is_scaled_for_ga = False  # a mean over its own batch
-
     def __init__(self, *args: Any, logit_scale: float = LOGIT_SCALE, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.logit_scale = logit_scale
-        self.model_accepts_loss_kwargs = False
-        if self.args.n_gpu > 1:
-            raise ValueError("DataParallel isn't supported: start one process a GPU with `accelerate launch`.")
 
     def compute_loss(
         self,
