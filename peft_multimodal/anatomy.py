@@ -310,14 +310,14 @@ def _configs(config: Any) -> Iterator[Any]:
 
 
 def _media_tokens(model: nn.Module) -> dict[str, int]:
-    """{"image_token_id": 32000, ...} as far as the config names them."""
-    config = getattr(model, "config", None)
+    """{"image_token_id": 32000, ...} as far as the config or one inside it names them."""
     found: dict[str, int] = {}
-    for kind in ("image", "video", "media"):
-        for name in (f"{kind}_token_id", f"{kind}_token_index"):
-            value = getattr(config, name, None)
-            if isinstance(value, int) and kind not in {n.partition("_")[0] for n in found}:
-                found[name] = value
+    for config in _configs(getattr(model, "config", None)):
+        for kind in ("image", "video", "media"):
+            for name in (f"{kind}_token_id", f"{kind}_token_index"):
+                value = getattr(config, name, None)
+                if isinstance(value, int) and kind not in {n.partition("_")[0] for n in found}:
+                    found[name] = value
     return found
 
 

@@ -240,8 +240,8 @@ def test_hard_alignment_is_the_equation(pairs, seed):
 
 @pytest.mark.parametrize("pair", [(5, 0), (0, 4), (-1, 0), (0, -1)])
 def test_hard_pairs_out_of_range(pair):
+    Y, E = torch.zeros(2, 5, 3), torch.zeros(2, 4, 3)
     with pytest.raises(ValueError, match=rf"Pair \({pair[0]}, {pair[1]}\) of row 1 is outside its 5 and 4 tokens"):
-        Y, E = torch.zeros(2, 5, 3), torch.zeros(2, 4, 3)
         ds.hard_alignment_loss(Y, E, [[(1, 1)], [(1, 1), pair]], whole(Y), whole(E))
 
 

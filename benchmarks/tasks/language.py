@@ -304,7 +304,7 @@ def put_head(part: LanguageTower, hidden: int | None) -> MeanHead:
 def tune_encoder(part: LanguageTower, experiment: Experiment) -> None:
     """Let the encoder train, by the experiment's LoRA."""
     (key,) = part.encoders
-    part.encoders[key] = get_peft_model(part.encoders[key], experiment.peft_config())  # type: ignore[arg-type]
+    part.encoders[key] = get_peft_model(part.encoders[key], experiment.peft_config())
     with_gradients: Any = LanguageTower.encode.__wrapped__  # type: ignore[attr-defined]
     part.encode = partial(with_gradients, part)  # type: ignore[method-assign]
 

@@ -100,6 +100,7 @@ class CrossLingualAdapterConfig(MultimodalConfig):
         self._given: LanguageEncoder | None = None  # neither this nor the next is saved
         self._folder: dict[str, Any] | None = None
         self._loaded: LanguageEncoder | None = None
+        self._measured_level: str | None = None
 
     def with_encoder(self, encoder: nn.Module, tokenizer: Any = None) -> CrossLingualAdapterConfig:
         """Take this module (and its tokenizer) for the encoder; returns the config.
@@ -467,7 +468,7 @@ class CrossLingualAdapterModel(MultimodalTuner):
     def match(cls, config: CrossLingualAdapterConfig, model: nn.Module) -> list[Matrix]:
         found, model = describe(model), base_model(model)
         path = text_tower(model, found)
-        dim = config.output_dim or _output_dim(model.get_submodule(path), level_of(config, model, found))
+        dim = _output_dim(model.get_submodule(path), level_of(config, model, found))
         return [Matrix(path, "tower", (0, dim), config.encoder_width or 0, dim, "text", "text.tower.0")]
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
@@ -479,14 +480,16 @@ class CrossLingualAdapterModel(MultimodalTuner):
             raise ValueError(f"The model's adapters have level={present.level!r}; one with {level!r} can't join them.")
         tower = self.model.get_submodule(path)
         dim = _output_dim(tower, level)
-        if peft_config.output_dim not in (None, dim):
+        if peft_config.is_loaded and peft_config.output_dim not in (None, dim):
             raise ValueError(
                 f"This adapter belongs to another base: it gives {peft_config.output_dim} features, the text tower of "
                 f"{found.model_class} {dim}."
             )
         self._loaded = load_encoder(peft_config, None if present is None else present.encoders)
         _follow(self._loaded.module, tower, keep_dtype=peft_config._given is not None)
-        peft_config.level, peft_config.output_dim = level, dim
+        if peft_config.level != level:
+            peft_config.level = peft_config._measured_level = level
+        peft_config.output_dim = dim
         peft_config._loaded = self._loaded
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
         anchor = next(p for p in token_embeddings(self.model) if is_below(p, path))  # PEFT passes over the root
@@ -583,7 +586,7 @@ def level_of(config: CrossLingualAdapterConfig, model: nn.Module, found: Anatomy
 
     A fusion encoder reads them if a map leads from the text's width into it, beside the one into the shared space.
     """
-    if config.level is not None:
+    if config.level is not None and config.level != config._measured_level:
         return config.level
     width = {t.name: t.hidden_size for t in found.towers}
     maps = [
