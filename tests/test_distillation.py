@@ -235,7 +235,9 @@ def test_hard_alignment_is_the_equation(pairs, seed):
         for row, found in enumerate(pairs)
         for i, j in {*found, (0, 0)}
     ]
-    assert float(ds.hard_alignment_loss(Y, E, pairs, whole(Y), whole(E))) == pytest.approx(sum(terms) / len(terms), rel=1e-4)
+    assert float(ds.hard_alignment_loss(Y, E, pairs, whole(Y), whole(E))) == pytest.approx(
+        sum(terms) / len(terms), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("pair", [(5, 0), (0, 4), (-1, 0), (0, -1)])
