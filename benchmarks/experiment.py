@@ -12,8 +12,8 @@
 | `chosen` | the index of that choice, written by `benchmarks.run select`; null until then |
 | `choice_of` | instead of those two: another experiment of the task, whose choice is taken |
 
-`peft`, `training` and `task` of an experiment are laid over those of the defaults key by key, `scale` as a whole, the
-choice over both.
+`peft`, `training` and `task` of an experiment are laid over those of the defaults key by key, `scale` as a whole, its
+choice over both; what an experiment says itself goes over another one's choice.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _read(path: Path, folder: Path, choice: int | None) -> Experiment:
     if chosen is not None:
         if not 0 <= chosen < len(choices):
             raise ValueError(f"{path}: choice {chosen} of {len(choices)}.")
-        layers.append(choices[chosen])
+        layers.insert(1 if "choice_of" in own else 2, choices[chosen])
     merged: dict[str, Any] = {key: _overlay(layer.get(key) for layer in layers) for key in LAYERED}
     scale = next((layer["scale"] for layer in reversed(layers) if "scale" in layer), None)
     if own.get("peft") and scale is not None:

@@ -147,10 +147,11 @@ def embedded_pictures(split: str, style: str) -> tuple[Tensor, Tensor]:
 class MeanHead(nn.Module):
     """In an adapter's place: the mean over a text's tokens, then a linear map, or an MLP of one hidden layer."""
 
-    def __init__(self, width: int, output_dim: int, hidden: int | None) -> None:
+    def __init__(self, width: int, output_dim: int, hidden: int | None, dropout: float) -> None:
         super().__init__()
         sizes = [width, output_dim] if hidden is None else [width, hidden, output_dim]
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
         nn.init.zeros_(self.up.bias)
 
@@ -164,7 +165,7 @@ class MeanHead(nn.Module):
 
     def forward(self, H: Tensor, mask: Tensor, tokens: bool = True) -> tuple[Tensor | None, Tensor]:
         """(B, L, d_s) and a boolean mask (B, L) -> (B, 1, d_t), which nobody reads, or None, and y (B, d_t)."""
-        y = means(self.norm(H), mask)
+        y = self.dropout(means(self.norm(H), mask))
         for layer in self.layers[:-1]:
             y = nn.functional.gelu(layer(y))
         y = self.up(y)
@@ -206,7 +207,7 @@ def trained(experiment: Experiment, seed: int) -> tuple[Read, dict[str, Any]]:
     model, part = with_language(experiment)
     settings = experiment.settings
     if settings["head"] in ("linear", "mlp", "tuned"):
-        put_head(part, settings["hidden"])
+        put_head(part, settings["hidden"], (experiment.peft or {}).get("dropout", 0.0))
     if settings["head"] == "tuned":
         tune_encoder(part, experiment)
     cost = distil(model, experiment, seed, cache=settings["head"] != "tuned", folder=outputs_folder())
@@ -293,10 +294,10 @@ def with_language(experiment: Experiment) -> tuple[Any, LanguageTower]:
     return model, model.base_model.language_tower()
 
 
-def put_head(part: LanguageTower, hidden: int | None) -> MeanHead:
+def put_head(part: LanguageTower, hidden: int | None, dropout: float = 0.0) -> MeanHead:
     """Another head in the adapter's place."""
     adapter = part.cross_lingual_adapter_language[NAME]
-    head = MeanHead(adapter.down.in_features, adapter.up.out_features, hidden)
+    head = MeanHead(adapter.down.in_features, adapter.up.out_features, hidden, dropout)
     part.cross_lingual_adapter_language[NAME] = head
     return head
 

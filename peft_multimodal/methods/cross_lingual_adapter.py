@@ -54,7 +54,7 @@ class CrossLingualAdapterConfig(MultimodalConfig):
         num_layers: Transformer layers n; 0 leaves a linear map.
         num_heads: Their attention heads.
         ff_mult: Their FFN's width in multiples of m.
-        dropout: In the transformer layers, in training.
+        dropout: On what the adapter reads and in its transformer layers, in training.
         pool: How y is taken from Y: "mean" over the text's tokens, "cls" (the first token) or "attention" (a learned query).
         level: "pooled" for dual encoders; "tokens" where a fusion encoder reads the text's token states (FLAVA). None
             takes what the model asks for; a text tower alone doesn't tell, so there None is "pooled".
@@ -155,6 +155,7 @@ class LanguageAdapter(nn.Module):
         m = config.bottleneck_dim
         self.pool = config.pool
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.dropout = nn.Dropout(config.dropout)
         self.down = nn.Linear(width, m)
         self.blocks = nn.ModuleList(
             TransformerBlock(m, config.num_heads, config.ff_mult, config.dropout) for _ in range(config.num_layers)
@@ -167,7 +168,7 @@ class LanguageAdapter(nn.Module):
     def forward(self, H: Tensor, mask: Tensor, tokens: bool = True) -> tuple[Tensor | None, Tensor]:
         """(B, L, d_s) and a boolean mask (B, L) -> Y (B, L, d_t), or None unless `tokens`, and y (B, d_t)."""
         mask = mask | ~mask.any(dim=1, keepdim=True)  # a row of padding alone would be NaN
-        A = self.down(self.norm(H.to(self.down.weight.dtype)))
+        A = self.down(self.dropout(self.norm(H.to(self.down.weight.dtype))))
         for block in self.blocks:
             A = block(A, mask[:, None, None, :])
         y = self.up(self._pooled(A, mask))  # pooled before the map up: it is affine and the weights sum to 1
