@@ -47,7 +47,8 @@ def test_every_experiment_file_makes_a_real_config(task, name):
 
 def test_methods_of_a_task_have_equally_many_choices():
     for task in tasks.names():
-        sizes = {len(experiments.load(task, name).choices) for name in experiments.names(task)}
+        found = [experiments.load(task, name) for name in experiments.names(task)]
+        sizes = {len(item.choices) for item in found if item.peft}  # what has no adapter has no scale to choose
         assert len(sizes - {0}) <= 1, f"{task}: ours and the peers must be tuned alike, but the grids have {sizes}"
 
 

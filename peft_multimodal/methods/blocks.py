@@ -26,9 +26,10 @@ class TransformerBlock(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.norm_ffn = nn.LayerNorm(width)
-        self.ffn = nn.Sequential(nn.Linear(width, ff_mult * width), nn.GELU(), nn.Linear(ff_mult * width, width))
+        ffn_out = nn.Linear(ff_mult * width, width)
+        self.ffn = nn.Sequential(nn.Linear(width, ff_mult * width), nn.GELU(), ffn_out)
         self.dropout = nn.Dropout(dropout)
-        for last in (self.out, self.ffn[2]):
+        for last in (self.out, ffn_out):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
