@@ -1,4 +1,4 @@
-# make quickstart   install, then adapt a real model to real pictures (minutes)
+# make quickstart   install, then adapt a real model to real pictures (two jobs, minutes)
 # make test         install, then the test suite
 VENV   ?= .venv
 PYTHON ?= python3
@@ -23,6 +23,7 @@ $(READY): pyproject.toml Makefile
 
 quickstart: install
 	$(BIN)/python -m benchmarks.quickstart
+	$(BIN)/python -m benchmarks.quickstart_language
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not full"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -81,7 +82,7 @@ def table(before: language.Read, after: language.Read, names: Sequence[str]) -> 
     for name in names:
         for label, read in ((f"{LANGUAGES[name]}, English text tower", before), (f"{LANGUAGES[name]}, adapter", after)):
             found, _ = language.evaluate(read, name, "test")
-            kept = 100 * retention(found["mean_recall"], best["mean_recall"]) if best["mean_recall"] else 0.0
+            kept = retention(found["mean_recall"], best["mean_recall"])
             style = "bold" if read is after else None
             printed.add_row(
                 label, f"{found['mean_recall']:.1f}", f"{kept:.0f}", f"{found['zero_shot']:.1f}", style=style
@@ -128,7 +129,8 @@ def draw(
     images, _ = language.embedded_pictures("test", STYLE)
     rows: list[tuple[str, list[Any], int]] = []
     for name in names:
-        texts = [language.labels(name)[concept] for concept in pictures["concept"]]
+        labels = language.labels(name)
+        texts = [labels[concept] for concept in pictures["concept"]]
         nearest = [(read(texts) @ images.T).topk(top).indices.tolist() for read in (before, after)]
         found = [i for i in range(len(texts)) if any(i in order[i] for order in nearest)]
         rows += [
@@ -158,6 +160,7 @@ def draw(
     for side, title in enumerate(("English text tower", "with the adapter")):
         grid[0][side * (top + 1) + top // 2].set_title(f"{title}: nearest {top}")
     figure.subplots_adjust(left=0.25, right=0.99, top=0.93, bottom=0.01, wspace=0.05, hspace=0.08)
+    warnings.filterwarnings("ignore", message="Glyph")  # the reader's fonts are used, not matplotlib's
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
