@@ -58,7 +58,9 @@ def load_encoder(config: CrossLingualAdapterConfig, present: nn.ModuleDict | Non
 
 
 def _read(place: Place) -> nn.Module:
-    module = read_encoder(place, KIND, "encoder", prefer=AutoModelForTextEncoding)  # of T5 and its like the encoder alone
+    module = read_encoder(
+        place, KIND, "encoder", prefer=AutoModelForTextEncoding
+    )  # of T5 and its like the encoder alone
     if getattr(module.config, "is_encoder_decoder", False):
         raise ValueError(
             f"{place.name!r} ({type(module).__name__}) is an encoder and a decoder: give the encoder alone, "
