@@ -33,7 +33,7 @@ _LEAF_LETTER = {
 LETTER = {leaf: letter for letter, leaves in _LEAF_LETTER.items() for leaf in leaves}
 
 
-def unwrap(module: nn.Module) -> Any:
+def unwrap(module: Any) -> Any:
     """The base layer below any PEFT layers."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 

@@ -261,6 +261,8 @@ class MultimodalTuner(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
     not_mergeable: str | None = None
     """Why this method's adapters can't be merged and what to do instead; None where they are weight updates."""
+    owns_token_rows = False
+    """Whether an adapter brings the rows of new tokens, so that no embedding has to be saved with it."""
 
     # --- matching ----------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,8 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from peft_multimodal.methods.gated_xattn_layers import MediaReader
+
 VOCAB = 64
 PAD, BOS, EOS, SEP = 0, 1, 2, 3
 IMAGE = 60  # the placeholder of one picture embedding in `input_ids`
@@ -131,11 +133,8 @@ def media() -> Inputs:
 
 def reads_media(model: Any) -> bool:
     """Whether an adapter of the model takes pictures out of a call."""
-    readers = model.children() if isinstance(model, nn.Module) else ()
-    readers = [
-        m for child in [*readers, *getattr(model, "base_model", nn.Module()).children()] for m in child.children()
-    ]
-    return any(hasattr(m, "encoder_of") and hasattr(m, "scope") and m.live_adapters() for m in readers)
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return any(isinstance(m, MediaReader) and m.live_adapters() for m in modules)
 
 
 def text(end: int | None = None, images: tuple[int, ...] = (0,) * ROWS, left: bool = False) -> Inputs:

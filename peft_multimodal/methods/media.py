@@ -13,6 +13,7 @@ for the pictures j = 1..T. Where nothing is allowed (t = 0) the attention's outp
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -224,3 +225,63 @@ def _segments(allow: Tensor) -> Segments:
     back.view(-1)[tokens] = place
     in_order = len(found) == b * t and bool((found == torch.arange(b * t, device=found.device)).all())
     return Segments(seen, found, laid, back, in_order)
+
+
+# --- a call ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reading:
+    """What the decoder's layers know of the pictures of one call of the model, or of one `generate`.
+
+    Args:
+        media: The pictures.
+        times: (B, P), the text time of the text that was given; None where that text is unknown, and has no pictures.
+        attend: "last" or "all_previous".
+        generating: Then forward passes follow each other, and what is made of the pictures is kept for the next.
+        start: Place of the first token of `times` in its sequence.
+        offset: Place of the first token of the running forward pass.
+    """
+
+    media: MediaCache
+    times: Tensor | None
+    attend: str
+    generating: bool = False
+    start: int = 0
+    offset: int = 0
+    _sight: tuple[Any, Sight | None] = (None, None)
+    _picked: dict[Any, KeysValues] = field(default_factory=dict)
+
+    def sight(self, y: Tensor) -> Sight | None:
+        """How the tokens of a stream (rows, L, d) read their pictures; rows are B or, of beams, a multiple of it."""
+        if self.times is None or self.media.latents is None:
+            return None
+        rows, length, given = y.shape[0], y.shape[1], self.times.shape[1]
+        first = self.offset - self.start
+        if first >= given:  # behind the given text, where no more markers come, all tokens have the same time
+            times, first = self.times[:, -1:].expand(-1, length), given
+        else:
+            times = self.times[:, first : first + length]
+        key = (first, rows, length, y.device)
+        if self._sight[0] != key:
+            if times.shape[1] != length and not (self.generating and self._sight[0] is not None):
+                raise ValueError(
+                    f"The decoder reads {length} positions where input_ids has {times.shape[1]}: this model puts something "
+                    "beside the text, so the markers' places in it are unknown. Use its text model alone."
+                )
+            self._sight = key, self._look(times, rows, length, y.device)
+            self._picked.clear()
+        return self._sight[1]
+
+    def _look(self, times: Tensor, rows: int, length: int, device: torch.device) -> Sight | None:
+        if times.shape[1] < length:  # without a key-value cache the generated text follows the given one
+            times = torch.cat([times, times[:, -1:].expand(-1, length - times.shape[1])], dim=1)
+        assert self.media.numbers is not None
+        times = times.repeat_interleave(rows // len(times), dim=0).reshape(len(times), -1)
+        return look(times.to(device), self.media.numbers.to(device), self.attend)
+
+    def keys_values(self, key: Any, sight: Sight, make: Callable[[Tensor], KeysValues]) -> KeysValues:
+        """What the layer `key` reads in this forward pass; made once while the sight is the same."""
+        if key not in self._picked:
+            self._picked[key] = sight.pick(*self.media.keys_values(key, make))
+        return self._picked[key]
