@@ -78,18 +78,20 @@ class Resampler(nn.Module):
         Args:
             frame_mask: (N, F), True where a frame is one; the others are never read. None: all are.
         """
-        x = x.to(self.frames.dtype) + self.frame_embedding(x.shape[1])[:, None]
-        return self.resample(x, frame_mask)
+        mask = x.new_ones(1, x.shape[1], dtype=torch.bool) if frame_mask is None else frame_mask
+        return self.resample(x.to(self.frames.dtype) + self.frame_embedding(mask)[:, :, None], frame_mask)
 
     def resample(self, x: Tensor, frame_mask: Tensor | None) -> Tensor:
         raise NotImplementedError
 
-    def frame_embedding(self, count: int) -> Tensor:
-        """(F, D): the first F embeddings, or all of them stretched to more frames."""
-        if count <= len(self.frames):
-            return self.frames[:count]
-        stretched = F.interpolate(self.frames.t()[None].float(), size=count, mode="linear", align_corners=True)
-        return stretched[0].t().to(self.frames.dtype)
+    def frame_embedding(self, mask: Tensor) -> Tensor:
+        """(N, F) -> (N, F, D): of each video's own frames the first embeddings, or all of them stretched to more."""
+        last, count = len(self.frames) - 1, mask.sum(dim=1, keepdim=True)
+        stretch = torch.where(count > last + 1, last / (count - 1).clamp_min(1), 1.0)
+        place = ((mask.cumsum(dim=1) - 1).clamp_min(0) * stretch).clamp_max(last)
+        low = place.floor().long()
+        high = (low + 1).clamp_max(last)
+        return torch.lerp(self.frames[low], self.frames[high], (place - low)[..., None].to(self.frames.dtype))
 
 
 class PerceiverResampler(Resampler):
