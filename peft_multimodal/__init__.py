@@ -16,6 +16,9 @@ from .methods import (
     AuroraModeApproxModel,
     CrossLingualAdapterConfig,
     CrossLingualAdapterModel,
+    GatedXAttnConfig,
+    GatedXAttnModel,
+    MediaCache,
 )
 from .saving import load, save
 from .tuner import matched_modules
@@ -23,6 +26,7 @@ from .tuner import matched_modules
 if TYPE_CHECKING:
     from .data import ImageTextCollator, LanguageProcessor, QuestionAnswerCollator
     from .evaluation import RetrievalRecall, VQAAccuracy
+    from .interleaved import InterleavedProcessor
     from .training.distillation import CrossLingualTrainer, DistillationLoss
     from .training.trainer import ImageTextRetrievalTrainer
 
@@ -30,6 +34,7 @@ _LAZY = {
     "CrossLingualTrainer": "training.distillation",
     "DistillationLoss": "training.distillation",
     "ImageTextCollator": "data",
+    "InterleavedProcessor": "interleaved",
     "LanguageProcessor": "data",
     "QuestionAnswerCollator": "data",
     "RetrievalRecall": "evaluation",
@@ -44,9 +49,13 @@ __all__ = [
     "CrossLingualAdapterModel",
     "CrossLingualTrainer",
     "DistillationLoss",
+    "GatedXAttnConfig",
+    "GatedXAttnModel",
     "ImageTextCollator",
     "ImageTextRetrievalTrainer",
+    "InterleavedProcessor",
     "LanguageProcessor",
+    "MediaCache",
     "QuestionAnswerCollator",
     "RetrievalRecall",
     "VQAAccuracy",

@@ -33,7 +33,7 @@ _LEAF_LETTER = {
 LETTER = {leaf: letter for letter, leaves in _LEAF_LETTER.items() for leaf in leaves}
 
 
-def unwrap(module: nn.Module) -> Any:
+def unwrap(module: Any) -> Any:
     """The base layer below any PEFT layers."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
@@ -41,6 +41,11 @@ def unwrap(module: nn.Module) -> Any:
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is `y = x W^T + b`: `nn.Linear` (and its quantised subclasses) or transformers' `Conv1D`."""
     return isinstance(module, (nn.Linear, Conv1D))
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether the module applies weight matrices, rather than being made of modules that do."""
+    return is_linear(module) or isinstance(module, nn.MultiheadAttention)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
@@ -162,12 +167,22 @@ def describe(model: nn.Module) -> Anatomy:
 
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """{path: module} of the model itself: what adapters have attached to it (and not wrapped around a layer) is left out."""
+    """{path: module} of the model itself, without what adapters have attached to it or wrapped around whole layers.
+
+    A path is the one that the module has without adapters; `model.get_submodule(path)` finds it either way.
+    """
     found: dict[str, nn.Module] = {}
     attached: list[str] = []
+    wrappers: list[str] = []
     for path, module in model.named_modules():
+        for wrapper in wrappers:
+            if path.startswith(f"{wrapper}."):
+                path = path.replace(f"{wrapper}.base_layer", wrapper, 1)
         if isinstance(module, BaseTunerLayer) and not hasattr(module, "base_layer"):
             attached.append(path + ".")
+        elif isinstance(module, BaseTunerLayer) and not is_matrix(unwrap(module)):
+            wrappers.append(path)
+            attached += [f"{path}.{name}" for name in module.adapter_layer_names]
         elif not path.startswith(tuple(attached)):
             found[path] = module
     return found

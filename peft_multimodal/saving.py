@@ -27,9 +27,14 @@ class AdapterError(ValueError):
 def save(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> Path:
     """`model.save_pretrained(folder)`, written aside and renamed: an interrupted save leaves the old files as they were.
 
+    Where an adapter brings the rows of new tokens itself, PEFT's look at the embeddings (and on the Hub, for how large
+    they were) is left out.
+
     Args:
         kwargs: Passed on to `PeftModel.save_pretrained`.
     """
+    if getattr(model.base_model, "owns_token_rows", False):
+        kwargs.setdefault("save_embedding_layers", False)
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

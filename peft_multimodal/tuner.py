@@ -182,20 +182,11 @@ class MultimodalLayer(BaseTunerLayer):
         return [name for name in self.active_adapters if self.has_adapter(name)]
 
 
-class AttachedPart(MultimodalLayer):
-    """A part that hangs below a module as a child of its own, acting through hooks or as a store, wrapping nothing."""
-
-    def __init__(self) -> None:
-        self.hooks: list[Any] = []
-        self.merged_adapters: list[str] = []
-
-    def remove_hooks(self) -> None:
-        for handle in self.hooks:
-            handle.remove()
-        self.hooks = []
+class HostedLayer(MultimodalLayer):
+    """A layer whose adapters follow the device and dtype of another module, its host."""
 
     def host(self) -> nn.Module | None:
-        """The module whose device and dtype the part follows."""
+        """The module whose device and dtype the adapters follow."""
         return None
 
     def settle(self, adapter_name: str) -> None:
@@ -214,8 +205,22 @@ class AttachedPart(MultimodalLayer):
             container: Any = getattr(self, name)
             if adapter_name in container:
                 item = container[adapter_name]
-                if not any(t.is_meta for t in [*item.parameters(), *item.buffers()]):
+                tensors = [item] if isinstance(item, Tensor) else [*item.parameters(), *item.buffers()]
+                if not any(t.is_meta for t in tensors):
                     container[adapter_name] = item.to(device or reference.device, reference.dtype if cast else None)
+
+
+class AttachedPart(HostedLayer):
+    """A part that hangs below a module as a child of its own, acting through hooks or as a store, wrapping nothing."""
+
+    def __init__(self) -> None:
+        self.hooks: list[Any] = []
+        self.merged_adapters: list[str] = []
+
+    def remove_hooks(self) -> None:
+        for handle in self.hooks:
+            handle.remove()
+        self.hooks = []
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Only noted: whether the adapter may be merged is checked once for the whole of it, by the tuner."""
@@ -256,6 +261,8 @@ class MultimodalTuner(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
     not_mergeable: str | None = None
     """Why this method's adapters can't be merged and what to do instead; None where they are weight updates."""
+    owns_token_rows = False
+    """Whether an adapter brings the rows of new tokens, so that no embedding has to be saved with it."""
 
     # --- matching ----------------------------------------------------------------------------------------------------
 

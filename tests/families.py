@@ -20,6 +20,8 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from peft_multimodal.methods.gated_xattn_layers import MediaReader
+
 VOCAB = 64
 PAD, BOS, EOS, SEP = 0, 1, 2, 3
 IMAGE = 60  # the placeholder of one picture embedding in `input_ids`
@@ -50,8 +52,11 @@ class Family:
     text_only: bool = False  # whether `forward` works on `text_inputs`, without a picture
 
     def inputs(self, model: Any = None) -> Inputs:
-        """A fresh batch on the model's device: `model(**inputs)` works."""
-        batch = self.batch()
+        """A fresh batch on the model's device: `model(**inputs)` works.
+
+        Where an adapter reads media, each row brings a picture of its own, whose marker is BOS.
+        """
+        batch = {**self.batch(), **(media() if reads_media(model) else {})}
         return batch if model is None else {k: v.to(model.device) for k, v in batch.items()}
 
     def train_inputs(self, model: Any = None) -> Inputs | None:
@@ -119,6 +124,17 @@ def wake(model: nn.Module, std: float = 0.1) -> nn.Module:
 
 def pixels(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def media() -> Inputs:
+    """Features of one picture a row: [rows, pictures, frames, places, width]."""
+    return {"vision_features": torch.randn(ROWS, 1, 1, 5, 20, generator=torch.Generator().manual_seed(7))}
+
+
+def reads_media(model: Any) -> bool:
+    """Whether an adapter of the model takes pictures out of a call."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return any(isinstance(m, MediaReader) and m.live_adapters() for m in modules)
 
 
 def text(end: int | None = None, images: tuple[int, ...] = (0,) * ROWS, left: bool = False) -> Inputs:

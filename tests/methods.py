@@ -26,7 +26,7 @@ from families import BOS, EOS, FAMILIES, PAD, SEP, VOCAB, Family, text_tower, ti
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_multimodal import AuroraModeApproxConfig, CrossLingualAdapterConfig
+from peft_multimodal import AuroraModeApproxConfig, CrossLingualAdapterConfig, GatedXAttnConfig
 
 R = 4
 
@@ -76,10 +76,23 @@ def cross_lingual(family: Family, **changes: Any) -> PeftConfig | None:
     return CrossLingualAdapterConfig(**{"bottleneck_dim": 16, "num_heads": 2, **changes})
 
 
+# Families whose text is read by one decoder.
+DECODER = ("blip_2", "llava", "qwen2_5_vl", "paligemma", "idefics3", "mllama")
+
+
+def gated_xattn(family: Family, **changes: Any) -> PeftConfig | None:
+    """The pictures are the families' `media`."""
+    if family.name not in DECODER:
+        return None
+    sizes = {"num_latents": 3, "resampler_depth": 1, "resampler_heads": 2, "head_dim": 8, "max_frames": 2}
+    return GatedXAttnConfig(**{"media_token_id": BOS, "vision_hidden_size": 20, **sizes, **changes})
+
+
 METHODS: dict[str, Callable[..., PeftConfig | None]] = {
     "aurora_mode_approx": aurora,
     "aurora_mode_approx-fusion": aurora_fusion,
     "cross_lingual_adapter": cross_lingual,
+    "gated_xattn": gated_xattn,
 }
 
 # Where a method differs in what it promises.
@@ -87,6 +100,7 @@ NOT_IDENTITY = {
     "cross_lingual_adapter"
 }  # reads another language from the start; what it gives for pictures is the base's
 WHOLE_TOWER = {"cross_lingual_adapter"}  # takes a tower's place: has no target_modules, and nothing is recomputed in it
+WHOLE_LAYERS = {"gated_xattn"}  # stands before the layers of a decoder: has no target_modules
 ROUTES_ROWS = {"cross_lingual_adapter"}  # knows adapter_names=[...]
 COMPANIONS = {"cross_lingual_adapter": {"tokenizer.json", "tokenizer_config.json"}}  # files beside the adapter's
 
@@ -100,7 +114,7 @@ CASES = [
 
 def home(method: str) -> Family:
     """The family on which a method is looked at where one is enough."""
-    return FAMILIES["blip_retrieval" if ("blip_retrieval", method) in CASES else "clip"]
+    return FAMILIES[next(name for name in ("blip_retrieval", "clip", "llava") if (name, method) in CASES)]
 
 
 def aurora_parameters(base: nn.Module, config: AuroraModeApproxConfig) -> int:
@@ -144,10 +158,20 @@ def cross_lingual_parameters(base: nn.Module, config: CrossLingualAdapterConfig)
 TOWER_OUTPUT = {"SiglipModel": 48, "AltCLIPModel": 40}  # where the tower projects; elsewhere its width, 32
 
 
+def gated_xattn_parameters(base: nn.Module, config: GatedXAttnConfig) -> int:
+    """R D + F D + depth (4 D + 4 D I + 2 D + 8 D^2) + 2 D; 2 d + d I + 2 D I + I d + 1 + 2 d + 8 d^2 + 1 a layer; a row."""
+    D, R, F, depth = config.vision_hidden_size, config.num_latents, config.max_frames, config.resampler_depth
+    I, d = config.resampler_heads * config.head_dim, base.get_input_embeddings().embedding_dim  # noqa: E741
+    resampler = R * D + F * D + depth * (4 * D + 4 * D * I + 2 * D + 8 * D**2) + 2 * D
+    block = 2 * d + d * I + 2 * D * I + I * d + 1 + 2 * d + 8 * d**2 + 1
+    return resampler + 2 * block + d
+
+
 PARAMETERS: dict[str, Callable[[nn.Module, Any], int]] = {
     "aurora_mode_approx": aurora_parameters,
     "aurora_mode_approx-fusion": aurora_parameters,
     "cross_lingual_adapter": cross_lingual_parameters,
+    "gated_xattn": gated_xattn_parameters,
 }
 
 # What no optimizer may decay.

@@ -7,18 +7,29 @@ from pathlib import Path
 import pytest
 import torch
 from auto_families import AutoCase, Unsupported, auto_cases
+from families import reads_media
 from methods import NOT_IDENTITY, adapter, distance, language, stir, trace
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_multimodal import AuroraModeApproxConfig, CrossLingualAdapterConfig, matched_modules
+from peft_multimodal import AuroraModeApproxConfig, CrossLingualAdapterConfig, GatedXAttnConfig, matched_modules
 from peft_multimodal.anatomy import is_below
+
+MARKER, WIDTH = 9, 12  # the marker is the first word of the first row
+
+
+def gated_xattn() -> GatedXAttnConfig:
+    sizes = {"num_latents": 2, "resampler_depth": 1, "resampler_heads": 2, "head_dim": 4, "max_frames": 2}
+    return GatedXAttnConfig(media_token_id=MARKER, vision_hidden_size=WIDTH, **sizes)
+
 
 METHODS = {
     "aurora_mode_approx": lambda: AuroraModeApproxConfig(r=2, alpha=4.0, dropout=0.0),
     "cross_lingual_adapter": lambda: CrossLingualAdapterConfig(encoder=language(), bottleneck_dim=8, num_heads=2),
+    "gated_xattn": gated_xattn,
 }
-REFUSED = {"cross_lingual_adapter": "Use a dual encoder"}  # in the message of a method that doesn't apply everywhere
+# In the message of a method that doesn't apply everywhere.
+REFUSED = {"cross_lingual_adapter": "Use a dual encoder", "gated_xattn": "Use a decoder-only language model"}
 
 # Of different build: grouped queries, experts, an encoder-decoder, a detector, one stream, two streams.
 SAMPLE = (
@@ -42,10 +53,16 @@ def test_core_of_the_contract(case: AutoCase, method: str, tmp_path: Path):
     except Unsupported as reason:
         pytest.skip(f"{case}: {reason}")
 
+    def media(model: nn.Module) -> dict[str, torch.Tensor]:
+        """A picture for each marker, where an adapter reads it."""
+        rows = len(inputs["input_ids"]) if reads_media(model) else 0
+        features = torch.randn(rows, 1, 1, 3, WIDTH, generator=torch.Generator().manual_seed(4))
+        return {"vision_features": features} if rows else {}
+
     @torch.no_grad()
     def run(model: nn.Module) -> torch.Tensor:
         torch.manual_seed(0)  # ViLT shuffles the patches
-        return case.output(model(**inputs))
+        return case.output(model(**inputs, **media(model)))
 
     expected, before = run(base), trace(base)
     assert torch.equal(run(base), expected), "the base model isn't deterministic"
@@ -54,7 +71,7 @@ def test_core_of_the_contract(case: AutoCase, method: str, tmp_path: Path):
     def loss(model: nn.Module) -> torch.Tensor:
         """A random functional: the square of an output that is normalised would be constant."""
         torch.manual_seed(0)
-        output = case.output(model(**inputs))
+        output = case.output(model(**inputs, **media(model)))
         return (output * torch.randn(output.shape)).mean()
 
     # What this output depends on at all: experts that were not chosen and other heads don't matter.

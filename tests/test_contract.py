@@ -29,6 +29,7 @@ from methods import (
     PARAMETERS,
     ROUTES_ROWS,
     TEXT_TOWER,
+    WHOLE_LAYERS,
     WHOLE_TOWER,
     adapter,
     adapter_of,
@@ -53,8 +54,9 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 import peft_multimodal
 from peft_multimodal import matched_modules
+from peft_multimodal.anatomy import is_below
 
-TARGETED = [method for method in METHODS if method not in WHOLE_TOWER]
+TARGETED = [method for method in METHODS if method not in WHOLE_TOWER | WHOLE_LAYERS]
 MERGE = {"aurora_mode_approx": {}, "aurora_mode_approx-fusion": {"cp_only": True}}  # what merging them takes
 
 
@@ -217,6 +219,9 @@ def test_each_tower_trains_alone(family: Family, method: str):
             continue
         modules = {m.module for m in found.matrices if m.tower == tower}
         modules |= {t.path for t in found.towers if t.name == tower}
+        if method in WHOLE_LAYERS:
+            modules = {m.module for m in matched_modules(family.build(), METHODS[method](family))}
+            assert all(any(is_below(m, t.path) for t in found.towers if t.name == tower) for m in modules)
         assert wrapped(model)
         assert wrapped(model) <= modules, tower
         missing = {n for n, g in gradients(family, model).items() if g is None or not g.any()}
@@ -231,7 +236,8 @@ def test_gradient_checkpointing(family: Family, method: str, reentrant: bool):
         pytest.skip(f"{type(model.get_base_model()).__name__} doesn't support gradient checkpointing")
     calls = []
     for path in wrapped(model):
-        model.get_base_model().get_submodule(path).register_forward_hook(lambda *_: calls.append(1))
+        for module in model.get_base_model().get_submodule(path).modules():
+            module.register_forward_hook(lambda *_: calls.append(1))
     expected, without = gradients(family, model), len(calls)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
@@ -617,6 +623,35 @@ BAD_VALUES = {
         *((n, v) for n in ("target_modules", "exclude_modules") for v in (["q_proj"], "all-linear", [])),
         *(("layers_to_transform", value) for value in (0, [1])),
     ],
+    "gated_xattn": [
+        *(("media_token_id", value) for value in (-1, "7", 7.0, True, None)),
+        *(
+            (name, value)
+            for name in (
+                "num_latents",
+                "resampler_depth",
+                "resampler_heads",
+                "head_dim",
+                "max_frames",
+                "every_n_layers",
+            )
+            for value in (0, -1, "8", 8.0, True, None)
+        ),
+        *(("ff_mult", value) for value in (-1, "4", 4.0, True, None)),
+        *(("vision_hidden_size", value) for value in (0, -1, "8", 8.0, True)),
+        *(("resampler", value) for value in ("attention", None, ["mean"], 0)),
+        *(("gate", value) for value in ("tanh", None, ["none"], 0)),
+        *(("attend", value) for value in ("next", None, ["last"], 0)),
+        *(("share_blocks", value) for value in (1, "yes", None)),
+        *(
+            (name, v)
+            for name in ("vision_encoder", "vision_encoder_revision", "vision_encoder_type")
+            for v in ("", 3, ["a"])
+        ),
+        *(("towers", value) for value in (["vision"], ["decoder", "vision"])),
+        *((n, v) for n in ("target_modules", "exclude_modules") for v in (["q_proj"], "all-linear", [])),
+        *(("layers_to_transform", value) for value in (0, [1])),
+    ],
 }
 
 
@@ -626,7 +661,7 @@ BAD_VALUES = {
 )
 def test_config_values_are_checked_where_they_are_set(method: str, field: str, value):
     with pytest.raises(ValueError, match=rf"\b{field} must be .*got "):
-        METHODS[method](FAMILIES["clip"], **{field: value})
+        METHODS[method](home(method), **{field: value})
 
 
 @pytest.mark.filterwarnings("ignore:You have passed exclude_modules")
@@ -666,7 +701,10 @@ def audit():
     OPENED.clear()
 
 
-LOADED = {"cross_lingual_adapter": {"encoder", "encoder_revision"}}  # documented to go to AutoModel, checked after it
+LOADED = {  # documented to go to AutoModel, checked after it
+    "cross_lingual_adapter": {"encoder", "encoder_revision"},
+    "gated_xattn": {"vision_encoder", "vision_encoder_revision"},
+}
 
 
 @pytest.mark.filterwarnings("ignore:You have passed exclude_modules")
@@ -773,6 +811,10 @@ STRANGERS = [("clip", "siglip"), ("clip", "llava"), ("blip_retrieval", "blip_cap
 
 @each(("name", "other"), STRANGERS)
 def test_an_adapter_of_another_base(name: str, other: str, method: str, tmp_path: Path):
+    if method in WHOLE_LAYERS and other == "mllama":
+        other = (
+            "blip_2"  # Mllama's decoder has the size of Llava's, and is another base only to what is inside its layers
+        )
     wrap(FAMILIES[name], method).save_pretrained(tmp_path)
     base = frozen(FAMILIES[other])
     expected, before = run(FAMILIES[other], base), trace(base)
@@ -813,14 +855,15 @@ def test_what_a_model_cannot_do_leaves_it_as_it_was(options: dict, message: str)
 class Rows(torch.utils.data.Dataset):
     """A family's batch as rows, several times with different pictures."""
 
-    def __init__(self, family: Family, copies: int = 4, seed: int = 3) -> None:
-        batch = family.train_inputs(family.build())
+    def __init__(self, family: Family, model: nn.Module, copies: int = 4, seed: int = 3) -> None:
+        batch = family.train_inputs(model)
         self.rest = {k: v for k, v in batch.items() if not isinstance(v, torch.Tensor)}
         generator = torch.Generator().manual_seed(seed)
         tensors = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
         self.rows = [
             {
-                k: v[i] + (torch.randn(v[i].shape, generator=generator) if k == "pixel_values" else 0)
+                k: v[i]
+                + (torch.randn(v[i].shape, generator=generator) if v[i].is_floating_point() and v.ndim > 3 else 0)
                 for k, v in tensors.items()
             }
             for _ in range(copies)
@@ -838,7 +881,8 @@ class Rows(torch.utils.data.Dataset):
 
 
 def trainer_for(family: Family, method: str, folder: Path, **options) -> hf.Trainer:
-    rows = Rows(family)
+    model = wrap(family, method, stirred=False)
+    rows = Rows(family, model)
     arguments = hf.TrainingArguments(
         **{
             **{"output_dir": str(folder), "max_steps": 4, "save_steps": 2, "eval_steps": 2, "eval_strategy": "steps"},
@@ -846,8 +890,7 @@ def trainer_for(family: Family, method: str, folder: Path, **options) -> hf.Trai
             **{"report_to": "none", "remove_unused_columns": False, "disable_tqdm": True, "seed": 0, **options},
         },
     )
-    model = wrap(family, method, stirred=False)
-    return hf.Trainer(model, arguments, rows.collate, train_dataset=rows, eval_dataset=Rows(family, 2, seed=4))
+    return hf.Trainer(model, arguments, rows.collate, train_dataset=rows, eval_dataset=Rows(family, model, 2, seed=4))
 
 
 @cases("clip", "blip_captioning", only=("clip", "blip_captioning", "llava", "blip_vqa", "vilt"))
@@ -1067,6 +1110,8 @@ def test_adding_switching_and_deleting_adapters(family: Family, method: str):
 
 def other_shape(family: Family, method: str) -> dict:
     """Changes of a config that give an adapter other sizes."""
+    if method in WHOLE_LAYERS:
+        return {"num_latents": 2, "head_dim": 4, "every_n_layers": 2, "ff_mult": 0, "gate": "vector"}
     if method in WHOLE_TOWER:
         return {"bottleneck_dim": 8, "num_layers": 2, "pool": "cls"}
     towers = peft_multimodal.describe(family.build()).tower_names()

@@ -2,5 +2,15 @@
 
 from .aurora_mode_approx import AuroraModeApproxConfig, AuroraModeApproxModel
 from .cross_lingual_adapter import CrossLingualAdapterConfig, CrossLingualAdapterModel
+from .gated_xattn import GatedXAttnConfig, GatedXAttnModel
+from .media import MediaCache
 
-__all__ = ["AuroraModeApproxConfig", "AuroraModeApproxModel", "CrossLingualAdapterConfig", "CrossLingualAdapterModel"]
+__all__ = [
+    "AuroraModeApproxConfig",
+    "AuroraModeApproxModel",
+    "CrossLingualAdapterConfig",
+    "CrossLingualAdapterModel",
+    "GatedXAttnConfig",
+    "GatedXAttnModel",
+    "MediaCache",
+]

@@ -37,6 +37,7 @@ from ..anatomy import Anatomy, Matrix, base_model, describe, is_below, own_modul
 from ..registry import register
 from ..tuner import AttachedPart, CallScope, MultimodalConfig, MultimodalLayer, MultimodalTuner
 from .blocks import TransformerBlock
+from .frozen_encoder import follow
 from .language_encoder import KEPT, LanguageEncoder, encoder_key, load_encoder, longest_text, vocabulary_size
 
 BASE = "__base__"  # PEFT's name for rows that no adapter acts on
@@ -487,7 +488,7 @@ class CrossLingualAdapterModel(MultimodalTuner):
                 f"{found.model_class} {dim}."
             )
         self._loaded = load_encoder(peft_config, None if present is None else present.encoders)
-        _follow(self._loaded.module, tower, keep_dtype=peft_config._given is not None)
+        follow(self._loaded.module, tower, keep_dtype=peft_config._given is not None)
         if peft_config.level != level:
             peft_config.level = peft_config._measured_level = level
         peft_config.output_dim = dim
@@ -597,13 +598,6 @@ def level_of(config: CrossLingualAdapterConfig, model: nn.Module, found: Anatomy
     ]
     reads = any((m.in_features, m.out_features) == (width["text"], width.get("fusion")) for m in maps)
     return "tokens" if reads else "pooled"
-
-
-def _follow(encoder: nn.Module, tower: nn.Module, keep_dtype: bool) -> None:
-    """Move the encoder to the tower's device, and unless it was given as a module to its dtype."""
-    reference = next(p for p in tower.parameters() if p.is_floating_point())
-    if not reference.is_meta:
-        encoder.to(device=reference.device, dtype=None if keep_dtype else reference.dtype)
 
 
 def _final_norm(tower: nn.Module) -> nn.Module | None:

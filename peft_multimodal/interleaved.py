@@ -1,0 +1,187 @@
+"""Texts with pictures and videos between their words, as [`GatedXAttnModel`] reads them.
+
+Rows of a dataset are read under `Trainer` with `TrainingArguments(remove_unused_columns=False)`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AddedToken, AutoImageProcessor, AutoTokenizer, BatchEncoding
+from transformers.utils import cached_file
+
+Visual = Any  # a PIL image, or a sequence of them: the frames of a video
+
+
+class InterleavedProcessor:
+    """Tokenises texts with markers, each of which stands for a picture or a video.
+
+        >>> processor = InterleavedProcessor(tokenizer, image_processor)
+        >>> batch = processor(["<image>a red apple. <image>a green"], images=[[apple, pear]])
+        >>> model.generate(**batch, max_new_tokens=20)
+
+    Args:
+        tokenizer: Of the language model. It gets the marker as a special token if it doesn't know it; the model's
+            embedding needs no resizing. Its padding token is needed where texts differ in length.
+        image_processor: Of the vision encoder; None for texts whose pictures come as `vision_features`.
+        media_token: The marker.
+        text_column, images_column: Of the rows that `collate` takes: a string, and a list of pictures.
+
+    Raises:
+        ValueError: the marker isn't one token.
+    """
+
+    FILE = "interleaved_processor.json"
+    TOKENIZER = "tokenizer"
+    IMAGES = "image_processor"
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        image_processor: Any = None,
+        media_token: str = "<image>",
+        text_column: str = "text",
+        images_column: str = "images",
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.media_token = media_token
+        self.text_column = text_column
+        self.images_column = images_column
+        if media_token not in tokenizer.get_vocab():
+            tokenizer.add_tokens([AddedToken(media_token, special=True, normalized=False)], special_tokens=True)
+        if tokenizer.encode(media_token, add_special_tokens=False) != [self.media_token_id]:
+            raise ValueError(f"The tokenizer splits the marker {media_token!r}: choose one of its special tokens.")
+
+    @property
+    def media_token_id(self) -> int:
+        """The marker's id, which may lie beyond the model's vocabulary."""
+        return self.tokenizer.get_vocab()[self.media_token]
+
+    def __call__(
+        self,
+        texts: str | Sequence[str],
+        images: Sequence[Sequence[Visual]] | None = None,
+        padding_side: str | None = None,
+        **kwargs: Any,
+    ) -> BatchEncoding:
+        """A batch for the model.
+
+        Args:
+            texts: A text or B of them; for `generate`, texts of different length are padded on the left.
+            images: The pictures of each text, one for each of its markers; a video is a list of frames. None where
+                texts have none, or where they come as `vision_features`.
+            padding_side: "left" or "right"; by default the tokenizer's.
+            kwargs: For the tokenizer: truncation, max_length, ...
+
+        Returns:
+            input_ids and attention_mask int64 (B, L). With pictures pixel_values: (B, T, C, H, W), or with a video among
+            them (B, T, F, C, H, W) and frame_mask (B, T, F), True where a frame is one. Rows of fewer pictures and
+            videos of fewer frames are filled up with zeros.
+
+        Raises:
+            ValueError: a text has not as many markers as pictures, or the tokenizer can't pad.
+            TypeError: a text is no string, or a picture no PIL image.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if wrong := [t for t in texts if not isinstance(t, str)]:
+            raise TypeError(f"Texts are strings, got {type(wrong[0]).__name__}.")
+        if images is not None:
+            self._check_counts(texts, images)
+        if self.tokenizer.pad_token is None:
+            raise ValueError("The tokenizer has no padding token: set tokenizer.pad_token = tokenizer.eos_token.")
+        sides = {} if padding_side is None else {"padding_side": padding_side}
+        found = self.tokenizer(texts, **{"padding": True, "return_tensors": "pt", **sides, **kwargs})
+        batch = {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"]}
+        if images is not None and any(len(row) for row in images):
+            batch |= self._pixels(images)
+        return BatchEncoding(batch)
+
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Rows of a text and its pictures to a training batch: `data_collator=processor.collate`.
+
+        Returns:
+            A batch, padded on the right, with labels int64 (B, L): the text itself, -100 at padding and markers. A text
+            that is to end somewhere ends with the tokenizer's `eos_token`.
+        """
+        for index, row in enumerate(rows):
+            if missing := [c for c in (self.text_column, self.images_column) if c not in row]:
+                raise ValueError(
+                    f"Row {index} of the batch has no column {missing[0]!r} but {sorted(row)}. Under Trainer set "
+                    "remove_unused_columns=False: it drops the columns that the model's forward doesn't name."
+                )
+        images = [row[self.images_column] or () for row in rows]
+        batch = dict(self([row[self.text_column] for row in rows], images, padding_side="right"))
+        ignored = (batch["attention_mask"] == 0) | (batch["input_ids"] == self.media_token_id)
+        return {**batch, "labels": batch["input_ids"].masked_fill(ignored, -100)}
+
+    def _check_counts(self, texts: list[str], images: Sequence[Sequence[Visual]]) -> None:
+        if isinstance(images, Image.Image) or any(isinstance(row, Image.Image) for row in images):
+            raise TypeError("images holds a list of pictures for each text: images=[[apple, pear], [plum]].")
+        if len(images) != len(texts):
+            raise ValueError(f"{len(images)} lists of images for {len(texts)} texts.")
+        for index, (text, row) in enumerate(zip(texts, images, strict=True)):
+            if (markers := text.count(self.media_token)) != len(row):
+                raise ValueError(f"Text {index} has {markers} markers {self.media_token!r} but {len(row)} pictures.")
+
+    def _pixels(self, images: Sequence[Sequence[Visual]]) -> dict[str, Tensor]:
+        if self.image_processor is None:
+            raise ValueError("This InterleavedProcessor has no image_processor.")
+        visuals = [[[v] if isinstance(v, Image.Image) else list(v) for v in row] for row in images]
+        frames = [frame for row in visuals for video in row for frame in video]
+        for frame in frames:
+            if not isinstance(frame, Image.Image):
+                raise TypeError(f"Pictures are PIL images and videos lists of them, got {type(frame).__name__}.")
+        if any(not video for row in visuals for video in row):
+            raise ValueError("A video has no frames.")
+        pixels = self.image_processor([frame.convert("RGB") for frame in frames], return_tensors="pt")["pixel_values"]
+        size = (len(visuals), max(map(len, visuals)), max(len(video) for row in visuals for video in row))
+        batch = pixels.new_zeros(*size, *pixels.shape[1:])
+        mask = torch.zeros(size, dtype=torch.bool)
+        for b, row in enumerate(visuals):
+            for t, video in enumerate(row):
+                mask[b, t, : len(video)] = True
+        batch[mask] = pixels  # frames stand in the order of rows, pictures and frames
+        if all(isinstance(v, Image.Image) for row in images for v in row):
+            return {"pixel_values": batch[:, :, 0]}
+        return {"pixel_values": batch, "frame_mask": mask}
+
+    def decode(self, input_ids: Any, **kwargs: Any) -> str:
+        return self.tokenizer.decode(input_ids, **kwargs)
+
+    def batch_decode(self, input_ids: Any, **kwargs: Any) -> list[str]:
+        return self.tokenizer.batch_decode(input_ids, **kwargs)
+
+    def save_pretrained(self, folder: Any, **kwargs: Any) -> None:
+        """`interleaved_processor.json`, and folders of the tokenizer and the image processor ."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(folder / self.TOKENIZER)
+        if self.image_processor is not None:
+            self.image_processor.save_pretrained(folder / self.IMAGES)
+        settings = {
+            "media_token": self.media_token,
+            "text_column": self.text_column,
+            "images_column": self.images_column,
+            "images": self.image_processor is not None,
+        }
+        (folder / self.FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: Any, **kwargs: Any) -> InterleavedProcessor:
+        """Read what `save_pretrained` wrote, from a folder or the Hub (`revision`, `token`, `cache_dir`)."""
+        file = cached_file(str(name_or_path), cls.FILE, **kwargs)
+        assert file is not None  # a missing file raises
+        settings = json.loads(Path(file).read_text(encoding="utf-8"))
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, subfolder=cls.TOKENIZER, **kwargs)
+        has_images = settings.pop("images")
+        images = None
+        if has_images:
+            images = AutoImageProcessor.from_pretrained(name_or_path, subfolder=cls.IMAGES, **kwargs)
+        return cls(tokenizer, images, **settings)

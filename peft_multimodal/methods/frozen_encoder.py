@@ -1,0 +1,122 @@
+"""A frozen encoder that an adapter brings along: found by its id and commit, read safely, checked to be whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import AutoConfig, AutoModel
+from transformers.utils import cached_file
+
+
+class Place(NamedTuple):
+    """Where an encoder is: a folder, or a Hub id and its commit."""
+
+    name: str
+    revision: str | None = None
+
+    @property
+    def key(self) -> str:
+        """The name under which adapters share it."""
+        return "encoder_" + hashlib.sha256(json.dumps(tuple(self)).encode()).hexdigest()[:16]
+
+
+def find_encoder(name: str, revision: str | None, kind: str, field: str) -> Place:
+    """The place of an encoder, a Hub id's with the commit that is there now.
+
+    Args:
+        kind: What messages call it: "language encoder".
+        field: The config's field that names it.
+
+    Raises:
+        ValueError: it can't be found.
+    """
+    if Path(name).is_dir():
+        return Place(name, revision)
+    try:
+        file = cached_file(name, "config.json", revision=revision)
+    except OSError as error:
+        raise ValueError(f"The {kind} {name!r} can't be found: {error}. {_elsewhere(field)}") from error
+    commit = re.search(r"snapshots/([0-9a-f]{40})/", Path(file or "").as_posix())
+    return Place(name, commit.group(1) if commit else revision)
+
+
+def read_encoder(place: Place, kind: str, field: str, prefer: Any = None) -> nn.Module:
+    """The encoder as a module, with all its weights.
+
+    Args:
+        kind, field: As of `find_encoder`.
+        prefer: An auto class that is used for the models that it knows, before `AutoModel`.
+
+    Raises:
+        ValueError: it can't be read, or lacks weights.
+    """
+    name, revision = place
+    try:
+        with real_parameters():
+            config_class = type(AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False))
+            auto = prefer if prefer is not None and config_class in prefer._model_mapping else AutoModel
+            module, found = auto.from_pretrained(
+                name, revision=revision, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"The {kind} {name!r} can't be loaded: {error}. {_elsewhere(field)}") from error
+    missing = sorted(key for key in found["missing_keys"] if "pooler" not in key)  # nobody reads a pooler
+    if missing:
+        raise ValueError(
+            f"The {kind} {name!r} lacks weights: {', '.join(missing[:3])} and {len(missing)} in all, which would be random. "
+            "Save it again as a whole."
+        )
+    return module
+
+
+def check_same_encoder(config: Any, actual: dict[str, Any], field: str, given: str) -> None:
+    """Record in the config what is known of its encoder; on loading, refuse one that differs from what is recorded.
+
+    Args:
+        actual: {field of the config: its value now}; None is unknown.
+        field: The config's field that names the encoder.
+        given: The call that takes a module for it.
+    """
+    for name, value in actual.items():
+        recorded = getattr(config, name)
+        if config.is_loaded and None not in (recorded, value) and recorded != value:
+            raise ValueError(
+                f"The adapter was trained on another encoder: {getattr(config, field)!r} has {name} {value!r} now, then it "
+                f"was {recorded!r}. Name the right one: config.{field}, config.{field}_revision, or config.{given}(module)."
+            )
+        setattr(config, name, recorded if value is None else value)
+
+
+def _elsewhere(field: str) -> str:
+    return (
+        "If it is elsewhere now, name the place: config = PeftConfig.from_pretrained(folder); "
+        f"config.{field} = ...; then pass config=config."
+    )
+
+
+_REGISTER = (nn.Module.register_parameter, nn.Module.register_buffer)
+
+
+@contextmanager
+def real_parameters() -> Iterator[None]:
+    """PEFT's low_cpu_mem_usage makes every new parameter an empty one, also those of the encoder, which are read here."""
+    empty = (nn.Module.register_parameter, nn.Module.register_buffer)
+    nn.Module.register_parameter, nn.Module.register_buffer = _REGISTER  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter, nn.Module.register_buffer = empty  # type: ignore[method-assign]
+
+
+def follow(encoder: nn.Module, host: nn.Module, keep_dtype: bool) -> None:
+    """Move the encoder to the device of a part of the model, and unless it was given as a module to its dtype."""
+    reference = next(p for p in host.parameters() if p.is_floating_point())
+    if not reference.is_meta:
+        encoder.to(device=reference.device, dtype=None if keep_dtype else reference.dtype)

@@ -1,0 +1,258 @@
+"""GatedXAttn: a frozen language model sees, through gated cross-attention (Alayrac et al., "Flamingo", arXiv 2204.14198).
+
+A frozen vision encoder's features of each picture or video become R tokens m (`perceiver.py`). Before every n-th frozen
+layer of a decoder stands a block that reads them, with y in R^{B x L x d} the decoder's stream:
+
+    y1 = y  + tanh(a_x) XAttn(LN(y), m)                     Q = LN(y) W_q; K, V = m W_kv; out W_o; no biases
+    y2 = y1 + tanh(a_f) FFW(LN(y1))                         d -> 4 d -> d, exact GELU
+    then the frozen layer runs on y2
+
+The gates a_x and a_f start at 0, so the model starts as the language model, to the last bit, whatever it is shown. A
+text token reads the last picture before it (`media.py`); earlier ones reach it through the decoder's own attention.
+Where there is no picture XAttn is exactly 0; FFW acts on every token, as in the paper.
+
+Pictures stand in the text as markers. The marker's row of the embedding is the only one that trains; it is put in
+place of what the frozen embedding gives, so that the marker may also be an id beyond the vocabulary.
+
+Parameters, at I = heads d_h: a block has 2 d + d I + 2 D I + I d + 1, and 2 d + 2 ff_mult d^2 + 1 for its FFW; with them
+the resampler's and the marker's row, once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from peft.utils import PeftType
+from torch import nn
+
+from ..anatomy import Anatomy, Matrix, base_model, describe, is_below, layer_of, own_modules, token_embeddings, unwrap
+from ..registry import register
+from ..tuner import MultimodalConfig, MultimodalTuner
+from .frozen_encoder import follow
+from .gated_xattn_layers import GatedXAttnLayer, MarkerEmbedding, MediaReader, SeeingLayer
+from .vision_encoder import load_vision_encoder
+
+
+@dataclass
+class GatedXAttnConfig(MultimodalConfig):
+    """Configuration of [`GatedXAttnModel`].
+
+    Args:
+        media_token_id: The marker that stands for a picture or video in `input_ids`; it may lie beyond the vocabulary.
+            `InterleavedProcessor.media_token_id`.
+        vision_encoder: The frozen vision encoder: a Hub id or a folder for `AutoModel`, of whose model the vision tower
+            is taken. `with_vision_encoder` takes a module instead. None where calls bring `vision_features`.
+        vision_encoder_revision: Its commit, tag or branch; filled in with the commit that was loaded.
+        vision_hidden_size: Width D of its features; measured where there is an encoder.
+        resampler: "perceiver", or for ablations "linear" (a linear map of the frames' mean) or "mean" (one token).
+        num_latents: R, the tokens of one picture.
+        resampler_depth: Layers of the Perceiver resampler.
+        resampler_heads, head_dim: Of the attentions of the resampler and of the blocks: I = heads head_dim.
+        max_frames: Learned embeddings of a video's frames; longer videos get interpolated ones.
+        every_n_layers: A block stands before layer l = 0, 1, ... where l + 1 is a multiple of it.
+        ff_mult: Width of a block's FFW in multiples of d; 0 leaves the attention alone.
+        gate: "scalar", "vector" (one for each of the d channels), or for ablations "none": then the model doesn't start
+            as the language model.
+        attend: "last", the last picture before a token, or "all_previous".
+        share_blocks: One block for all layers.
+        vision_encoder_type: Filled in; checked on loading.
+    """
+
+    media_token_id: int | None = None
+    vision_encoder: str | None = None
+    vision_encoder_revision: str | None = None
+    vision_hidden_size: int | None = None
+    resampler: str = "perceiver"
+    num_latents: int = 64
+    resampler_depth: int = 6
+    resampler_heads: int = 8
+    head_dim: int = 64
+    max_frames: int = 8
+    every_n_layers: int = 1
+    ff_mult: int = 4
+    gate: str = "scalar"
+    attend: str = "last"
+    share_blocks: bool = False
+    vision_encoder_type: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("GATED_XATTN")
+        self.check_number("media_token_id", 0, integer=True)
+        names = ("num_latents", "resampler_depth", "resampler_heads", "head_dim", "max_frames", "every_n_layers")
+        for name in names:
+            self.check_number(name, 1, integer=True)
+        self.check_number("ff_mult", 0, integer=True)
+        self.check_choice("resampler", ("perceiver", "linear", "mean"))
+        self.check_choice("gate", ("scalar", "vector", "none"))
+        self.check_choice("attend", ("last", "all_previous"))
+        self.check_flag("share_blocks")
+        for name in ("vision_encoder", "vision_encoder_revision", "vision_encoder_type"):
+            self.check(name, "a string or None", lambda v: v is None or (isinstance(v, str) and v))
+        self.check(
+            "vision_hidden_size", "a positive integer or None", lambda v: v is None or (type(v) is int and v > 0)
+        )
+        for name in ("target_modules", "exclude_modules", "layers_to_transform"):
+            self.check(name, "None: every_n_layers chooses the decoder's layers", lambda v: v is None)
+        self.check("towers", "None or ['decoder']", lambda v: v is None or list(v) == ["decoder"])
+        self._given: nn.Module | None = None  # not saved
+
+    def with_vision_encoder(self, encoder: nn.Module) -> GatedXAttnConfig:
+        """Take this module for the vision encoder; returns the config, which names where the module says it is from."""
+        self._given = encoder
+        name = getattr(getattr(encoder, "config", None), "name_or_path", None)
+        self.vision_encoder = self.vision_encoder or name or None
+        return self
+
+    @property
+    def has_encoder(self) -> bool:
+        return self._given is not None or self.vision_encoder is not None
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+class Decoder(NamedTuple):
+    """Where a model keeps its decoder; paths of modules."""
+
+    stack: str  # whose forward runs the layers
+    layers: list[str]
+    embedding: str
+    width: int  # d
+
+
+def find_decoder(model: Any, found: Anatomy) -> Decoder:
+    """The decoder of a language model, or of the language model inside a vision-language model.
+
+    Raises:
+        ValueError: there is none that reads text alone; the message says why and what to use.
+    """
+    instead = "Use a decoder-only language model (Llama, Qwen, Gemma, Mistral, OPT, GPT-2, ...)."
+    towers = [t for t in found.towers if t.name == "decoder"]
+    if not towers:
+        raise ValueError(f"GatedXAttn stands before the layers of a decoder; {found.model_class} has none. {instead}")
+    root = towers[0].path
+    queries = [m for m in found.matrices if m.tower == "decoder" and m.letter in ("q", "qkv")]
+    lists = {layer.rpartition(".")[0] for m in queries if (layer := layer_of(m.module))}
+    embeddings = [e for e in token_embeddings(model) if is_below(e, root)]
+    if len(towers) > 1 or any(t.name == "text" for t in found.towers) or len(lists) != 1 or not embeddings:
+        raise ValueError(
+            f"{found.model_class} has no single stack of decoder layers that reads the text (an encoder and a decoder, or "
+            f"several). GatedXAttn stands before the layers of one decoder. {instead}"
+        )
+    (stack,) = lists
+    modules = own_modules(model)
+    layers = [path for path in modules if path.rpartition(".")[0] == stack and path.rpartition(".")[2].isdigit()]
+    primary = unwrap(model.get_input_embeddings())
+    embedding = next((e for e in embeddings if modules[e] is primary), embeddings[0])
+    width: Any = towers[0].hidden_size
+    return Decoder(stack.rpartition(".")[0], layers, embedding, width)
+
+
+class GatedXAttnModel(MultimodalTuner):
+    """Lets a frozen decoder see pictures and videos that are interleaved with its text (arXiv 2204.14198).
+
+    Inputs of a call beside the model's own, in `forward` and in `generate`:
+
+    - `pixel_values`: pictures (B, T, C, H, W) or videos (B, T, F, C, H, W), for the config's vision encoder; a model
+      that reads `pixel_values` itself gets features instead;
+    - `vision_features`: (B, T, F, S, D), in their place;
+    - `frame_mask`: (B, T, F), True where a frame is one, for videos of different length;
+    - `media`: a `MediaCache`, for a conversation over several calls.
+
+    A row with n markers reads its first n pictures; what stands behind them is padding.
+
+    Example:
+        >>> processor = InterleavedProcessor(tokenizer, image_processor)
+        >>> config = GatedXAttnConfig(vision_encoder="facebook/dinov2-small", media_token_id=processor.media_token_id)
+        >>> model = get_peft_model(lm, config)
+        >>> model.generate(**processor(["<image>a red apple. <image>a green"], images=[[apple, pear]]), num_beams=3)
+    """
+
+    prefix = "gated_xattn_"
+    tuner_layer_cls = GatedXAttnLayer
+    not_mergeable = (
+        "Gated cross-attention is no weight update, so it can't be merged. Keep the adapter, or get the language model "
+        "back by unload()."
+    )
+    owns_token_rows = True
+
+    @classmethod
+    def match(cls, config: GatedXAttnConfig, model: nn.Module) -> list[Matrix]:
+        """The token embedding, and every n-th layer of the decoder."""
+        found, model = describe(model), base_model(model)
+        decoder = find_decoder(model, found)
+        chosen = [(i, path) for i, path in enumerate(decoder.layers) if (i + 1) % config.every_n_layers == 0]
+        if not chosen:
+            raise ValueError(
+                f"every_n_layers={config.every_n_layers}, but the decoder of {found.model_class} has {len(decoder.layers)} "
+                "layers."
+            )
+        embedding: Any = own_modules(model)[decoder.embedding]
+        rows, row = embedding.num_embeddings, embedding.embedding_dim
+        matrices = [Matrix(decoder.embedding, "marker", (0, row), rows, row, "decoder", "decoder.marker.0")]
+        d, d_in = decoder.width, config.vision_hidden_size or 0
+        return matrices + [
+            Matrix(path, "layer", (0, d), d_in, d, "decoder", f"decoder.layer.{i}") for i, path in chosen
+        ]
+
+    def check_model(self, config: GatedXAttnConfig, matrices: list[Matrix], found: Anatomy) -> None:
+        if config.has_encoder and "pixel_values" in inspect.signature(self.model.forward).parameters:
+            raise ValueError(
+                f"{found.model_class} reads pixel_values itself, so vision_encoder= would get none. Leave it out, set "
+                "vision_hidden_size=D and pass vision_features (B, T, F, S, D)."
+            )
+        if not config.has_encoder and config.vision_hidden_size is None:
+            raise ValueError(
+                "GatedXAttn needs vision_encoder=, the Hub id or folder of a frozen vision encoder, or the width "
+                "vision_hidden_size= of features that calls bring as vision_features."
+            )
+        self._decoder = find_decoder(self.model, found)
+        present = self.reader()
+        encoder = load_vision_encoder(config, None if present is None else present.encoders)
+        if encoder is not None:
+            follow(encoder, self.model.get_submodule(matrices[1].module), keep_dtype=config._given is not None)
+        self._encoder = (encoder,)  # a tuple is not registered: the reader holds it
+
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:  # fmt: skip
+        reader = self.reader()
+        if reader is None:
+            reader = MediaReader(self.model, self.model.get_submodule(self._decoder.stack))
+            reader.train(self.model.training)
+            self.model.add_module("gated_xattn_reader", reader)
+        if adapter_name not in reader.gated_xattn_resampler:
+            reader.add(adapter_name, peft_config, self._decoder.width, *self._encoder)
+            self._freeze_unless_active(reader, adapter_name)
+        (matrix,) = self._matched[current_key]
+        layer: Any = target
+        if not isinstance(target, GatedXAttnLayer):
+            if matrix.letter == "marker":
+                layer = MarkerEmbedding(target, matrix.role)
+            else:
+                layer = SeeingLayer(target, reader, matrix.role)
+            layer.train(target.training)
+        if matrix.letter == "marker":
+            layer.add(adapter_name, peft_config.media_token_id)
+        else:
+            layer.add(adapter_name, peft_config, self._decoder.width)
+        self._freeze_unless_active(layer, adapter_name)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _freeze_unless_active(self, layer: Any, adapter_name: str) -> None:
+        for name in layer.adapter_layer_names if adapter_name not in self.active_adapters else ():
+            container = getattr(layer, name)
+            if adapter_name in container:
+                container[adapter_name].requires_grad_(False)
+
+    def reader(self) -> MediaReader | None:
+        """The part that takes the pictures out of a call."""
+        return next((m for m in self.model.children() if isinstance(m, MediaReader)), None)
+
+
+register("gated_xattn", GatedXAttnConfig, GatedXAttnModel)

@@ -1,0 +1,93 @@
+"""The frozen vision encoder: read, measured, checked against what an adapter was trained on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..anatomy import describe
+from .frozen_encoder import Place, check_same_encoder, find_encoder, read_encoder
+
+if TYPE_CHECKING:
+    from .gated_xattn import GatedXAttnConfig
+
+KIND, FIELD = "vision encoder", "vision_encoder"
+
+
+def load_vision_encoder(config: GatedXAttnConfig, present: nn.ModuleDict | None = None) -> nn.Module | None:
+    """The config's frozen vision encoder, one of `present` if it is among them; None where the config has none.
+
+    Of a model that also reads text the vision tower alone is taken. Fills in `vision_hidden_size` and
+    `vision_encoder_type`.
+
+    Raises:
+        ValueError: it can't be read, sees nothing, or is not the one that the adapter was trained on.
+    """
+    if not config.has_encoder:
+        return None
+    key = vision_key(config)
+    if present is not None and key in present:
+        encoder = present[key]
+    else:
+        encoder = config._given if config._given is not None else read_encoder(_place(config), KIND, FIELD)
+        encoder = _vision_tower(encoder, config)
+    encoder = encoder.requires_grad_(False).eval()
+    model_type = getattr(getattr(encoder, "config", None), "model_type", None)
+    width = _width(encoder)
+    if config.vision_hidden_size not in (None, width) and not config.is_loaded:
+        raise ValueError(
+            f"vision_hidden_size={config.vision_hidden_size}, but {_name(config)} gives features of width {width}. Leave it out."
+        )
+    check_same_encoder(
+        config, {"vision_encoder_type": model_type, "vision_hidden_size": width}, FIELD, "with_vision_encoder"
+    )
+    return encoder
+
+
+def vision_key(config: GatedXAttnConfig) -> str:
+    """The name under which adapters share an encoder."""
+    return _place(config).key if config._given is None else f"module_{id(config._given)}"
+
+
+def _place(config: GatedXAttnConfig) -> Place:
+    assert config.vision_encoder is not None
+    place = find_encoder(config.vision_encoder, config.vision_encoder_revision, KIND, FIELD)
+    config.vision_encoder_revision = place.revision
+    return place
+
+
+@torch.no_grad()
+def frame_features(encoder: nn.Module, pixels: Tensor) -> Tensor:
+    """The states of all tokens (or of all places of a convolutional network) of each frame.
+
+    Args:
+        pixels: (N, F, C, H, W).
+
+    Returns:
+        (N, F, S, D).
+    """
+    reference = next(p for p in encoder.parameters() if p.is_floating_point())
+    states = encoder(pixel_values=pixels.flatten(0, 1).to(reference.device, reference.dtype)).last_hidden_state
+    if states.ndim == 4:  # (N F, D, H', W')
+        states = states.flatten(2).transpose(1, 2)
+    return states.unflatten(0, pixels.shape[:2])
+
+
+def _vision_tower(model: nn.Module, config: GatedXAttnConfig) -> nn.Module:
+    towers = [t for t in describe(model).towers if t.name == "vision"]
+    if len(towers) != 1:
+        raise ValueError(f"{_name(config)} ({type(model).__name__}) has {len(towers)} vision towers; one is needed.")
+    return model.get_submodule(towers[0].path)
+
+
+def _width(encoder: Any) -> int:
+    """D, measured on a picture of the encoder's size."""
+    size = getattr(encoder.config, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    return frame_features(encoder, torch.zeros(1, 1, 3, height, width)).shape[-1]
+
+
+def _name(config: GatedXAttnConfig) -> str:
+    return repr(config.vision_encoder or "the given vision encoder")
