@@ -16,6 +16,8 @@ from .methods import (
     AuroraModeApproxModel,
     CrossLingualAdapterConfig,
     CrossLingualAdapterModel,
+    HardSampleDomainAdapterConfig,
+    HardSampleDomainAdapterModel,
 )
 from .saving import load, save
 from .tuner import matched_modules
@@ -44,6 +46,8 @@ __all__ = [
     "CrossLingualAdapterModel",
     "CrossLingualTrainer",
     "DistillationLoss",
+    "HardSampleDomainAdapterConfig",
+    "HardSampleDomainAdapterModel",
     "ImageTextCollator",
     "ImageTextRetrievalTrainer",
     "LanguageProcessor",

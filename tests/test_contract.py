@@ -29,6 +29,7 @@ from methods import (
     PARAMETERS,
     ROUTES_ROWS,
     TEXT_TOWER,
+    WHOLE_LAYERS,
     WHOLE_TOWER,
     adapter,
     adapter_of,
@@ -54,7 +55,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 import peft_multimodal
 from peft_multimodal import matched_modules
 
-TARGETED = [method for method in METHODS if method not in WHOLE_TOWER]
+TARGETED = [method for method in METHODS if method not in WHOLE_TOWER | WHOLE_LAYERS]
 MERGE = {"aurora_mode_approx": {}, "aurora_mode_approx-fusion": {"cp_only": True}}  # what merging them takes
 
 
@@ -207,7 +208,8 @@ def test_each_tower_trains_alone(family: Family, method: str):
     """`towers=[t]` touches the modules of that tower alone, and all its parameters get a gradient."""
     found = peft_multimodal.describe(family.build())
     for tower in found.tower_names():
-        if tower not in {m.tower for m in matched_modules(family.build(), METHODS[method](family))}:
+        matched = list(matched_modules(family.build(), METHODS[method](family)))
+        if tower not in {m.tower for m in matched}:
             continue
         try:
             model = wrap(family, method, towers=[tower])
@@ -216,7 +218,7 @@ def test_each_tower_trains_alone(family: Family, method: str):
                 wrap(family, method, towers=[tower])
             continue
         modules = {m.module for m in found.matrices if m.tower == tower}
-        modules |= {t.path for t in found.towers if t.name == tower}
+        modules |= {t.path for t in found.towers if t.name == tower} | {m.module for m in matched if m.tower == tower}
         assert wrapped(model)
         assert wrapped(model) <= modules, tower
         missing = {n for n, g in gradients(family, model).items() if g is None or not g.any()}
@@ -231,7 +233,8 @@ def test_gradient_checkpointing(family: Family, method: str, reentrant: bool):
         pytest.skip(f"{type(model.get_base_model()).__name__} doesn't support gradient checkpointing")
     calls = []
     for path in wrapped(model):
-        model.get_base_model().get_submodule(path).register_forward_hook(lambda *_: calls.append(1))
+        for inner in model.get_base_model().get_submodule(path).modules():  # a layer's own hooks aren't run again
+            inner.register_forward_hook(lambda *_: calls.append(1))
     expected, without = gradients(family, model), len(calls)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
@@ -616,6 +619,19 @@ BAD_VALUES = {
         *(("towers", value) for value in (["vision"], ["text", "vision"], ["decoder"])),
         *((n, v) for n in ("target_modules", "exclude_modules") for v in (["q_proj"], "all-linear", [])),
         *(("layers_to_transform", value) for value in (0, [1])),
+    ],
+    "hard_sample_domain_adapter": [
+        *(
+            (name, value)
+            for name in ("bottleneck_dim", "num_heads", "ff_mult")
+            for value in (0, -1, "8", 8.0, True, None)
+        ),
+        *(("num_layers", value) for value in (-1, "1", 1.0, True)),
+        ("num_heads", 3),  # of a width of 8
+        *(("dropout", value) for value in (1.0, -0.1, "0", True, float("nan"))),
+        *(("placement", value) for value in ("side", None, ["layer"])),
+        *(("last_layers", value) for value in (0, -1, "4", 4.0, True)),
+        ("target_modules", "all-linear"),
     ],
 }
 
@@ -1069,6 +1085,8 @@ def other_shape(family: Family, method: str) -> dict:
     """Changes of a config that give an adapter other sizes."""
     if method in WHOLE_TOWER:
         return {"bottleneck_dim": 8, "num_layers": 2, "pool": "cls"}
+    if method in WHOLE_LAYERS:
+        return {"bottleneck_dim": 4, "num_heads": 1, "num_layers": 2, "last_layers": 1}
     towers = peft_multimodal.describe(family.build()).tower_names()
     return {"r": 2, "towers": ["fusion" if "fusion" in towers else towers[-1]], "share": "none"}
 
