@@ -25,10 +25,14 @@ from .tuner import matched_modules
 if TYPE_CHECKING:
     from .data import ImageTextCollator, LanguageProcessor, QuestionAnswerCollator
     from .evaluation import RetrievalRecall, VQAAccuracy
+    from .training.contrastive import ContrastiveTrainer
     from .training.distillation import CrossLingualTrainer, DistillationLoss
+    from .training.hard_samples import HardSampleBank
     from .training.trainer import ImageTextRetrievalTrainer
 
 _LAZY = {
+    "ContrastiveTrainer": "training.contrastive",
+    "HardSampleBank": "training.hard_samples",
     "CrossLingualTrainer": "training.distillation",
     "DistillationLoss": "training.distillation",
     "ImageTextCollator": "data",
@@ -42,10 +46,12 @@ _LAZY = {
 __all__ = [
     "AuroraModeApproxConfig",
     "AuroraModeApproxModel",
+    "ContrastiveTrainer",
     "CrossLingualAdapterConfig",
     "CrossLingualAdapterModel",
     "CrossLingualTrainer",
     "DistillationLoss",
+    "HardSampleBank",
     "HardSampleDomainAdapterConfig",
     "HardSampleDomainAdapterModel",
     "ImageTextCollator",

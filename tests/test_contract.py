@@ -1016,6 +1016,9 @@ def test_generates_alike_with_and_without_the_cache(family: Family, method: str)
     base = frozen(family)
     assert generate(base, True) == generate(base, False)
     model = wrap(family, method)
+    for seed in range(1, 5):  # small changes of the picture may leave the most likely words what they are
+        if generate(model, True) == generate(base, True):
+            stir(model, seed=seed)
     cached = generate(model, True)
     assert cached == generate(model, False)
     assert cached != generate(base, True)

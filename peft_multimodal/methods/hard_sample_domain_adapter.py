@@ -84,6 +84,13 @@ class HardSampleDomainAdapterConfig(MultimodalConfig):
         if self.placement == "top":
             for name in ("target_modules", "exclude_modules", "layers_to_transform"):
                 self.check(name, "None: placement='top' stands beside whole towers", lambda v: v is None)
+        self.bank: Any = None  # of hard samples, which training sets; it isn't needed for inference
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Also keeps the bank of hard samples that the adapter was trained with; the config is written last."""
+        if self.bank is not None:
+            self.bank.save(save_directory)
+        super().save_pretrained(save_directory, **kwargs)
 
 
 # --- the adapter -----------------------------------------------------------------------------------------------------
