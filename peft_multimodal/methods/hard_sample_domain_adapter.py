@@ -381,7 +381,7 @@ class HardSampleDomainAdapterModel(MultimodalTuner):
         if names is None:
             yield
             return
-        if self.training:
+        if self.model.training:
             raise ValueError(
                 "adapter_names=[...] is for inference: call model.eval(), and train one adapter at a time."
             )
