@@ -423,7 +423,7 @@ class Forgetting:
         return None if self.off is None else self.off == self.before
 
 
-def forgetting(model: nn.Module, score: Callable[[nn.Module], float], before: float) -> Forgetting:
+def forgetting(model: Any, score: Callable[[Any], float], before: float) -> Forgetting:
     """What an adapted model has forgotten: its general score with adapters on and off, against that of the open model.
 
     Each module's train or eval mode is what it was before, also after an error.

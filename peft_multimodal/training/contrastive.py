@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
@@ -110,9 +111,10 @@ class ContrastiveTrainer(AdapterTrainer):
         args = replace(args or TrainingArguments("trainer_output"), remove_unused_columns=False)
         super().__init__(model, args, data_collator, train_dataset, *fixed, **kwargs)
         self.can_return_loss = True
-        for name in getattr(model, "active_adapters", []) if self.bank is not None else ():
-            if isinstance(model.peft_config[name], HardSampleDomainAdapterConfig):
-                model.peft_config[name].bank = self.bank  # saved with the adapter from now on
+        for name in model.active_adapters if self.bank is not None and isinstance(model, PeftModel) else ():
+            config: Any = model.peft_config[name]
+            if isinstance(config, HardSampleDomainAdapterConfig):
+                config.bank = self.bank  # saved with the adapter from now on
 
     # --- the sampler hook ---
 

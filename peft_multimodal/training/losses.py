@@ -189,13 +189,13 @@ def dual_embeddings(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor,
     """
     inputs = {name: value for name, value in batch.items() if name not in ("return_loss", "labels", "ids")}
     outputs = model(**inputs)
-    embeds = [getattr(outputs, f"{side}_embeds", None) for side in ("image", "text")]
-    if any(e is None for e in embeds):
+    image_embeds, text_embeds = (getattr(outputs, f"{side}_embeds", None) for side in ("image", "text"))
+    if image_embeds is None or text_embeds is None:
         raise TypeError(
             f"{type(outputs).__name__} has no image_embeds and text_embeds: pass encode=, such as retrieval_embeddings "
             "for BLIP's retrieval model."
         )
-    return embeds[0], embeds[1]
+    return image_embeds, text_embeds
 
 
 def retrieval_embeddings(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
