@@ -1128,7 +1128,8 @@ def test_adapter_names_of_rows(family: Family, method: str):
         with model.disable_adapter() if name == "__base__" else nullcontext():
             model.set_adapter(name if name in model.peft_config else "default")
             alone = run(family, model)
-        mine, its = (t[:, row] if family.kind == "dual" else t[row] for t in (mixed, alone))
+        pictures = slice(None) if method in WHOLE_TOWER else row  # which the row's adapter may change too
+        mine, its = (t[pictures, row] if family.kind == "dual" else t[row] for t in (mixed, alone))
         seen = family.inputs()["attention_mask"][row].bool()
         if family.kind == "fusion":  # the last states are those of the text
             mine, its = (torch.cat([t[: -len(seen)], t[-len(seen) :][seen]]) for t in (mine, its))

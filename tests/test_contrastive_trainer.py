@@ -450,7 +450,7 @@ def test_two_processes_equal_one_on_the_joint_batch(parts: bool, tmp_path: Path)
     np.testing.assert_allclose(banks[1].difficulty, banks[0].difficulty, atol=1e-4)
 
 
-def test_the_example_of_the_readme_names_exists():
+def test_towers_may_be_a_tuple():
     config = HardSampleDomainAdapterConfig(bottleneck_dim=64, num_layers=1, towers=("vision", "text"))
     assert (config.last_layers, config.placement) == (4, "layer")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import tracemalloc
@@ -698,3 +699,6 @@ def test_the_report_is_one_safe_page(tmp_path):
     assert not any(text in page for text in ("http://", "https://", 'src="/', "<link"))
     assert "0.950" in page
     assert bank.report(tmp_path / "plain.html").read_text().count("<figure>") >= 12
+    bank.dataset = rows  # what it was made of or trained with
+    assert "data:image/jpeg;base64," in bank.report(tmp_path / "own.html").read_text()
+    assert copy.deepcopy(bank).dataset is None

@@ -105,6 +105,7 @@ class ContrastiveTrainer(AdapterTrainer):
         self._positions = None
         if self.bank is not None and train_dataset is not None and not _streams(train_dataset):
             self._positions = self.bank.positions_in(train_dataset)  # another data set is an error here
+            self.bank.dataset = train_dataset
         if data_collator is None:
             rows = train_dataset if train_dataset is not None else kwargs.get("eval_dataset")
             data_collator = None if rows is None else default_collator(model, next(iter(rows)))

@@ -284,7 +284,7 @@ class HardSampleBank:
         >>> bank = HardSampleBank.from_model(model, dataset, id_column="id")
         >>> trainer = ContrastiveTrainer(model, args, train_dataset=dataset, hard_samples=bank)
         >>> trainer.train()
-        >>> bank.report("report.html", dataset)
+        >>> bank.report("report.html")
     """
 
     def __init__(
@@ -309,6 +309,10 @@ class HardSampleBank:
         self.table = np.full(STEPS, 0.5, np.float32)  # the difficulty of each rank
         self.history: list[tuple[int, np.ndarray]] = []  # (step, counts of difficulties)
         self.tree: SumTree | None = None
+        self.dataset: Any = None  # for the report; it isn't saved, and no copy takes it along
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "dataset": None}
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -370,7 +374,7 @@ class HardSampleBank:
             raise ValueError(f"{len(met) - len(bank)} ids occur more than once: ids must tell the pairs apart.")
         rows = bank.rows(met)
         bank.difficulty[rows] = bank.base_difficulty[rows] = values
-        bank.queue = queue
+        bank.queue, bank.dataset = queue, None if streams else dataset
         bank._note_history(0)
         return bank
 
@@ -587,11 +591,13 @@ class HardSampleBank:
         """Write a self-contained HTML page: the histogram over time, the hardest pairs, the suspected mismatches.
 
         Args:
-            dataset: For pictures and texts; by default only keys are shown.
+            dataset: For pictures and texts; by default the one that the bank was made of or trained with. A bank that
+                was loaded shows only keys without it.
             pairs: Shown of each kind.
         """
         from .hard_sample_report import write_report
 
+        dataset = self.dataset if dataset is None else dataset
         return write_report(self, Path(path), dataset, image_column, text_column, pairs)
 
 
