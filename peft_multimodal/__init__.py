@@ -18,6 +18,8 @@ from .methods import (
     CrossLingualAdapterModel,
     GatedXAttnConfig,
     GatedXAttnModel,
+    HardSampleDomainAdapterConfig,
+    HardSampleDomainAdapterModel,
     MediaCache,
 )
 from .saving import load, save
@@ -27,10 +29,14 @@ if TYPE_CHECKING:
     from .data import ImageTextCollator, LanguageProcessor, QuestionAnswerCollator
     from .evaluation import RetrievalRecall, VQAAccuracy
     from .interleaved import InterleavedProcessor
+    from .training.contrastive import ContrastiveTrainer
     from .training.distillation import CrossLingualTrainer, DistillationLoss
+    from .training.hard_samples import HardSampleBank
     from .training.trainer import ImageTextRetrievalTrainer
 
 _LAZY = {
+    "ContrastiveTrainer": "training.contrastive",
+    "HardSampleBank": "training.hard_samples",
     "CrossLingualTrainer": "training.distillation",
     "DistillationLoss": "training.distillation",
     "ImageTextCollator": "data",
@@ -45,12 +51,16 @@ _LAZY = {
 __all__ = [
     "AuroraModeApproxConfig",
     "AuroraModeApproxModel",
+    "ContrastiveTrainer",
     "CrossLingualAdapterConfig",
     "CrossLingualAdapterModel",
     "CrossLingualTrainer",
     "DistillationLoss",
     "GatedXAttnConfig",
     "GatedXAttnModel",
+    "HardSampleBank",
+    "HardSampleDomainAdapterConfig",
+    "HardSampleDomainAdapterModel",
     "ImageTextCollator",
     "ImageTextRetrievalTrainer",
     "InterleavedProcessor",

@@ -148,7 +148,7 @@ def describe(model: nn.Module) -> Anatomy:
         if found or name in ("vision", "text", "decoder")
     ]
     fusion_stacks = sorted(
-        {_stack(m.module) for m in matrices if m.tower == "fusion" and not any(is_below(m.module, r) for r in roots)}
+        {stack_of(m.module) for m in matrices if m.tower == "fusion" and not any(is_below(m.module, r) for r in roots)}
     )
     towers += [
         Tower(
@@ -415,7 +415,7 @@ def _tower_of(path: str, roots: dict[str, str], attentions: set[str]) -> str:
     return "fusion" if layer_of(path) or path in attentions or path.rpartition(".")[0] in attentions else "other"
 
 
-def _stack(path: str) -> str:
+def stack_of(path: str) -> str:
     """Path of the stack of layers that a module lies in."""
     layer = layer_of(path)
     first = re.match(r"(.*?)\.\d+(\.|$)", layer or "")

@@ -402,6 +402,51 @@ def retention(adapted: float, reference: float) -> float:
     return 100 * adapted / reference
 
 
+@dataclass(frozen=True)
+class Forgetting:
+    """A general score before and after adaptation, in its own unit.
+
+    `forgotten` is before - on; `exact_off` says whether the model with its adapters off scores as before to the last
+    bit, None where nothing can be switched off.
+    """
+
+    before: float
+    on: float
+    off: float | None
+
+    @property
+    def forgotten(self) -> float:
+        return self.before - self.on
+
+    @property
+    def exact_off(self) -> bool | None:
+        return None if self.off is None else self.off == self.before
+
+
+def forgetting(model: Any, score: Callable[[Any], float], before: float) -> Forgetting:
+    """What an adapted model has forgotten: its general score with adapters on and off, against that of the open model.
+
+    Each module's train or eval mode is what it was before, also after an error.
+
+    Args:
+        model: In a `PeftModel`; or fully fine-tuned, which can't be switched off.
+        score: The general ability of a model as one number, the more the better, such as
+            `lambda m: retrieval_recall(**compute_embeddings(m, general, collator))["mean_recall"]`.
+        before: What `score` gave for the model before it was adapted.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        on, off = float(score(model)), None
+        if hasattr(model, "disable_adapter"):
+            with model.disable_adapter():
+                off = float(score(model))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return Forgetting(float(before), on, off)
+
+
 # ----------------------------------------------------------------------------------------------------------- metrics
 
 _TEXT = datasets.Value("string")

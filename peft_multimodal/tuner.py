@@ -267,7 +267,12 @@ class MultimodalTuner(BaseTuner):
     # --- matching ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def default_targets(cls, config: Any, found: Anatomy) -> list[Matrix]:
+    def candidates(cls, config: Any, model: nn.Module, found: Anatomy) -> list[Matrix]:
+        """What this method can adapt: by default any matrix."""
+        return found.matrices
+
+    @classmethod
+    def default_targets(cls, config: Any, candidates: list[Matrix]) -> list[Matrix]:
         """What `target_modules=None` means for this method."""
         raise NotImplementedError
 
@@ -275,21 +280,22 @@ class MultimodalTuner(BaseTuner):
     def match(cls, config: Any, model: nn.Module) -> list[Matrix]:
         """The matrices that `config` selects in `model`, in the model's order; an error names what exists."""
         found = anatomy.describe(model)
+        candidates = cls.candidates(config, model, found)
         wanted = config.towers or None
         if config.is_loaded and (roles := _unfold(config.base_signature)):
-            return [m for m in found.matrices if m.role in roles]  # names may have changed since, roles have not
+            return [m for m in candidates if m.role in roles]  # names may have changed since, roles have not
         if config.target_modules is None:
-            selected = cls.default_targets(config, found)
+            selected = cls.default_targets(config, candidates)
         elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             head = getattr(anatomy.base_model(model), "get_output_embeddings", lambda: None)()
             heads = {p for p, m in anatomy.base_model(model).named_modules() if head is not None and m is head}
-            selected = [m for m in found.matrices if m.module not in heads]
+            selected = [m for m in candidates if m.module not in heads]
         else:
-            selected = [m for m in found.matrices if check_target_module_exists(config, m.module)]
+            selected = [m for m in candidates if check_target_module_exists(config, m.module)]
         selected = [m for m in selected if (wanted is None or m.tower in wanted) and not _left_out(config, m.module)]
         selected = [m for m in selected if _in_layers(config, m.module)]
         if not selected:
-            raise ValueError(_nothing_matched(config, found))
+            raise ValueError(_nothing_matched(config, found, candidates))
         return selected
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
@@ -545,7 +551,7 @@ def _in_layers(config: Any, path: str) -> bool:
         return True
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
     for pattern in patterns or [r"[^.]*"]:
-        if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path):
+        if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)(?:\.|$)", path):
             wanted = config.layers_to_transform
             return int(match.group(1)) in (wanted if isinstance(wanted, (list, tuple)) else [wanted])
     return False
@@ -564,19 +570,20 @@ def _named(names: list[str] | str | None, path: str) -> bool:
     return any(path == n or path.endswith(f".{n}") for n in names)
 
 
-def _nothing_matched(config: Any, found: Anatomy) -> str:
+def _nothing_matched(config: Any, found: Anatomy, candidates: list[Matrix]) -> str:
     counts: dict[str, dict[str, int]] = {}
-    for matrix in found.matrices:
-        leaf = matrix.module.rpartition(".")[2]
+    for matrix in candidates:
+        parent, _, leaf = matrix.module.rpartition(".")
+        leaf = f"{parent}.N" if leaf.isdigit() else leaf  # a numbered layer is called by its list
         counts.setdefault(matrix.tower, {}).setdefault(leaf, 0)
         counts[matrix.tower][leaf] += 1
     exists = "; ".join(
         f"{tower}: " + ", ".join(f"{n} ({k})" for n, k in leaves.items()) for tower, leaves in counts.items()
     )
-    asked = "the default q, k, v" if config.target_modules is None else f"target_modules={config.target_modules!r}"
+    asked = "the default targets" if config.target_modules is None else f"target_modules={config.target_modules!r}"
     return (
-        f"No module of {found.model_class} matches {asked} in towers={config.towers or 'all'}. Its linear modules by tower: "
-        f"{exists or 'none'}. print(peft_multimodal.describe(model)) shows the towers."
+        f"No module of {found.model_class} matches {asked} in towers={config.towers or 'all'}. What can be adapted, by "
+        f"tower: {exists or 'nothing'}. print(peft_multimodal.describe(model)) shows the towers."
     )
 
 

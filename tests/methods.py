@@ -26,7 +26,12 @@ from families import BOS, EOS, FAMILIES, PAD, SEP, VOCAB, Family, text_tower, ti
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_multimodal import AuroraModeApproxConfig, CrossLingualAdapterConfig, GatedXAttnConfig
+from peft_multimodal import (
+    AuroraModeApproxConfig,
+    CrossLingualAdapterConfig,
+    GatedXAttnConfig,
+    HardSampleDomainAdapterConfig,
+)
 
 R = 4
 
@@ -88,11 +93,16 @@ def gated_xattn(family: Family, **changes: Any) -> PeftConfig | None:
     return GatedXAttnConfig(**{"media_token_id": BOS, "vision_hidden_size": 20, **sizes, **changes})
 
 
+def domain(family: Family, **changes: Any) -> PeftConfig:
+    return HardSampleDomainAdapterConfig(**{"bottleneck_dim": 8, "num_heads": 2, **changes})
+
+
 METHODS: dict[str, Callable[..., PeftConfig | None]] = {
     "aurora_mode_approx": aurora,
     "aurora_mode_approx-fusion": aurora_fusion,
     "cross_lingual_adapter": cross_lingual,
     "gated_xattn": gated_xattn,
+    "hard_sample_domain_adapter": domain,
 }
 
 # Where a method differs in what it promises.
@@ -101,7 +111,8 @@ NOT_IDENTITY = {
 }  # reads another language from the start; what it gives for pictures is the base's
 WHOLE_TOWER = {"cross_lingual_adapter"}  # takes a tower's place: has no target_modules, and nothing is recomputed in it
 WHOLE_LAYERS = {"gated_xattn"}  # stands before the layers of a decoder: has no target_modules
-ROUTES_ROWS = {"cross_lingual_adapter"}  # knows adapter_names=[...]
+OWN_LAYERS = {"hard_sample_domain_adapter"}  # its target_modules are layers, not matrices
+ROUTES_ROWS = {"cross_lingual_adapter", "hard_sample_domain_adapter"}  # knows adapter_names=[...]
 COMPANIONS = {"cross_lingual_adapter": {"tokenizer.json", "tokenizer_config.json"}}  # files beside the adapter's
 
 CASES = [
@@ -167,11 +178,42 @@ def gated_xattn_parameters(base: nn.Module, config: GatedXAttnConfig) -> int:
     return resampler + 2 * block + d
 
 
+# Widths of the layers of each family's encoders that attend to their own sequence through a known mask.
+SELF_ATTENDING = {
+    "CLIPModel": [48, 48, 32, 32],
+    "SiglipModel": [48, 48, 32, 32],
+    "ChineseCLIPModel": [48, 48, 32, 32],
+    "AltCLIPModel": [48, 48, 32, 32],
+    "VisionTextDualEncoderModel": [48, 48, 32, 32],
+    "BlipForImageTextRetrieval": [48, 48, 32, 32],
+    "FlavaModel": [48, 48, 32, 32, 40, 40],
+    "ViltForQuestionAnswering": [32, 32],
+    "BridgeTowerForImageAndTextRetrieval": [64, 64, 32, 32, 32, 32, 32, 32],  # both streams of the fusion
+    "BlipForQuestionAnswering": [32, 32, 32, 32],
+    "BlipForConditionalGeneration": [48, 48],
+    "Blip2ForConditionalGeneration": [48, 48, 32, 32],
+    "LlavaForConditionalGeneration": [48, 48, 48],
+    "Qwen2_5_VLForConditionalGeneration": [48, 48],
+    "PaliGemmaForConditionalGeneration": [48, 48],
+    "Idefics3ForConditionalGeneration": [48, 48],
+    "MllamaForConditionalGeneration": [16, 16, 16],  # local and global
+    "Florence2ForConditionalGeneration": [32, 32],  # the text's: the pictures' convolve
+}
+
+
+def domain_parameters(base: nn.Module, config: HardSampleDomainAdapterConfig) -> int:
+    """2 d + (d m + m) + n (12 m^2 + 13 m) + m d + 1 a layer."""
+    m, n = config.bottleneck_dim, config.num_layers
+    widths = SELF_ATTENDING[type(base).__name__]
+    return sum(2 * d + (d * m + m) + n * (12 * m**2 + 13 * m) + m * d + 1 for d in widths)
+
+
 PARAMETERS: dict[str, Callable[[nn.Module, Any], int]] = {
     "aurora_mode_approx": aurora_parameters,
     "aurora_mode_approx-fusion": aurora_parameters,
     "cross_lingual_adapter": cross_lingual_parameters,
     "gated_xattn": gated_xattn_parameters,
+    "hard_sample_domain_adapter": domain_parameters,
 }
 
 # What no optimizer may decay.

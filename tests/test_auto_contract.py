@@ -12,7 +12,13 @@ from methods import NOT_IDENTITY, adapter, distance, language, stir, trace
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_multimodal import AuroraModeApproxConfig, CrossLingualAdapterConfig, GatedXAttnConfig, matched_modules
+from peft_multimodal import (
+    AuroraModeApproxConfig,
+    CrossLingualAdapterConfig,
+    GatedXAttnConfig,
+    HardSampleDomainAdapterConfig,
+    matched_modules,
+)
 from peft_multimodal.anatomy import is_below
 
 MARKER, WIDTH = 9, 12  # the marker is the first word of the first row
@@ -27,9 +33,13 @@ METHODS = {
     "aurora_mode_approx": lambda: AuroraModeApproxConfig(r=2, alpha=4.0, dropout=0.0),
     "cross_lingual_adapter": lambda: CrossLingualAdapterConfig(encoder=language(), bottleneck_dim=8, num_heads=2),
     "gated_xattn": gated_xattn,
+    "hard_sample_domain_adapter": lambda: HardSampleDomainAdapterConfig(bottleneck_dim=8, num_heads=2),
 }
-# In the message of a method that doesn't apply everywhere.
-REFUSED = {"cross_lingual_adapter": "Use a dual encoder", "gated_xattn": "Use a decoder-only language model"}
+REFUSED = {
+    "cross_lingual_adapter": "Use a dual encoder",
+    "gated_xattn": "Use a decoder-only language model",
+    "hard_sample_domain_adapter": "can be adapted",
+}  # in the message of a method that doesn't apply everywhere
 
 # Of different build: grouped queries, experts, an encoder-decoder, a detector, one stream, two streams.
 SAMPLE = (

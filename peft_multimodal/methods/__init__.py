@@ -3,6 +3,7 @@
 from .aurora_mode_approx import AuroraModeApproxConfig, AuroraModeApproxModel
 from .cross_lingual_adapter import CrossLingualAdapterConfig, CrossLingualAdapterModel
 from .gated_xattn import GatedXAttnConfig, GatedXAttnModel
+from .hard_sample_domain_adapter import HardSampleDomainAdapterConfig, HardSampleDomainAdapterModel
 from .media import MediaCache
 
 __all__ = [
@@ -12,5 +13,7 @@ __all__ = [
     "CrossLingualAdapterModel",
     "GatedXAttnConfig",
     "GatedXAttnModel",
+    "HardSampleDomainAdapterConfig",
+    "HardSampleDomainAdapterModel",
     "MediaCache",
 ]

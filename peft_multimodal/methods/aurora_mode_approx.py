@@ -131,8 +131,8 @@ class AuroraModeApproxModel(MultimodalTuner):
     tuner_layer_cls = AuroraModeApproxLayer
 
     @classmethod
-    def default_targets(cls, config: AuroraModeApproxConfig, found: Anatomy) -> list[Matrix]:
-        return [m for m in found.matrices if m.letter in ("q", "k", "v", "qkv")]
+    def default_targets(cls, config: AuroraModeApproxConfig, candidates: list[Matrix]) -> list[Matrix]:
+        return [m for m in candidates if m.letter in ("q", "k", "v", "qkv")]
 
     def check_model(self, config: AuroraModeApproxConfig, matrices: list[Matrix], found: Anatomy) -> None:
         shapes = sorted({(m.d_in, m.d_out) for m in matrices})

@@ -11,9 +11,17 @@ _WHERE = {
     "retrieval_embeddings": "losses",
     "retrieval_loss": "losses",
     "similarity_loss": "losses",
+    "dual_embeddings": "losses",
+    "pair_losses": "losses",
+    "ContrastiveTrainer": "contrastive",
     "CrossLingualTrainer": "distillation",
     "DistillationLoss": "distillation",
+    "HardSampleBank": "hard_samples",
+    "HardSampleSampler": "sampling",
+    "HardSampling": "hard_samples",
     "ImageTextRetrievalTrainer": "trainer",
+    "SumTree": "sampling",
+    "weighted_order": "sampling",
 }
 
 __all__ = list(_WHERE)

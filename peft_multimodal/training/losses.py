@@ -73,6 +73,40 @@ def contrastive_loss(
     return similarity_loss(_cosines(image_embeds, text_embeds) * logit_scale, image_ids, text_ids, reduction)
 
 
+def pair_losses(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    all_images: Tensor,
+    all_texts: Tensor,
+    logit_scale: Tensor | float,
+    image_ids: Tensor,
+    text_ids: Tensor,
+    first: int = 0,
+) -> Tensor:
+    """Each pair's ITC among the pairs of several processes: the module's equation, `(b,)`.
+
+    Unlike in `similarity_loss`, pictures and texts have ids of their own kind: two pairs are no negatives of each
+    other if they share the picture's or the text's.
+
+    Args:
+        image_embeds: `(b, d)`, of unit length, of b pairs that stand from `first` on among all of them.
+        text_embeds: `(b, d)`.
+        all_images: `(B, d)`, with those of this process.
+        all_texts: `(B, d)`.
+        logit_scale: 1 / temperature.
+        image_ids: Integers `(B,)`, of all.
+        text_ids: Integers `(B,)`.
+    """
+    target = torch.arange(first, first + len(image_embeds), device=image_embeds.device)
+    same = (image_ids[target, None] == image_ids) | (text_ids[target, None] == text_ids)
+    same[torch.arange(len(target), device=same.device), target] = False
+    losses = [
+        F.cross_entropy((one @ other.T * logit_scale).masked_fill(same, -torch.inf), target, reduction="none")
+        for one, other in ((image_embeds, all_texts), (text_embeds, all_images))
+    ]
+    return (losses[0] + losses[1]) / 2
+
+
 def matching_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of an image-text matching head, in float32.
 
@@ -143,6 +177,25 @@ def contrastive_loss_func(
         logits = cosines * LOGIT_SCALE
     loss = similarity_loss(logits, labels, labels, reduction="none")
     return loss.mean() if num_items_in_batch is None else loss.sum() / num_items_in_batch
+
+
+def dual_embeddings(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """`image_embeds` and `text_embeds` of a dual encoder's own forward, `(B, d)` each.
+
+    It goes through the wrapper that training has put around the model, so hooks of DDP and FSDP run.
+
+    Raises:
+        TypeError: The output has none.
+    """
+    inputs = {name: value for name, value in batch.items() if name not in ("return_loss", "labels", "ids")}
+    outputs = model(**inputs)
+    image_embeds, text_embeds = (getattr(outputs, f"{side}_embeds", None) for side in ("image", "text"))
+    if image_embeds is None or text_embeds is None:
+        raise TypeError(
+            f"{type(outputs).__name__} has no image_embeds and text_embeds: pass encode=, such as retrieval_embeddings "
+            "for BLIP's retrieval model."
+        )
+    return image_embeds, text_embeds
 
 
 def retrieval_embeddings(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

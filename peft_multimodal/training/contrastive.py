@@ -1,0 +1,363 @@
+"""Contrastive training of dual encoders, with a memory of hard pairs or without.
+
+Over the B pairs of a step on all processes together, with l_i a pair's loss of both directions and w_i c_i its weight
+(see `hard_samples`; 1 without a bank),
+
+    L = 1/B sum_i w_i c_i l_i + lambda 1/B sum_i (||v_i - v_i'||^2 + ||t_i - t_i'||^2) / 2
+
+where v', t' are what the model gives with its adapters off: staying near to it is what keeps general knowledge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..methods.hard_sample_domain_adapter import HardSampleDomainAdapterConfig
+from .hard_samples import (
+    FILE,
+    HardSampleBank,
+    SampleIds,
+    as_it_was,
+    default_collator,
+    difficulties,
+    load_arrays,
+    logit_scale,
+    save_arrays,
+    split_keys,
+)
+from .losses import dual_embeddings, pair_losses
+from .sampling import HardSampleSampler
+from .trainer import AdapterTrainer, call_inside
+
+SAMPLER_FILE = "hard_sample_sampler.safetensors"
+
+
+class ContrastiveTrainer(AdapterTrainer):
+    """`transformers.Trainer` with the symmetric contrastive loss of all processes' pairs, for every dual encoder.
+
+        >>> bank = HardSampleBank.from_model(model, dataset, id_column="id")
+        >>> trainer = ContrastiveTrainer(model, args, train_dataset=dataset, hard_samples=bank)
+        >>> trainer.train()
+
+    It serves any adapter, and full fine-tuning. The loss sees the pairs of all processes: two of them give the
+    gradients of one on the joint batch. With gradient accumulation each step of it has a loss of its own; a larger
+    batch with `rows_at_once` gives the gradients of the whole in the memory of a part.
+
+    With a bank, a map-style data set is sampled by it, in every process alike; one that streams comes in its own
+    order, and the bank acts by the loss weights alone. Its ids must be known to the bank. The bank is saved with the
+    model and in every checkpoint, and resumed with the sampler to the last bit.
+
+    `evaluate()` gives eval_loss, of each process's batches alone; `compute_metrics` gets image embeddings as
+    predictions and text embeddings as labels, `(rows, d)` each, of unit length.
+
+    Args:
+        hard_samples: The bank of `train_dataset`.
+        data_collator: As for `HardSampleBank.from_model`, whose default it shares.
+        keep_close: lambda; 0 leaves the term out. It takes a second pass without adapters.
+        rows_at_once: Rows of a process's batch that go through the model together (GradCache, Gao et al. 2021):
+            embeddings first, then the loss of the whole batch, then each part again with its share of the gradient.
+        chunk_size: Draws of the sampler between two looks at the difficulties; None draws an epoch at once.
+        encode: `(model, batch) -> (image, text)` for models whose output has no `image_embeds` and `text_embeds`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: Any = None,
+        data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+        train_dataset: Any = None,
+        *fixed: Any,
+        hard_samples: HardSampleBank | None = None,
+        keep_close: float = 0.0,
+        rows_at_once: int | None = None,
+        chunk_size: int | None = 1024,
+        encode: Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not (isinstance(keep_close, (int, float)) and 0 <= keep_close < float("inf")):
+            raise ValueError(f"keep_close must be a number >= 0, got {keep_close!r}.")
+        if keep_close and not hasattr(model, "disable_adapter"):
+            raise ValueError("keep_close compares with the model without its adapters: it needs a PeftModel.")
+        for name, value in (("rows_at_once", rows_at_once), ("chunk_size", chunk_size)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be a positive integer or None, got {value!r}.")
+        if hard_samples is not None and not isinstance(hard_samples, HardSampleBank):
+            raise TypeError(f"hard_samples takes a HardSampleBank, got {type(hard_samples).__name__}.")
+        self.bank, self.keep_close, self.rows_at_once = hard_samples, keep_close, rows_at_once
+        self.chunk_size = chunk_size
+        self.encode = encode or dual_embeddings
+        self.sampler: HardSampleSampler | None = None
+        self._resume_sampler: dict[str, np.ndarray] | None = None
+        self._positions = None
+        if self.bank is not None and train_dataset is not None and not _streams(train_dataset):
+            self._positions = self.bank.positions_in(train_dataset)  # another data set is an error here
+            self.bank.dataset = train_dataset
+        if data_collator is None:
+            rows = train_dataset if train_dataset is not None else kwargs.get("eval_dataset")
+            data_collator = None if rows is None else default_collator(model, next(iter(rows)))
+        args = replace(args or TrainingArguments("trainer_output"), remove_unused_columns=False)
+        super().__init__(model, args, data_collator, train_dataset, *fixed, **kwargs)
+        self.can_return_loss = True
+        for name in model.active_adapters if self.bank is not None and isinstance(model, PeftModel) else ():
+            config: Any = model.peft_config[name]
+            if isinstance(config, HardSampleDomainAdapterConfig):
+                config.bank = self.bank  # saved with the adapter from now on
+
+    # --- the sampler hook ---
+
+    def get_train_dataloader(self) -> Any:
+        if self.bank is None:
+            return super().get_train_dataloader()
+        plain = self.data_collator
+        self.data_collator = SampleIds(plain, self.bank.id_column, self.bank.image_id_column)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = plain
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self._positions is None or self.bank is None:
+            return super()._get_train_sampler(train_dataset)
+        rows = self._train_batch_size * self.args.world_size
+        self.sampler = HardSampleSampler(self.bank, self._positions, rows, self.chunk_size, self.args.seed)
+        if self._resume_sampler is not None:
+            self.sampler.load_state(self._resume_sampler)
+            self._resume_sampler = None
+        return self.sampler
+
+    # --- checkpoints ---
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if self.bank is not None:
+            if resume_from_checkpoint:
+                folder = resume_from_checkpoint
+                folder = get_last_checkpoint(self.args.output_dir) if folder is True else folder
+                self._resume(Path(folder or ""))
+            self._agree()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _resume(self, folder: Path) -> None:
+        assert self.bank is not None
+        if not (folder / FILE).is_file():
+            raise FileNotFoundError(f"{folder} has no {FILE}: it is a checkpoint of a training without a bank.")
+        self.bank.load_state(load_arrays(folder / FILE)[0])
+        if self._positions is not None:
+            self._resume_sampler = load_arrays(folder / SAMPLER_FILE)[0]
+
+    def _agree(self) -> None:
+        """Every process starts from the first one's bank."""
+        assert self.bank is not None
+        if self.args.world_size > 1:
+            arrays = {name: torch.from_numpy(array).to(self.args.device) for name, array in self.bank.state().items()}
+            for name in sorted(arrays):
+                dist.broadcast(arrays[name], src=0)
+            self.bank.load_state({name: array.cpu().numpy() for name, array in arrays.items()})
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.bank is not None:
+            self.bank.save(output_dir or self.args.output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.sampler is not None and self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+            save_arrays(self.sampler.state(), folder / SAMPLER_FILE)
+
+    # --- the loss ---
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        inputs, keys = self._keys(inputs)
+        image, text = self._embed(model, inputs)
+        loss = self._loss(model, image, text, logit_scale(self._module(model)), inputs, keys)
+        return (loss, {"image_embeds": image, "text_embeds": text}) if return_outputs else loss
+
+    def _keys(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What the model reads, and the pairs' keys; without ids each picture is another."""
+        if "sample_ids" not in inputs:
+            count = len(inputs["input_ids"])
+            own = torch.arange(count, device=inputs["input_ids"].device) + self.args.process_index * count
+            inputs = {**inputs, "sample_ids": own}
+        return split_keys(inputs)
+
+    def _module(self, model: nn.Module) -> Any:
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+
+    def _embed(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Unit embeddings, float32 (B, d) each."""
+        if self.encode is dual_embeddings:
+            image, text = dual_embeddings(model, inputs)
+        else:  # it may call parts of the model, which a wrapper around it knows nothing of
+            module = self._module(model)
+            with self.accelerator.autocast():
+                image, text = call_inside(model, module, lambda batch: self.encode(module, batch), inputs)
+        with torch.autocast(image.device.type, enabled=False):
+            return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+
+    def _loss(
+        self,
+        model: nn.Module,
+        image: Tensor,
+        text: Tensor,
+        scale: Tensor,
+        inputs: Mapping[str, Any],
+        keys: dict[str, Tensor],
+    ) -> Tensor:
+        """The module docstring's L as this process has it: the mean over processes is L, and its gradient L's."""
+        training = self.model.training
+        gather = gather_with_gradients if training and self.args.world_size > 1 else _alone
+        every_image, every_text = gather(image), gather(text)
+        every = {name: gather(key) for name, key in keys.items()}
+        first = self.args.process_index * len(image) if gather is gather_with_gradients else 0
+        with torch.autocast(image.device.type, enabled=False):
+            losses = pair_losses(
+                image, text, every_image, every_text, scale.float(), every["image"], every["text"], first
+            )
+        if training and self.bank is not None:
+            weights = self._visit(every_image.detach(), every_text.detach(), scale.detach(), every, first, len(image))
+            losses = losses * weights.to(losses)
+        loss = losses.mean()
+        if training and self.keep_close:
+            with as_it_was(self._module(model)), torch.no_grad(), self.accelerator.autocast():
+                images, texts = self.encode(self._module(model), inputs)
+            apart = [(x - F.normalize(y.float(), dim=-1)).square().sum(-1) for x, y in ((image, images), (text, texts))]
+            loss = loss + self.keep_close * (apart[0] + apart[1]).mean() / 2
+        return loss
+
+    def _visit(
+        self, image: Tensor, text: Tensor, scale: Tensor, keys: dict[str, Tensor], first: int, count: int
+    ) -> Tensor:
+        """Show the bank the pairs of all processes; the weights (count,) of this one's."""
+        bank: Any = self.bank
+        bank.queue.push(image, text, keys)
+        own = slice(first, first + count)
+        mine = {name: key[own] for name, key in keys.items()}
+        found = difficulties(image[own], text[own], scale, mine, bank.queue, bank.settings)
+        if count < len(image):
+            found = gather_with_gradients(found)  # each computed once, so that all processes have the same bits
+        sample = keys["sample"].cpu().numpy()
+        bank.update(sample, found.cpu().numpy(), self.state.global_step)
+        if self.sampler is not None:
+            self.sampler.trained(len(sample))
+        return torch.from_numpy(bank.loss_weights(sample)[own])
+
+    # --- a batch in parts ---
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        if self.rows_at_once is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
+            self.optimizer.train()
+        inputs, keys = self._keys(self._prepare_inputs(inputs))
+        size = len(inputs["input_ids"])
+        parts = [_rows(inputs, start, start + self.rows_at_once, size) for start in range(0, size, self.rows_at_once)]
+        states, embedded = [], []
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for part in parts:
+                states.append(_random_states(self.args.device))
+                embedded.append(self._embed(self._module(model), part))
+        image, text = (torch.cat(side).requires_grad_() for side in zip(*embedded, strict=True))
+        own_scale = logit_scale(self._module(model))
+        scale = own_scale.detach().requires_grad_()
+        with self.compute_loss_context_manager():
+            loss = self._loss(model, image, text, scale, inputs, keys)
+        share = loss / self.current_gradient_accumulation_steps
+        by_image, by_text, by_scale = torch.autograd.grad(share, (image, text, scale))
+        for i, part in enumerate(parts):
+            rows = slice(i * self.rows_at_once, (i + 1) * self.rows_at_once)
+            last = i == len(parts) - 1
+            # Only the last part's backward exchanges the gradients that have added up.
+            with (
+                nullcontext() if last else self.accelerator.no_sync(model),
+                _with_random_states(states[i], self.args.device),
+            ):
+                with self.compute_loss_context_manager():
+                    again = self._embed(model, part)
+                    surrogate = (again[0] * by_image[rows]).sum() + (again[1] * by_text[rows]).sum()
+                    if last and own_scale.requires_grad:
+                        surrogate = surrogate + logit_scale(self._module(model)) * by_scale
+                self.accelerator.backward(surrogate)
+        return share.detach()
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        return loss.detach(), outputs["image_embeds"].detach(), outputs["text_embeds"].detach()
+
+
+class _Gather(torch.autograd.Function):
+    """All processes' rows, in their order; in backward each gets the sum of what all of them owe it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.first, ctx.size = dist.get_rank() * len(x), len(x)
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Tensor:
+        grad = grads[0].contiguous().clone()
+        dist.all_reduce(grad)
+        return grad[ctx.first : ctx.first + ctx.size]
+
+
+def gather_with_gradients(x: Tensor) -> Tensor:
+    """(B, ...) of each process -> (processes * B, ...), with gradients; every process has as many rows."""
+    return _Gather.apply(x)  # type: ignore[no-any-return]
+
+
+def _alone(x: Tensor) -> Tensor:
+    return x
+
+
+def _streams(dataset: Any) -> bool:
+    return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__")
+
+
+def _rows(inputs: Mapping[str, Any], start: int, stop: int, size: int) -> dict[str, Any]:
+    """A part of a batch; what isn't a tensor of the batch's rows goes with every part."""
+    return {
+        name: value[start:stop] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
+        for name, value in inputs.items()
+    }
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_device]
+
+
+@contextmanager
+def _with_random_states(states: list[Tensor], device: torch.device) -> Iterator[None]:
+    """Within it random numbers are drawn as they were before: dropout is the same in both passes."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.set_rng_state(states[0])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(states[1], device)
+        yield
