@@ -16,6 +16,8 @@ from .methods import (
     AuroraModeApproxModel,
     CrossLingualAdapterConfig,
     CrossLingualAdapterModel,
+    StructuredPromptConfig,
+    StructuredPromptModel,
 )
 from .saving import load, save
 from .tuner import matched_modules
@@ -49,6 +51,8 @@ __all__ = [
     "LanguageProcessor",
     "QuestionAnswerCollator",
     "RetrievalRecall",
+    "StructuredPromptConfig",
+    "StructuredPromptModel",
     "VQAAccuracy",
     "__version__",
     "describe",
