@@ -377,8 +377,8 @@ class PromptReader:
     def _take_attention(self) -> bool:
         """Let the tower's attention go through `attend`, which without a prefix is what it was."""
         configs = {id(m.config): m.config for m in self.tower.modules() if hasattr(m, "config")}.values()
-        if any(config._attn_implementation != "sdpa" for config in configs):
-            return False
+        if any(config._attn_implementation not in ("sdpa", ATTENTION) for config in configs):
+            return False  # (two models may have one config)
         self._own_attention = [(config, "sdpa") for config in configs]
         for config in configs:
             config._attn_implementation = ATTENTION

@@ -66,6 +66,7 @@ class StructuredPromptConfig(MultimodalConfig):
         text_anchor: Weight of the mean of 1 - w_c(x) . w_c in the loss, w_c being the base model's feature of
             `anchor_template` (of the caption itself where captions are given).
         anchor_template: With {} for the name.
+        output_dim: e of the base model; filled in, checked on loading.
     """
 
     num_general: int = 4
@@ -84,6 +85,7 @@ class StructuredPromptConfig(MultimodalConfig):
     shortlist: int | None = None
     text_anchor: float = 0.0
     anchor_template: str = "a photo of a {}"
+    output_dim: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,6 +107,7 @@ class StructuredPromptConfig(MultimodalConfig):
         self.check("shortlist", "None where no prompt looks at the picture", lambda v: v is None or self.looks())
         self.check_number("text_anchor", 0, 1e6)
         self.check("anchor_template", "words with {} for the name", lambda v: isinstance(v, str) and "{}" in v)
+        self.check("output_dim", "a positive integer or None", lambda v: v is None or (type(v) is int and v > 0))
         whole = "None: the text tower reads the prompt as a whole"
         for name in ("target_modules", "exclude_modules", "layers_to_transform"):
             self.check(name, whole, lambda v: v is None)
@@ -752,6 +755,13 @@ class StructuredPromptModel(MultimodalTuner):
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
         found = describe(self.model)
         self._widths = widths(self.model, text_tower(self.model, found), found)  # here: low_cpu_mem_usage comes after
+        dim = self._widths[-1]
+        if peft_config.is_loaded and peft_config.output_dim not in (None, dim):
+            raise ValueError(
+                f"This adapter belongs to another base: there pictures and texts met in {peft_config.output_dim} dimensions, "
+                f"in {found.model_class} in {dim}."
+            )
+        peft_config.output_dim = dim
         return peft_config
 
     @classmethod
