@@ -114,8 +114,8 @@ class Texts:
         return len(self.words)
 
     def rows(self, index: Any) -> Texts:
-        parts = (None if t is None else t[index] for t in (self.keep, self.groups))
-        return Texts(self.words[index], *parts)
+        keep, groups = (None if t is None else t[index] for t in (self.keep, self.groups))
+        return Texts(self.words[index], keep, groups)
 
     def chunks(self, size: int) -> Iterator[Texts]:
         return (self.rows(slice(start, start + size)) for start in range(0, len(self), size))
@@ -312,8 +312,9 @@ class PromptReader:
 
     def prefix(self, text: Piece) -> PrefixStates | Piece:
         """What `continued` takes for the beginnings of sequences: their states, or themselves if the tower can't reuse these."""
-        if not self.reuses_prefix():
-            return text
+        return self.states(text) if self.reuses_prefix() else text
+
+    def states(self, text: Piece) -> PrefixStates:
         begin = Begin()
         self._run(text, prompt_prefix=begin)
         return PrefixStates(tuple(begin.layers), text.keep)
@@ -364,7 +365,7 @@ class PromptReader:
             # As near to the whole sequence as can be told from one with another prefix.
             apart = (self.features(join(other, end, tail)).float() - whole).norm()
             try:
-                states = self.prefix(begin)
+                states = self.states(begin)
                 exact = len(states) > 0 and (self.continued(states, join(end, tail))[0].float() - whole).norm()
             except (TypeError, IndexError):  # a tower without position_ids; one that hands nothing to its attention
                 exact = apart
@@ -376,7 +377,8 @@ class PromptReader:
 
     def _take_attention(self) -> bool:
         """Let the tower's attention go through `attend`, which without a prefix is what it was."""
-        configs = {id(m.config): m.config for m in self.tower.modules() if hasattr(m, "config")}.values()
+        found: list[Any] = [m.config for m in self.tower.modules() if hasattr(m, "config")]
+        configs = {id(config): config for config in found}.values()
         if any(config._attn_implementation not in ("sdpa", ATTENTION) for config in configs):
             return False  # (two models may have one config)
         self._own_attention = [(config, "sdpa") for config in configs]
