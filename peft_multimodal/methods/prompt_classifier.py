@@ -7,10 +7,11 @@ pieces in `prompt_text.py`.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -200,19 +201,19 @@ class PromptedClassifier(AttachedPart, StructuredPromptLayer, nn.Module):
             known: What was computed before: the states of the prefixes, or without I(x) the features (C, e).
         """
         if instance is None:
-            if known is None:
-                parts = [*self._general(adapter_name), *self._domain(adapter_name, texts), self.reader.tail()]
-                known = self.reader.features(join(*parts))
-            return known[None]
-        prefix = self.reader.prefix(self.beginning(adapter_name, texts, instance)) if known is None else known
+            if known is not None:
+                return known[None]
+            own = join(*self._domain(adapter_name, texts), self.reader.tail())
+            return self.reader.continued(self.reader.prefix(self.common(adapter_name)), own)
+        prefix = self.reader.prefix(*self.beginning(adapter_name, texts, instance)) if known is None else known
         w = self.reader.continued(prefix, self.ending(adapter_name, texts, instance).repeat_all(len(prefix)))
         return w if self.configs[adapter_name].order == "GID" else w.transpose(0, 1)
 
-    def beginning(self, adapter_name: str, texts: Texts, instance: Tensor) -> Piece:
-        """[SOS] G D_c of each class, or for "GID" [SOS] G I(x) of each picture."""
+    def beginning(self, adapter_name: str, texts: Texts, instance: Tensor) -> tuple[Piece, Piece]:
+        """[SOS] G, and D_c of each class, or for "GID" I(x) of each picture."""
         gid = self.configs[adapter_name].order == "GID"
-        middle = [self.reader.vectors(instance)] if gid else self._domain(adapter_name, texts)
-        return join(*self._general(adapter_name), *middle)
+        own = [self.reader.vectors(instance)] if gid else self._domain(adapter_name, texts)
+        return self.common(adapter_name), join(*own)
 
     def ending(self, adapter_name: str, texts: Texts, instance: Tensor) -> Piece:
         """I(x) [EOS] of each picture, or for "GID" D_c [EOS] of each class."""
@@ -220,17 +221,24 @@ class PromptedClassifier(AttachedPart, StructuredPromptLayer, nn.Module):
         last = self._domain(adapter_name, texts) if gid else [self.reader.vectors(instance)]
         return join(*last, self.reader.tail())
 
-    def _general(self, adapter_name: str) -> list[Piece]:
-        """[SOS] G"""
-        G = self.structured_prompt_context[adapter_name].general
-        return [self.reader.lead()] if G is None else [self.reader.lead(), self.reader.vectors(G[None])]
+    def common(self, adapter_name: str) -> Piece:
+        """[SOS] G, and K where all classes have one and nothing stands between."""
+        context = self.structured_prompt_context[adapter_name]
+        contexts = [context.general, context.domain[0] if self._leads(adapter_name) else None]
+        return join(self.reader.lead(), *(self.reader.vectors(c[None]) for c in contexts if c is not None))
 
     def _domain(self, adapter_name: str, texts: Texts) -> list[Piece]:
-        """D_c = [K_dom(c); E(name_c)]"""
+        """D_c = [K_dom(c); E(name_c)], without K where it stands in `common`."""
         K, names = self.structured_prompt_context[adapter_name].domain, self.reader.words(texts)
-        if K is None:
+        if K is None or self._leads(adapter_name):
             return [names]
         return [self.reader.vectors(K if self.configs[adapter_name].domain == "one" else K[texts.groups]), names]
+
+    def _leads(self, adapter_name: str) -> bool:
+        """Whether one K follows G in every prompt."""
+        config, context = self.configs[adapter_name], self.structured_prompt_context[adapter_name]
+        between = config.looks() and config.order == "GID"
+        return context.domain is not None and config.domain == "one" and not between
 
     @torch.no_grad()
     def hand_written(self, texts: Texts, chunk_size: int) -> Tensor:
@@ -292,7 +300,7 @@ class PromptedClassifier(AttachedPart, StructuredPromptLayer, nn.Module):
         """What the chunks of classes share: the pictures' prefixes ("GID"), or what is kept of the class list."""
         config = self.configs[adapter_name]
         if instance is not None and config.order == "GID":
-            return self.reader.prefix(self.beginning(adapter_name, texts, instance))
+            return self.reader.prefix(*self.beginning(adapter_name, texts, instance))
         if texts.names is None or self.trains() or torch.compiler.is_compiling():
             return None
         if instance is None:
@@ -307,9 +315,10 @@ class PromptedClassifier(AttachedPart, StructuredPromptLayer, nn.Module):
         return torch.cat([self.features(adapter_name, part, instance)[0] for part in texts.chunks(size)])
 
     def _prefixes(self, adapter_name: str, texts: Texts, instance: Tensor) -> PrefixStates:
-        size, whole = self.configs[adapter_name].chunk_size, self.beginning(adapter_name, texts, instance)
-        chunks = (whole.rows(slice(start, start + size)) for start in range(0, len(whole), size))
-        return PrefixStates.cat([self.reader.states(chunk) for chunk in chunks])
+        size = self.configs[adapter_name].chunk_size
+        common, own = self.beginning(adapter_name, texts, instance)
+        chunks = (own.rows(slice(start, start + size)) for start in range(0, len(own), size))
+        return PrefixStates.cat([cast(PrefixStates, self.reader.prefix(common, chunk)) for chunk in chunks])
 
     # --- logits ---
 
@@ -367,7 +376,7 @@ class PromptedClassifier(AttachedPart, StructuredPromptLayer, nn.Module):
             w = self.reader.continued(known, self.ending(adapter_name, texts.rows(top.flatten()), instance))
         else:
             if known is None:
-                known = self.reader.prefix(self.beginning(adapter_name, texts, instance))
+                known = self.reader.prefix(*self.beginning(adapter_name, texts, instance))
             ending = self.ending(adapter_name, texts, instance).repeat_each(k)
             w = self.reader.continued(known.rows(top.flatten()), ending)
         best = (w.reshape(len(v), k, -1).to(v.dtype) @ v[..., None])[..., 0]
@@ -426,6 +435,8 @@ class PromptedClassifier(AttachedPart, StructuredPromptLayer, nn.Module):
         texts = self.fitting(texts, adapter_name)
         if labels is not None:
             check_labels(labels, pixel_values, len(texts))
+        if unread := kwargs.keys() - inspect.signature(model.get_image_features).parameters.keys():
+            raise TypeError(f"Nothing reads {sorted(unread)} while an adapter of this method is active.")
         v, Z = self.look(pixel_values, **kwargs)
         hand = None
         if config.text_anchor and (labels is not None or return_loss):

@@ -172,6 +172,20 @@ class PrefixStates:
         keep = None if parts[0].keep is None else torch.cat([part.keep for part in parts if part.keep is not None])
         return cls(layers, keep)
 
+    def extended(self, layers: Sequence[tuple[Tensor, Tensor]], text: Piece) -> PrefixStates:
+        """This one row, as it is continued by each row of `text`, of which the layers kept `layers`."""
+
+        def behind(one: Tensor, own: Tensor) -> Tensor:
+            return torch.cat([one.expand(len(own), -1, -1, -1), own], dim=2)
+
+        both = tuple(
+            (behind(k, own_k), behind(v, own_v)) for (k, v), (own_k, own_v) in zip(self.layers, layers, strict=True)
+        )
+        if text.keep is None:
+            return PrefixStates(both, None)
+        whole = text.keep.new_ones(len(text), self.layers[0][0].shape[2])
+        return PrefixStates(both, torch.cat([whole, text.keep], dim=1))
+
     def lengths(self) -> Tensor:
         """(rows)"""
         keys = self.layers[0][0]
@@ -196,28 +210,32 @@ AttentionInterface.register(ATTENTION, attend)
 AttentionMaskInterface.register(ATTENTION, prefix_mask)
 
 
-class Begin:
-    """Attention within a prefix; the keys and values of each layer are noted. Padding stands behind, where no token looks."""
-
-    def __init__(self) -> None:
-        self.layers: list[tuple[Tensor, Tensor]] = []
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        self.layers.append((key, value))
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-
-
 class Continue:
-    """Attention of sequences that continue prefixes: row g n + i of a call continues prefix g.
+    """Attention of sequences that continue prefixes: row g n + i of a call continues prefix g. Padding stands behind.
 
     The n continuations of a prefix are its queries side by side, so that its keys and values are never repeated.
+
+    Args:
+        prefix: None for sequences that continue nothing.
+        times: n.
+        note: Where each layer's keys and values are put.
     """
 
-    def __init__(self, prefix: PrefixStates, times: int) -> None:
-        self.layers, self.keep, self.shape = iter(prefix.layers), prefix.keep, (len(prefix), times)
+    def __init__(
+        self, prefix: PrefixStates | None, times: int, note: list[tuple[Tensor, Tensor]] | None = None
+    ) -> None:
+        self.layers = None if prefix is None else iter(prefix.layers)
+        self.keep = None if prefix is None else prefix.keep
+        self.shape = (0 if prefix is None else len(prefix), times)
+        self.note = note
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        keys, values = next(self.layers)  # (G, heads, P, d_h); the others (G n, heads, L, d_h)
+        """(G n, heads, L, d_h) each, of one layer."""
+        if self.note is not None:
+            self.note.append((key, value))
+        if self.layers is None:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        keys, values = next(self.layers)  # (G, heads, P, d_h)
         L, P = query.shape[2], keys.shape[2]
         before = self._aside(query) @ keys.mT  # (G, heads, n L, P)
         if self.keep is not None:
@@ -310,24 +328,40 @@ class PromptReader:
         missing = (self.longest or 0) - text.ids.shape[1]
         return self._run(join(text, self.tokens([self.tokenizer_frame().pad] * missing)) if missing > 0 else text)
 
-    def prefix(self, text: Piece) -> PrefixStates | Piece:
-        """What `continued` takes for the beginnings of sequences: their states, or themselves if the tower can't reuse these."""
-        return self.states(text) if self.reuses_prefix() else text
+    def prefix(self, common: Piece, own: Piece | None = None) -> PrefixStates | Piece:
+        """What `continued` takes for the beginnings of sequences: their states, or themselves if the tower can't reuse these.
 
-    def states(self, text: Piece) -> PrefixStates:
-        begin = Begin()
-        self._run(text, prompt_prefix=begin)
-        return PrefixStates(tuple(begin.layers), text.keep)
+        Args:
+            common: One row, with which all begin.
+            own: How each of them goes on.
+        """
+        if not self.reuses_prefix():
+            return common if own is None else join(common, own)
+        if own is None or not common.ids.shape[1]:
+            return self.states(join(common, own) if own is not None else common)
+        return self.states(own, self.states(common))
+
+    def states(self, text: Piece, after: PrefixStates | None = None) -> PrefixStates:
+        """What the layers keep of sequences, which all continue `after`, of one row."""
+        note: list[tuple[Tensor, Tensor]] = []
+        if after is None:
+            self._run(text, prompt_prefix=Continue(None, 1, note))
+            return PrefixStates(tuple(note), text.keep)
+        self._run(text, position_ids=self._places(after, text), prompt_prefix=Continue(after, len(text), note))
+        return after.extended(note, text)
 
     def continued(self, prefix: PrefixStates | Piece, text: Piece) -> Tensor:
         """(G, n, e): the features of sequences, of which row g n + i of `text` continues prefix g."""
         shape = (len(prefix), len(text) // len(prefix))
         if isinstance(prefix, Piece):
             return self.features(join(prefix.repeat_each(shape[1]), text)).unflatten(0, shape)
-        places = prefix.lengths()[:, None] + torch.arange(text.ids.shape[1], device=text.ids.device)
         going_on = Continue(prefix, shape[1])
-        features = self._run(text, position_ids=places.repeat_interleave(shape[1], dim=0), prompt_prefix=going_on)
-        return features.unflatten(0, shape)
+        return self._run(text, position_ids=self._places(prefix, text), prompt_prefix=going_on).unflatten(0, shape)
+
+    def _places(self, prefix: PrefixStates, text: Piece) -> Tensor:
+        """(rows, L): positions behind the prefixes."""
+        places = prefix.lengths()[:, None] + torch.arange(text.ids.shape[1], device=text.ids.device)
+        return places.repeat_interleave(len(text) // len(prefix), dim=0)
 
     def _run(self, text: Piece, **kwargs: Any) -> Tensor:
         with in_eval(self.tower):
