@@ -21,6 +21,8 @@ from .methods import (
     HardSampleDomainAdapterConfig,
     HardSampleDomainAdapterModel,
     MediaCache,
+    StructuredPromptConfig,
+    StructuredPromptModel,
 )
 from .saving import load, save
 from .tuner import matched_modules
@@ -68,6 +70,8 @@ __all__ = [
     "MediaCache",
     "QuestionAnswerCollator",
     "RetrievalRecall",
+    "StructuredPromptConfig",
+    "StructuredPromptModel",
     "VQAAccuracy",
     "__version__",
     "describe",

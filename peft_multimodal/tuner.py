@@ -244,12 +244,15 @@ class _InputGradients:
     def __call__(self, embedding: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not output.is_leaf:
             return None
-        return output.requires_grad_().clone() if output.requires_grad or self._checkpointing(embedding) else None
+        checkpointing = embedding.training and is_checkpointing(self.model)
+        return output.requires_grad_().clone() if output.requires_grad or checkpointing else None
 
-    def _checkpointing(self, embedding: nn.Module) -> bool:
-        names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the newer name first: the older warns
-        name = next((n for n in names if hasattr(type(self.model), n)), "")
-        return embedding.training and bool(getattr(self.model, name, False))
+
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether gradient checkpointing is switched on in a transformers model."""
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the newer name first: the older warns
+    name = next((n for n in names if hasattr(type(model), n)), "")
+    return bool(getattr(model, name, False))
 
 
 class MultimodalTuner(BaseTuner):

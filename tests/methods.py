@@ -24,6 +24,7 @@ import torch
 import transformers as hf
 from families import BOS, EOS, FAMILIES, PAD, SEP, VOCAB, Family, text_tower, tiny
 from peft import PeftConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from peft_multimodal import (
@@ -31,7 +32,9 @@ from peft_multimodal import (
     CrossLingualAdapterConfig,
     GatedXAttnConfig,
     HardSampleDomainAdapterConfig,
+    StructuredPromptConfig,
 )
+from peft_multimodal.methods.structured_prompt import PromptedClassifier
 
 R = 4
 
@@ -97,19 +100,49 @@ def domain(family: Family, **changes: Any) -> PeftConfig:
     return HardSampleDomainAdapterConfig(**{"bottleneck_dim": 8, "num_heads": 2, **changes})
 
 
+# Families whose pictures and texts have features of their own.
+DUAL = ("clip", "siglip", "chinese_clip", "altclip", "vision_text_dual_encoder")
+CLASSES = ["w4 w5", "w6", "w7 w8 w9", "w4"]
+
+
+@functools.cache
+def word_tokenizer(bos: int | None = BOS, eos: int | None = VOCAB - 1, size: int = VOCAB) -> hf.PreTrainedTokenizerFast:
+    """Knows "a" and the words w0, w1, ... by their ids; puts [BOS] and [EOS] around a text.
+
+    CLIP models of old configs (eos_token_id 2) pool at the largest id, which therefore is [EOS]'s.
+    """
+    special = {"[PAD]": PAD, "[BOS]": bos, "[EOS]": eos}
+    frame = [(token, i) for token, i in special.items() if i is not None and token != "[PAD]"]
+    vocabulary = {f"w{i}": i for i in range(size) if i not in special.values()}
+    vocabulary = {"a": vocabulary.pop("w3"), **vocabulary, **dict(frame), "[PAD]": PAD}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    around = ["[BOS]"] * (bos is not None) + ["$A"] + ["[EOS]"] * (eos is not None)
+    made.post_processor = processors.TemplateProcessing(single=" ".join(around), special_tokens=frame)
+    return hf.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]")
+
+
+def structured_prompt(family: Family, **changes: Any) -> PeftConfig | None:
+    if family.name not in DUAL:
+        return None
+    small = {"general_init": "w10 w11", "attention_dim": 16, "num_heads": 2}
+    return StructuredPromptConfig(**{**small, **changes})
+
+
 METHODS: dict[str, Callable[..., PeftConfig | None]] = {
     "aurora_mode_approx": aurora,
     "aurora_mode_approx-fusion": aurora_fusion,
     "cross_lingual_adapter": cross_lingual,
     "gated_xattn": gated_xattn,
     "hard_sample_domain_adapter": domain,
+    "structured_prompt": structured_prompt,
 }
 
 # Where a method differs in what it promises.
-NOT_IDENTITY = {
-    "cross_lingual_adapter"
-}  # reads another language from the start; what it gives for pictures is the base's
-WHOLE_TOWER = {"cross_lingual_adapter"}  # takes a tower's place: has no target_modules, and nothing is recomputed in it
+# Read other texts than the base from the start; what they give for pictures is the base's.
+NOT_IDENTITY = {"cross_lingual_adapter", "structured_prompt"}
+# Take a tower as a whole: have no target_modules, and nothing is recomputed in it.
+WHOLE_TOWER = {"cross_lingual_adapter", "structured_prompt"}
 WHOLE_LAYERS = {"gated_xattn"}  # stands before the layers of a decoder: has no target_modules
 OWN_LAYERS = {"hard_sample_domain_adapter"}  # its target_modules are layers, not matrices
 ROUTES_ROWS = {"cross_lingual_adapter", "hard_sample_domain_adapter"}  # knows adapter_names=[...]
@@ -208,12 +241,19 @@ def domain_parameters(base: nn.Module, config: HardSampleDomainAdapterConfig) ->
     return sum(2 * d + (d * m + m) + n * (12 * m**2 + 13 * m) + m * d + 1 for d in widths)
 
 
+def structured_prompt_parameters(base: nn.Module, config: StructuredPromptConfig) -> int:
+    """(M_g + n_dom M_d + M_i) d_t + d_t (2 + 2 a) + d_v (2 + 2 a) + 1, with d_t 32 and d_v 48."""
+    tokens = config.num_general + config.num_domains * config.num_domain + config.num_instance
+    return 32 * tokens + (32 + 48) * (2 + 2 * config.attention_dim) + 1
+
+
 PARAMETERS: dict[str, Callable[[nn.Module, Any], int]] = {
     "aurora_mode_approx": aurora_parameters,
     "aurora_mode_approx-fusion": aurora_parameters,
     "cross_lingual_adapter": cross_lingual_parameters,
     "gated_xattn": gated_xattn_parameters,
     "hard_sample_domain_adapter": domain_parameters,
+    "structured_prompt": structured_prompt_parameters,
 }
 
 # What no optimizer may decay.
@@ -235,6 +275,7 @@ def wrap(family: Family, method: str, stirred: bool = True, base: nn.Module | No
 
 def fill(family: Family, model: PeftModel) -> None:
     """Put something into the active adapter's context bank, without which its gate has no gradient."""
+    ready(model)
     if any(getattr(config, "use_ice", False) for config in model.peft_config.values()):
         model.base_model.collect_context([family.text_inputs(model)])
 
@@ -262,9 +303,18 @@ def stir(model: PeftModel, name: str = "default", seed: int = 0) -> PeftModel:
     return model
 
 
+def ready(model: nn.Module) -> nn.Module:
+    """With a tokenizer, for the method that reads captions with it: none is saved."""
+    for part in (m for m in model.modules() if isinstance(m, PromptedClassifier)):
+        if part.tokenizer is None:
+            part.set_tokenizer(word_tokenizer())
+    return model
+
+
 @torch.no_grad()
 def run(family: Family, model: nn.Module, **changes: Any) -> Tensor:
     """The model's output on the family's batch."""
+    ready(model)
     return family.output(model(**{**inputs(family, model), **changes}))
 
 

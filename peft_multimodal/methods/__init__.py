@@ -5,6 +5,7 @@ from .cross_lingual_adapter import CrossLingualAdapterConfig, CrossLingualAdapte
 from .gated_xattn import GatedXAttnConfig, GatedXAttnModel
 from .hard_sample_domain_adapter import HardSampleDomainAdapterConfig, HardSampleDomainAdapterModel
 from .media import MediaCache
+from .structured_prompt import StructuredPromptConfig, StructuredPromptModel
 
 __all__ = [
     "AuroraModeApproxConfig",
@@ -16,4 +17,6 @@ __all__ = [
     "HardSampleDomainAdapterConfig",
     "HardSampleDomainAdapterModel",
     "MediaCache",
+    "StructuredPromptConfig",
+    "StructuredPromptModel",
 ]

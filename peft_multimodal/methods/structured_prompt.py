@@ -1,0 +1,316 @@
+"""StructuredPrompt: a text prompt of general, instance and domain parts; the instance part looks at the picture.
+
+A frozen dual encoder with vision tower f_v and text tower f_t classifies a picture x among classes c by
+
+    Z(x)    patch states of f_v, S x d_v;  v(x) the picture's embedding, of norm 1
+    G       general context, M_g x d_t, starting from words such as "a photo of a"
+    I(x)  = Q + g MHA(LN(Q) W_q, LN(Z) W_k, LN(Z) W_v) W_o          instance context, M_i x d_t; g = 0 at the start
+    D_c   = [K_dom(c); E(name_c)]                                   domain context, M_d x d_t, and the name's embeddings
+    T_c(x) = [SOS] G D_c I(x) [EOS]   (order "GDI")   or   [SOS] G I(x) D_c [EOS]   (order "GID")
+    w_c(x) = norm(f_t(T_c(x))),    logit_c = exp(s) v(x) . w_c(x) + b,    L = CE(logits, y)
+
+The form is that of DAMO's talk on prompts that activate instance information; G alone is CoOp (Zhou et al. 2022,
+arXiv 2109.01134). The towers stay frozen. `mode="feature"` attends on the features of static prompts instead,
+w_c(x) = norm(w_c + g MHA(LN(w_c), LN(Z))): another model, for C texts a class list and not B C.
+
+Parameters: (M_g + n_dom M_d + M_i) d_t + d_t (2 + 2 a) + d_v (2 + 2 a) + 1, a the attention's width. With
+`mode="feature"` there is no Q, and the embedding's width e takes the place of the second d_t.
+
+Cost: "GDI" computes [SOS] G D_c once a class list and I(x) [EOS] for each picture and class; "GID" computes
+[SOS] G I(x) once a picture. Both are exact, in training too: `prompt_classifier.py` puts prompts together, `prompt_text.py` reads them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.utils import PeftType
+from torch import Tensor, nn
+
+from ..anatomy import Matrix, base_model, describe, is_below, token_embeddings
+from ..registry import register
+from ..tuner import MultimodalConfig, MultimodalTuner
+from .prompt_classifier import CHUNK, WORDS, PromptedClassifier, StructuredPromptLayer, scaled, text_tower, widths
+
+
+@dataclass
+class StructuredPromptConfig(MultimodalConfig):
+    """Configuration of [`StructuredPromptModel`].
+
+    Args:
+        num_general: M_g, tokens of the general context.
+        num_instance: M_i, tokens of the instance context; 0 leaves the picture out.
+        num_domain: M_d, tokens of a domain context.
+        order: "GDI" or "GID". "GDI" is cheaper for a class list that stays, "GID" for few pictures at a time.
+        domain: "one" context for all classes, "per_class" (it then serves that number of classes alone), or
+            "per_group", the groups being named in `set_classes`.
+        num_domains: n_dom, how many classes or groups there are.
+        general_init, domain_init, instance_init: Words that a context starts from, at its end where they are fewer
+            tokens than it has; None draws from N(0, 0.02^2). They are read by the tokenizer of `set_classes`.
+        attention_dim: Width a of the attention over the patches.
+        num_heads: Its heads.
+        mode: "prompt", or "feature" for attention on the class features.
+        chunk_size: How many classes are computed at a time. Sets the memory of a step, whatever the class count.
+        shortlist: In eval mode, give instance prompts to the k classes alone that static prompts (I = Q) rank first;
+            the others take their static logit, held at or below the k. `shortlist_recall` says what it costs.
+        text_anchor: Weight of the mean of 1 - w_c(x) . w_c in the loss, w_c being the base model's feature of
+            `anchor_template` (of the caption itself where captions are given).
+        anchor_template: With {} for the name.
+        output_dim: e of the base model; filled in, checked on loading.
+    """
+
+    num_general: int = 4
+    num_instance: int = 4
+    num_domain: int = 2
+    order: str = "GDI"
+    domain: str = "one"
+    num_domains: int = 1
+    general_init: str | None = "a photo of a"
+    domain_init: str | None = None
+    instance_init: str | None = None
+    attention_dim: int = 128
+    num_heads: int = 4
+    mode: str = "prompt"
+    chunk_size: int = 32
+    shortlist: int | None = None
+    text_anchor: float = 0.0
+    anchor_template: str = "a photo of a {}"
+    output_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("STRUCTURED_PROMPT")
+        for name in ("num_general", "num_instance", "num_domain"):
+            self.check_number(name, 0, integer=True)
+        for name in ("num_domains", "attention_dim", "num_heads", "chunk_size"):
+            self.check_number(name, 1, integer=True)
+        self.check("num_heads", "a divisor of attention_dim", lambda v: self.attention_dim % v == 0)
+        self.check_choice("order", ("GDI", "GID"))
+        self.check_choice("mode", ("prompt", "feature"))
+        self.check_choice("domain", ("one", "per_class", "per_group"))
+        self.check("num_domains", "1 where domain='one'", lambda v: v == 1 or self.domain != "one")
+        others = self.num_domain + self.num_instance
+        self.check("num_general", "above 0 where the other contexts are empty", lambda v: v + others > 0)
+        for name in WORDS:
+            self.check(name, "words or None", lambda v: v is None or (isinstance(v, str) and v.strip()))
+        self.check("shortlist", "a positive integer or None", lambda v: v is None or (type(v) is int and v > 0))
+        self.check("shortlist", "None where no prompt looks at the picture", lambda v: v is None or self.looks())
+        self.check_number("text_anchor", 0, 1e6)
+        self.check("anchor_template", "words with {} for the name", lambda v: isinstance(v, str) and "{}" in v)
+        self.check("output_dim", "a positive integer or None", lambda v: v is None or (type(v) is int and v > 0))
+        whole = "None: the text tower reads the prompt as a whole"
+        for name in ("target_modules", "exclude_modules", "layers_to_transform"):
+            self.check(name, whole, lambda v: v is None)
+        self.check("towers", "None or ['text']", lambda v: v is None or list(v) == ["text"])
+
+    def looks(self) -> bool:
+        """Whether the prompt depends on the picture."""
+        return self.mode == "prompt" and self.num_instance > 0
+
+    def context(self) -> int:
+        """Tokens that a prompt has beside the name's and the tokenizer's."""
+        return self.num_general + self.num_domain + (self.num_instance if self.looks() else 0)
+
+
+# --- the prompt ------------------------------------------------------------------------------------------------------
+
+
+class VisualAttention(nn.Module):
+    """X + g MHA(LN(X) W_q, LN(Z) W_k, LN(Z) W_v) W_o, with g = 0 at the start.
+
+    Args:
+        width: Of X.
+        patch_width: d_v, of Z.
+        attention_dim: a.
+        heads: They divide a.
+    """
+
+    def __init__(self, width: int, patch_width: int, attention_dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_query, self.norm_patches = nn.LayerNorm(width), nn.LayerNorm(patch_width)
+        # No biases: that of the keys would change nothing.
+        self.query = nn.Linear(width, attention_dim, bias=False)
+        self.key = nn.Linear(patch_width, attention_dim, bias=False)
+        self.value = nn.Linear(patch_width, attention_dim, bias=False)
+        self.out = nn.Linear(attention_dim, width, bias=False)
+        self.gate_norm = nn.Parameter(torch.zeros(()))  # g; Trainer gives names in `_norm` no weight decay
+
+    def weights(self, X: Tensor, Z: Tensor) -> Tensor:
+        """(B, heads, n, S): how each row of X (n, width) looks at the patches Z (B, S, d_v)."""
+        return self._weights(X, self.norm_patches(Z))
+
+    def _weights(self, X: Tensor, Z: Tensor) -> Tensor:
+        q = self.query(self.norm_query(X)).unflatten(-1, (self.heads, -1))
+        k = self.key(Z).unflatten(-1, (self.heads, -1))
+        return (torch.einsum("nhd,bshd->bhns", q, k) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+
+    def forward(self, X: Tensor, Z: Tensor) -> Tensor:
+        """X (n, width) and Z (B, S, d_v) -> (B, n, width)."""
+        Z = self.norm_patches(Z.to(self.gate_norm.dtype))
+        X = X.to(self.gate_norm.dtype)
+        v = self.value(Z).unflatten(-1, (self.heads, -1))
+        seen = torch.einsum("bhns,bshd->bnhd", self._weights(X, Z).to(v.dtype), v)
+        return X + self.gate_norm * self.out(seen.flatten(2))
+
+
+class StructuredContext(nn.Module):
+    """The trained part of an adapter: G, K, Q and the attention.
+
+    Args:
+        config: The adapter's.
+        text_width: d_t of the tower's embeddings.
+        patch_width: d_v.
+        embed_width: e of the shared space.
+    """
+
+    def __init__(self, config: StructuredPromptConfig, text_width: int, patch_width: int, embed_width: int) -> None:
+        super().__init__()
+
+        def drawn(*shape: int) -> nn.Parameter | None:
+            return nn.Parameter(0.02 * torch.randn(*shape, text_width)) if 0 not in shape else None
+
+        self.general = drawn(config.num_general)  # G
+        self.domain = drawn(config.num_domains, config.num_domain)  # K
+        self.instance = drawn(config.num_instance) if config.mode == "prompt" else None  # Q
+        width = text_width if config.mode == "prompt" else embed_width
+        sizes = (width, patch_width, config.attention_dim, config.num_heads)
+        self.attention = VisualAttention(*sizes) if config.looks() or config.mode == "feature" else None
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+class StructuredPromptModel(MultimodalTuner):
+    """Turns a dual encoder into a classifier whose prompts look at the picture; the towers stay frozen.
+
+    A call takes pixel_values (B, 3, H, W), and labels (B) for the loss, and gives logits (B, C) over the class list. With
+    input_ids (N, L) and attention_mask the captions of the call take the list's place: logits_per_image (B, N), and the
+    base class's loss of pairs with return_loss=True. A row's logits depend on no other row, a class's on no other class.
+
+    Example:
+        >>> model = get_peft_model(clip, StructuredPromptConfig(num_general=4, num_instance=4, num_domain=2))
+        >>> model.set_classes(["red apple", "green apple"], tokenizer)  # also after loading
+        >>> args = TrainingArguments("out", learning_rate=1e-3, label_names=["labels"])
+        >>> Trainer(model, args, train_dataset=few_shot).train()  # columns: pixel_values, labels
+        >>> model(pixel_values=x).logits
+    """
+
+    prefix = "structured_prompt_"
+    tuner_layer_cls = StructuredPromptLayer
+    not_mergeable = (
+        "A prompt is read by the text tower beside the names; that is no weight update, so it can't be merged. Keep the "
+        "adapter, or get the base model back by unload()."
+    )
+
+    @classmethod
+    def match(cls, config: StructuredPromptConfig, model: nn.Module) -> list[Matrix]:
+        found, model = describe(model), base_model(model)
+        path = text_tower(model, found)
+        tokens = next(p for p in token_embeddings(model) if is_below(p, path))
+        width: Any = model.get_submodule(tokens).embedding_dim
+        return [Matrix(path, "prompt", (0, config.context()), width, config.context(), "text", "text.prompt.0")]
+
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:  # fmt: skip
+        part = self.classifier()
+        if part is None:
+            tokens = next(p for p in token_embeddings(self.model) if is_below(p, current_key))
+            part = PromptedClassifier(self.model, target, self.model.get_submodule(tokens))
+            target.add_module("structured_prompt_classifier", part)
+        part.add(adapter_name, peft_config, StructuredContext(peft_config, *self._widths))
+        if adapter_name not in self.active_adapters:
+            part.structured_prompt_context[adapter_name].requires_grad_(False)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        found = describe(self.model)
+        self._widths = widths(self.model, text_tower(self.model, found), found)  # here: low_cpu_mem_usage comes after
+        dim = self._widths[-1]
+        if peft_config.is_loaded and peft_config.output_dim not in (None, dim):
+            raise ValueError(
+                f"This adapter belongs to another base: there pictures and texts met in {peft_config.output_dim} dimensions, "
+                f"in {found.model_class} in {dim}."
+            )
+        peft_config.output_dim = dim
+        return peft_config
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for part in (m for m in model.modules() if isinstance(m, PromptedClassifier)):
+            part.unread.pop(adapter_name, None)  # trained contexts: no words in their place
+        return found
+
+    def classifier(self) -> PromptedClassifier | None:
+        """The part that holds the prompts and the class list."""
+        return next((m for m in self.model.modules() if isinstance(m, PromptedClassifier)), None)
+
+    def set_classes(self, names: Sequence[str], tokenizer: Any, groups: Sequence[int] | None = None) -> None:
+        """Say what there is to tell apart. At any time; the list is no part of the adapter and is never saved.
+
+        Args:
+            names: Class names, or captions to retrieve among.
+            tokenizer: The base model's.
+            groups: For `domain="per_group"`: each class's group, numbers below `num_domains`.
+
+        Raises:
+            ValueError: names are missing, are there twice, or are too long for the text tower beside the prompt;
+                groups are missing or out of range; `domain="per_class"` was trained for another number of classes; a
+                context has fewer tokens than the words that it starts from.
+        """
+        part: Any = self.classifier()
+        part.set_tokenizer(tokenizer)
+        part.set_classes(names, groups)
+
+    def set_tokenizer(self, tokenizer: Any) -> None:
+        """Instead of `set_classes`, where captions come with each batch: what frames its texts is learned from it."""
+        part: Any = self.classifier()
+        part.set_tokenizer(tokenizer)
+
+    @torch.no_grad()
+    def zero_shot_logits(self, pixel_values: Tensor, template: str = "a photo of a {}", **image_inputs: Any) -> Tensor:
+        """(B, C): the base model's own logits for the class list in a template, which has {} for the name."""
+        part: Any = self.classifier()
+        v, _ = part.look(pixel_values, **image_inputs)
+        return scaled(self.model, v @ part.templated(template, CHUNK).to(v.dtype).T)
+
+    @torch.no_grad()
+    def instance_attention(self, pixel_values: Tensor, **image_inputs: Any) -> Tensor:
+        """(B, heads, n, S): how the n instance tokens (or classes, with `mode="feature"`) look at the patches.
+
+        Raises:
+            ValueError: the active adapter has no instance part.
+        """
+        part: Any = self.classifier()
+        (adapter_name,) = part.live_adapters()
+        context, config = part.structured_prompt_context[adapter_name], part.configs[adapter_name]
+        if context.attention is None:
+            raise ValueError(f"Adapter {adapter_name!r} has num_instance=0: it doesn't look at pictures.")
+        _, Z = part.look(pixel_values, **image_inputs)
+        texts = None if config.looks() else part.fitting(part.listed(), adapter_name)
+        X = context.instance if texts is None else part._features(adapter_name, texts, None)
+        return context.attention.weights(X, Z)
+
+    @torch.no_grad()
+    def shortlist_recall(
+        self, pixel_values: Tensor, ks: Sequence[int] = (1, 5, 10), **image_inputs: Any
+    ) -> dict[int, float]:
+        """{k: share of pictures, in percent, whose winner among all classes is among the k that static prompts rank first}."""
+        part: Any = self.classifier()
+        (adapter_name,) = part.live_adapters()
+        texts = part.fitting(part.listed(), adapter_name)
+        v, Z = part.look(pixel_values, **image_inputs)
+        winner = part.cosines(adapter_name, v, Z, texts)[0].argmax(dim=1, keepdim=True)
+        order = (v @ part.static(adapter_name, texts).to(v.dtype).T).argsort(dim=1, descending=True)
+        place = (order == winner).int().argmax(dim=1)
+        return {k: 100 * (place < k).double().mean().item() for k in ks}
+
+
+register("structured_prompt", StructuredPromptConfig, StructuredPromptModel)
