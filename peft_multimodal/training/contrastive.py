@@ -170,7 +170,7 @@ class ContrastiveTrainer(AdapterTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         if self.bank is not None:
-            self.bank.save(output_dir or self.args.output_dir)
+            self.bank.save(output_dir or str(self.args.output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -224,7 +224,7 @@ class ContrastiveTrainer(AdapterTrainer):
         keys: dict[str, Tensor],
     ) -> Tensor:
         """The module docstring's L as this process has it: the mean over processes is L, and its gradient L's."""
-        training = self.model.training
+        training = model.training
         gather = gather_with_gradients if training and self.args.world_size > 1 else _alone
         every_image, every_text = gather(image), gather(text)
         every = {name: gather(key) for name, key in keys.items()}
@@ -267,8 +267,9 @@ class ContrastiveTrainer(AdapterTrainer):
         if self.rows_at_once is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
-        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
-            self.optimizer.train()
+        optimizer: Any = self.optimizer
+        if callable(getattr(optimizer, "train", None)):  # schedule-free ones have modes
+            optimizer.train()
         inputs, keys = self._keys(self._prepare_inputs(inputs))
         size = len(inputs["input_ids"])
         parts = [_rows(inputs, start, start + self.rows_at_once, size) for start in range(0, size, self.rows_at_once)]
@@ -329,7 +330,7 @@ class _Gather(torch.autograd.Function):
 
 def gather_with_gradients(x: Tensor) -> Tensor:
     """(B, ...) of each process -> (processes * B, ...), with gradients; every process has as many rows."""
-    return _Gather.apply(x)  # type: ignore[no-any-return]
+    return _Gather.apply(x)
 
 
 def _alone(x: Tensor) -> Tensor:

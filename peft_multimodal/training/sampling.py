@@ -53,7 +53,7 @@ class SumTree:
     def total(self) -> float:
         return float(self.levels[-1].sum(dtype=np.float64))
 
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
         return self.levels[0][: self.size][rows]
 
     def set(self, rows: np.ndarray, weights: np.ndarray) -> None:
@@ -219,6 +219,6 @@ class HardSampleSampler(Sampler[int]):
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.epoch, self.chunks, self.done, self.first = (int(n) for n in state["numbers"])
-        ends = np.cumsum(state["lengths"])[:-1] if len(state["lengths"]) else []
-        self.kept = deque(np.split(state["kept"], ends)) if len(state["kept"]) else deque()
+        ends = np.cumsum(state["lengths"])
+        self.kept = deque(np.split(state["kept"], ends)[:-1])  # the last part is what stands behind them: nothing
         self._resuming = True
