@@ -27,7 +27,16 @@ from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecod
 import peft_multimodal
 from peft_multimodal import GatedXAttnConfig, InterleavedProcessor, MediaCache
 from peft_multimodal.methods.gated_xattn_layers import GatedBlock, MarkerEmbedding, MediaReader, SeeingLayer
-from peft_multimodal.methods.media import ManyPictures, OnePicture, Segments, _allow, _segments, look, text_time
+from peft_multimodal.methods.media import (
+    ManyPictures,
+    OnePicture,
+    Reading,
+    Segments,
+    _allow,
+    _segments,
+    look,
+    text_time,
+)
 from peft_multimodal.methods.perceiver import LinearResampler, MeanResampler, PerceiverResampler
 
 M = 59  # the marker
@@ -1102,6 +1111,13 @@ def test_pictures_of_a_disabled_adapter_are_an_error():
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match=r"one GatedXAttn adapter can be active"):
         model(**inputs)
+
+
+def test_a_model_that_puts_something_beside_the_text_is_an_error():
+    media = MediaCache()
+    media.append(torch.zeros(1, 1, R, D), torch.tensor([1]))
+    with pytest.raises(ValueError, match=r"reads 6 positions where input_ids has 4"):
+        Reading(media, torch.ones(1, 4, dtype=torch.long), "last").sight(torch.zeros(1, 6, WIDTH))
 
 
 def test_a_part_of_the_model_alone_is_an_error():

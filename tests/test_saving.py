@@ -159,8 +159,9 @@ def test_a_stock_adapter_loads_too(tmp_path: Path):
 SIGNATURES = {
     "blip_retrieval": ("BlipForImageTextRetrieval", {"vision": [2, 48], "text": [2, 32], "fusion": [2, 32]}),
     "clip": ("CLIPModel", {"vision": [2, 48], "text": [2, 32]}),
+    "llava": ("LlavaForConditionalGeneration", {"vision": [3, 48], "decoder": [2, 32]}),
 }
-ADAPTED = {"cross_lingual_adapter": ["text"]}  # of the towers, where it isn't all
+ADAPTED = {"cross_lingual_adapter": ["text"], "gated_xattn": ["decoder"]}  # of the towers, where it isn't all
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -370,23 +370,14 @@ def _past_length(inputs: list[Any]) -> int:
     return next((int(value.get_seq_length()) for value in inputs if isinstance(value, Cache)), 0)
 
 
-class SeeingLayer(HostedLayer, GatedXAttnLayer, nn.Module):
-    """Wraps a frozen decoder layer with the block before it. What the decoder asks of the layer is the layer's own.
+class Wrapper(HostedLayer, GatedXAttnLayer, nn.Module):
+    """Stands in a frozen module's place. What is asked of it beside a call is answered by the module."""
 
-    The block is recomputed with the layer under gradient checkpointing: it gets the pictures' tokens as an input.
-    """
-
-    adapter_layer_names = ("gated_xattn_block",)
-    gated_xattn_block: Any  # {adapter: GatedBlock}; empty for adapters with share_blocks
-
-    def __init__(self, base_layer: nn.Module, reader: MediaReader, role: str) -> None:
+    def __init__(self, base_layer: nn.Module, role: str) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
-        self.gated_xattn_block = nn.ModuleDict()
         self.merged_adapters: list[str] = []
-        self.sharing: set[str] = set()
         self.role = role
-        self._reader = (reader,)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -398,6 +389,22 @@ class SeeingLayer(HostedLayer, GatedXAttnLayer, nn.Module):
 
     def host(self) -> nn.Module:
         return self.base_layer
+
+
+class SeeingLayer(Wrapper):
+    """Wraps a frozen decoder layer with the block before it.
+
+    The block is recomputed with the layer under gradient checkpointing: it gets the pictures' tokens as an input.
+    """
+
+    adapter_layer_names = ("gated_xattn_block",)
+    gated_xattn_block: Any  # {adapter: GatedBlock}; empty for adapters with share_blocks
+
+    def __init__(self, base_layer: nn.Module, reader: MediaReader, role: str) -> None:
+        super().__init__(base_layer, role)
+        self.gated_xattn_block = nn.ModuleDict()
+        self.sharing: set[str] = set()
+        self._reader = (reader,)
 
     def add(self, adapter_name: str, config: GatedXAttnConfig, width: int) -> None:
         if config.share_blocks:
@@ -449,30 +456,16 @@ class SeeingLayer(HostedLayer, GatedXAttnLayer, nn.Module):
         return function(*tensors)
 
 
-class MarkerEmbedding(HostedLayer, GatedXAttnLayer, nn.Module):
+class MarkerEmbedding(Wrapper):
     """Wraps the frozen token embedding: the marker gets a row of its own, which trains."""
 
     adapter_layer_names = ("gated_xattn_marker_norm",)
     gated_xattn_marker_norm: Any  # {adapter: (d)}, as the embedding gives it, that is after any scaling
 
     def __init__(self, base_layer: nn.Module, role: str) -> None:
-        nn.Module.__init__(self)
-        self.base_layer = base_layer
+        super().__init__(base_layer, role)
         self.gated_xattn_marker_norm = nn.ParameterDict()
-        self.merged_adapters: list[str] = []
         self.markers: dict[str, int] = {}
-        self.role = role
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
-
-    def host(self) -> nn.Module:
-        return self.base_layer
 
     @torch.no_grad()
     def add(self, adapter_name: str, marker: int) -> None:
