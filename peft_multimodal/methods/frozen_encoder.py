@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import AutoConfig, AutoModel
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 
 class Place(NamedTuple):
@@ -59,7 +60,7 @@ def read_encoder(place: Place, kind: str, field: str, prefer: Any = None) -> nn.
     """
     name, revision = place
     try:
-        with real_parameters():
+        with real_parameters(), _without_load_report():
             config_class = type(AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False))
             auto = prefer if prefer is not None and config_class in prefer._model_mapping else AutoModel
             module, found = auto.from_pretrained(
@@ -92,6 +93,17 @@ def check_same_encoder(config: Any, actual: dict[str, Any], field: str, given: s
                 f"was {recorded!r}. Name the right one: config.{field}, config.{field}_revision, or config.{given}(module)."
             )
         setattr(config, name, recorded if value is None else value)
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """What is missing is checked here, and an encoder's pooler, which nobody reads, is no reason to warn."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _elsewhere(field: str) -> str:
