@@ -549,7 +549,7 @@ def text_tower(model: Any, found: Anatomy) -> str:
     towers = [t.path for t in found.towers if t.path and any(is_below(e, t.path) for e in token_embeddings(model))]
     dual = all(hasattr(model, f"get_{kind}_features") for kind in ("text", "image"))
     scale = any(isinstance(getattr(model, name, None), Tensor) for name in ("logit_scale", "temperature"))
-    if not dual or not scale or len(towers) != 1:
+    if not dual or not scale or len(towers) != 1 or any(t.name == "fusion" for t in found.towers):
         raise ValueError(
             f"{found.model_class} doesn't compare pictures with texts by features of their own, which is how classes are "
             "told apart here. Use a dual encoder (CLIP, SigLIP, ChineseCLIP, AltCLIP, VisionTextDualEncoder, ...)."
