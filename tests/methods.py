@@ -303,11 +303,11 @@ def stir(model: PeftModel, name: str = "default", seed: int = 0) -> PeftModel:
     return model
 
 
-def ready(model: nn.Module) -> nn.Module:
+def ready(model: nn.Module, tokenizer: Any = None) -> nn.Module:
     """With a tokenizer, for the method that reads captions with it: none is saved."""
     for part in (m for m in model.modules() if isinstance(m, PromptedClassifier)):
         if part.tokenizer is None:
-            part.set_tokenizer(word_tokenizer())
+            part.set_tokenizer(tokenizer or word_tokenizer())
     return model
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from auto_families import AutoCase, Unsupported, auto_cases
+from auto_families import VOCAB, AutoCase, Unsupported, auto_cases
 from families import reads_media
-from methods import NOT_IDENTITY, adapter, distance, language, stir, trace
+from methods import NOT_IDENTITY, adapter, distance, language, ready, stir, trace, word_tokenizer
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -17,6 +17,7 @@ from peft_multimodal import (
     CrossLingualAdapterConfig,
     GatedXAttnConfig,
     HardSampleDomainAdapterConfig,
+    StructuredPromptConfig,
     matched_modules,
 )
 from peft_multimodal.anatomy import is_below
@@ -34,11 +35,13 @@ METHODS = {
     "cross_lingual_adapter": lambda: CrossLingualAdapterConfig(encoder=language(), bottleneck_dim=8, num_heads=2),
     "gated_xattn": gated_xattn,
     "hard_sample_domain_adapter": lambda: HardSampleDomainAdapterConfig(bottleneck_dim=8, num_heads=2),
+    "structured_prompt": lambda: StructuredPromptConfig(general_init=None, attention_dim=8, num_heads=2),
 }
 REFUSED = {
     "cross_lingual_adapter": "Use a dual encoder",
     "gated_xattn": "Use a decoder-only language model",
     "hard_sample_domain_adapter": "can be adapted",
+    "structured_prompt": "Use a dual encoder",
 }  # in the message of a method that doesn't apply everywhere
 
 # Of different build: grouped queries, experts, an encoder-decoder, a detector, one stream, two streams.
@@ -71,8 +74,14 @@ def test_core_of_the_contract(case: AutoCase, method: str, tmp_path: Path):
 
     @torch.no_grad()
     def run(model: nn.Module) -> torch.Tensor:
+        prepared(model)
         torch.manual_seed(0)  # ViLT shuffles the patches
         return case.output(model(**inputs, **media(model)))
+
+    def prepared(model: nn.Module) -> nn.Module:
+        """With a tokenizer whose [EOS] the text tower pools at, where captions are read with one."""
+        eos = getattr(getattr(base.config, "text_config", None), "eos_token_id", None)
+        return ready(model, word_tokenizer(None, eos if isinstance(eos, int) else VOCAB - 1, VOCAB))
 
     expected, before = run(base), trace(base)
     assert torch.equal(run(base), expected), "the base model isn't deterministic"
@@ -99,7 +108,7 @@ def test_core_of_the_contract(case: AutoCase, method: str, tmp_path: Path):
         assert trace(base) == before
         pytest.skip(f"{case}: {refusal}")
     assert trace(base) == before
-    model = get_peft_model(base, METHODS[method]())
+    model = prepared(get_peft_model(base, METHODS[method]()))
     assert {m.module for m in table} <= {path for path, _ in model.get_base_model().named_modules()}
     assert distance(run(model), expected) <= tolerance or method in NOT_IDENTITY
 

@@ -8,7 +8,6 @@ pieces in `prompt_text.py`.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -83,6 +82,8 @@ class PromptedClassifier(AttachedPart, StructuredPromptLayer, nn.Module):
         self.texts: Texts | None = None
         self.kept: dict[tuple[str, str], Kept] = {}
         self._model, self._tower = (model,), (tower,)  # tuples are not registered
+        self._convolutions = tuple(model.get_submodule(path) for path in pixel_readers(model))
+        self.image_inputs = frozenset(inspect.signature(model.get_image_features).parameters)
         self._own = {
             name: model.__dict__[name] for name in ("forward", "accepts_loss_kwargs") if name in model.__dict__
         }
@@ -395,7 +396,9 @@ class PromptedClassifier(AttachedPart, StructuredPromptLayer, nn.Module):
         model = self._model[0]
         with in_eval(model):
             out = model.get_image_features(pixel_values=pixel_values, return_dict=True, **image_inputs)
-        return F.normalize(out.pooler_output, dim=-1), patches(model, pixel_values, out.last_hidden_state.detach())
+        return F.normalize(out.pooler_output, dim=-1), patches(
+            self._convolutions, pixel_values, out.last_hidden_state.detach()
+        )
 
     # --- a call of the model ---
 
@@ -435,7 +438,7 @@ class PromptedClassifier(AttachedPart, StructuredPromptLayer, nn.Module):
         texts = self.fitting(texts, adapter_name)
         if labels is not None:
             check_labels(labels, pixel_values, len(texts))
-        if unread := kwargs.keys() - inspect.signature(model.get_image_features).parameters.keys():
+        if unread := kwargs.keys() - self.image_inputs:
             raise TypeError(f"Nothing reads {sorted(unread)} while an adapter of this method is active.")
         v, Z = self.look(pixel_values, **kwargs)
         hand = None
@@ -519,16 +522,22 @@ def pair_loss(model: Any, logits: Tensor) -> Tensor:
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def patches(model: Any, pixel_values: Tensor, states: Tensor) -> Tensor:
-    """The vision tower's states (B, S, d_v) or (B, d_v, H, W) without CLS, registers and their like: (B, S', d_v)."""
+def patches(convolutions: Sequence[nn.Module], pixel_values: Tensor, states: Tensor) -> Tensor:
+    """The vision tower's states (B, S, d_v) or (B, d_v, H, W) without CLS, registers and their like: (B, S', d_v).
+
+    Args:
+        convolutions: What reads the pixels: one that cuts them into patches says how many there are.
+    """
     if states.ndim == 4:
         return states.flatten(2).transpose(1, 2)
-    readers = [model.get_submodule(path) for path in pixel_readers(model)]
-    if len(readers) != 1:
+    if len(convolutions) != 1:
         return states
-    sizes = zip(pixel_values.shape[-2:], readers[0].kernel_size, readers[0].stride, strict=False)
-    count = math.prod((size - kernel) // stride + 1 for size, kernel, stride in sizes)
-    return states[:, max(states.shape[1] - count, 0) :]
+    patch: Any = convolutions[0]
+    high, wide = (
+        (size - kernel) // stride + 1
+        for size, kernel, stride in zip(pixel_values.shape[-2:], patch.kernel_size[-2:], patch.stride[-2:], strict=True)
+    )
+    return states[:, max(states.shape[1] - high * wide, 0) :]
 
 
 def text_tower(model: Any, found: Anatomy) -> str:
@@ -540,7 +549,7 @@ def text_tower(model: Any, found: Anatomy) -> str:
     towers = [t.path for t in found.towers if t.path and any(is_below(e, t.path) for e in token_embeddings(model))]
     dual = all(hasattr(model, f"get_{kind}_features") for kind in ("text", "image"))
     scale = any(isinstance(getattr(model, name, None), Tensor) for name in ("logit_scale", "temperature"))
-    if not dual or not scale or len(towers) != 1:
+    if not dual or not scale or len(towers) != 1 or any(t.name == "fusion" for t in found.towers):
         raise ValueError(
             f"{found.model_class} doesn't compare pictures with texts by features of their own, which is how classes are "
             "told apart here. Use a dual encoder (CLIP, SigLIP, ChineseCLIP, AltCLIP, VisionTextDualEncoder, ...)."
@@ -555,12 +564,12 @@ def widths(model: Any, tower: str, found: Anatomy) -> tuple[int, int, int]:
     ids = torch.ones(1, 2, dtype=torch.long, device=embedding.weight.device)
     text = type(model).get_text_features(model, input_ids=ids, attention_mask=ids, return_dict=True)
     size = getattr(getattr(model.config, "vision_config", None), "image_size", None)
-    readers = [model.get_submodule(path) for path in pixel_readers(model)]
-    if readers and isinstance(size, (int, list, tuple)):
+    convolutions = [model.get_submodule(path) for path in pixel_readers(model)]
+    if convolutions and isinstance(size, (int, list, tuple)):
         shape = (size, size) if isinstance(size, int) else tuple(size)
-        pixels = readers[0].weight.new_zeros(1, 3, *shape)
+        pixels = convolutions[0].weight.new_zeros(1, 3, *shape)
         picture = type(model).get_image_features(model, pixel_values=pixels, return_dict=True).last_hidden_state
-        patch_width = patches(model, pixels, picture).shape[-1]
+        patch_width = patches(convolutions, pixels, picture).shape[-1]
     else:
         patch_width = next(t.hidden_size for t in found.towers if t.name == "vision") or 0
     return embedding.embedding_dim, patch_width, text.pooler_output.shape[-1]
