@@ -326,7 +326,11 @@ def language(folder, encoder=None, **changes):
 def adapted(family, folder, name="zh", base=None, **changes):
     base = base or bare(family)
     torch.manual_seed(0)
-    return get_peft_model(base, language(folder, **changes), adapter_name=name)
+    model = get_peft_model(base, language(folder, **changes), adapter_name=name)
+    for block in part_of(model).cross_lingual_adapter_language[name].blocks:
+        for last in (block.out, block.ffn[2]):  # they start at 0, behind which nothing gets a gradient
+            last.reset_parameters()
+    return model
 
 
 def two_adapters(folder):
