@@ -773,7 +773,7 @@ def change_weights(change):
     def damage(folder: Path) -> None:
         path = folder / "adapter_model.safetensors"
         weights = load_file(path)
-        change(weights, sorted(weights)[0])
+        change(weights, min(name for name in weights if weights[name].ndim))
         save_file(weights, path)
 
     return damage

@@ -161,7 +161,12 @@ SIGNATURES = {
     "clip": ("CLIPModel", {"vision": [2, 48], "text": [2, 32]}),
     "llava": ("LlavaForConditionalGeneration", {"vision": [3, 48], "decoder": [2, 32]}),
 }
-ADAPTED = {"cross_lingual_adapter": ["text"], "gated_xattn": ["decoder"]}  # of the towers, where it isn't all
+ADAPTED = {  # of the towers, where it isn't all
+    "cross_lingual_adapter": ["text"],
+    "gated_xattn": ["decoder"],
+    "hard_sample_domain_adapter": ["vision", "text"],
+    "structured_prompt": ["text"],
+}
 
 
 @pytest.mark.parametrize("method", METHODS)
