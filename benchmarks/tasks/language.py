@@ -496,7 +496,7 @@ def speed_line(cost: Mapping[str, Any]) -> str:
         both[f"{name}_processor_seconds"] / cost[f"{name}_processor_seconds"] for name in ("whole", "epoch")
     )
     return (
-        f"Five epochs with kept outputs, which are made within them, take {cost['whole_processor_seconds']:.0f} seconds, and "
+        f"Five epochs of {cost['pairs']:,} pairs with kept outputs, which are made within them, take {cost['whole_processor_seconds']:.0f} seconds, and "
         f"{both['whole_processor_seconds']:.0f} with both towers in every step, {whole:.1f} times as long; an epoch takes "
         f"{cost['epoch_processor_seconds']:.1f} and {both['epoch_processor_seconds']:.1f} seconds, {epoch:.1f} times as long.\n"
     )
