@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from methods import CLASSES, DUAL, VOCAB, stir, word_tokenizer
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peft_multimodal import StructuredPromptConfig
@@ -395,6 +396,21 @@ def test_the_class_list_is_no_part_of_the_file(tmp_path):
     others = ["w30 w31", "w32"]
     loaded.set_classes(others, word_tokenizer())
     close(logits(loaded), oracle(model, pictures(), others))
+
+
+def test_exact_keys_of_the_file(tmp_path):
+    """The format of the file is a promise to every adapter that was ever saved."""
+    attention = [f"{name}.weight" for name in ("query", "key", "value", "out", "norm_query", "norm_patches")]
+    attention += ["norm_query.bias", "norm_patches.bias", "gate_norm"]
+    prefix = "base_model.model.text.structured_prompt_context."
+    for changes, contexts, looks in (
+        ({}, ("general", "domain", "instance"), True),
+        ({"num_instance": 0}, ("general", "domain"), False),
+        ({"mode": "feature", "num_domain": 0}, ("general",), True),
+    ):
+        prompted(**changes).save_pretrained(tmp_path)
+        expected = {prefix + name for name in (*contexts, *(f"attention.{part}" for part in attention if looks))}
+        assert set(load_file(tmp_path / "adapter_model.safetensors")) == expected
 
 
 def test_contexts_of_classes_serve_as_many_classes(tmp_path):

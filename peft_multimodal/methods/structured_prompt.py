@@ -138,7 +138,7 @@ class VisualAttention(nn.Module):
         self.key = nn.Linear(patch_width, attention_dim, bias=False)
         self.value = nn.Linear(patch_width, attention_dim, bias=False)
         self.out = nn.Linear(attention_dim, width, bias=False)
-        self.gate_norm = nn.Parameter(torch.zeros(()))  # g; Trainer gives names in `_norm` no weight decay
+        self.gate_norm = nn.Parameter(torch.zeros(1))  # g; Trainer gives names in `_norm` no weight decay
 
     def weights(self, X: Tensor, Z: Tensor) -> Tensor:
         """(B, heads, n, S): how each row of X (n, width) looks at the patches Z (B, S, d_v)."""
