@@ -79,7 +79,7 @@ def bilingual(family: Family = CLIP, base: nn.Module | None = None) -> PeftModel
 
 
 def oracle(model: PeftModel, ids: Tensor, name: str = "default") -> tuple[Tensor, Tensor]:
-    """Y (L, d_t) and y (d_t) of one text without padding: METHODS.md 3.2, written out in float64."""
+    """Y (L, d_t) and y (d_t) of one text without padding: the equation, written out in float64."""
     options, tower = model.peft_config[name], part(model)
     encoder = tower.encoders[tower.encoder_of[name]]
     W = {k: v.double() for k, v in tower.cross_lingual_adapter_language[name].state_dict().items()}
