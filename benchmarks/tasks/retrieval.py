@@ -126,17 +126,21 @@ class KeptStatesCollator:
 
 
 @cache
+def kept_states(split: str, style: str, layers: int) -> Tensor:
+    """`lower_outputs` of a split's pictures in one style, kept while the process lives."""
+    return lower_outputs(list(select_pictures(split, style)["image"]), layers, f"{split} {style}")
+
+
 @torch.inference_mode()
-def kept_states(split: str, style: str, layers: int, batch_size: int = 64) -> Tensor:
-    """Outputs `(pictures, tokens, width)` of the frozen model's first vision layers, kept while the process lives."""
+def lower_outputs(images: Sequence[Any], layers: int, title: str, batch_size: int = 64) -> Tensor:
+    """Outputs `(pictures, tokens, width)` of the frozen model's first vision layers."""
     model, processor = load_model(), load_processor()
     encoder = model.eval().vision_model.encoder
     seen: list[Tensor] = []
     encoder.layer[layers].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
     del encoder.layer[layers + 1 :]
-    images = list(select_pictures(split, style)["image"])
-    for start in track(range(0, len(images), batch_size), f"Lower layers, {split} {style}", transient=True):
-        model.vision_model(**processor.image_processor(images[start : start + batch_size], return_tensors="pt"))
+    for start in track(range(0, len(images), batch_size), f"Lower layers, {title}", transient=True):
+        model.vision_model(**processor.image_processor(list(images[start : start + batch_size]), return_tensors="pt"))
     return torch.cat(seen)
 
 
