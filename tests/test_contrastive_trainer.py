@@ -399,11 +399,12 @@ def one_step(folder: Path, rows: int, processes: int) -> None:
     # Two pairs of one picture, on different processes.
     for i, row in enumerate(data.rows):
         row["picture"] = 0 if i in (2, 9) else i + 1
-    bank = bank_for(model, data, image_id_column="picture", momentum=0.5, eta=0.6)
+    rows_of: Any = Stream(data.rows) if folder.name.endswith("stream") else data
+    bank = bank_for(model, rows_of, image_id_column="picture", momentum=0.5, eta=0.6)
     options = {"per_device_train_batch_size": rows // processes, "optim": "sgd", "learning_rate": 0.1, "max_steps": 3}
     args = arguments(folder, **options, max_grad_norm=0.0)
     part = {"rows_at_once": 2} if folder.name.endswith("parts") else {}
-    trainer = ContrastiveTrainer(model, args, train_dataset=data, hard_samples=bank, keep_close=0.1, **part)
+    trainer = ContrastiveTrainer(model, args, train_dataset=rows_of, hard_samples=bank, keep_close=0.1, **part)
     trainer.train()
     rank = args.process_index
     save_file({n: p.detach().clone() for n, p in trained(model).items()}, folder / f"weights-{rank}.safetensors")
@@ -411,11 +412,11 @@ def one_step(folder: Path, rows: int, processes: int) -> None:
     (folder / f"log-{rank}.json").write_text(json.dumps(trainer.state.log_history))
 
 
-@pytest.mark.parametrize("parts", [False, True], ids=["whole", "parts"])
-def test_two_processes_equal_one_on_the_joint_batch(parts: bool, tmp_path: Path):
+@pytest.mark.parametrize("way", ["whole", "parts", "stream"])
+def test_two_processes_equal_one_on_the_joint_batch(way: str, tmp_path: Path):
     from safetensors.torch import load_file
 
-    folders = {n: tmp_path / f"{n}{'-parts' if parts else ''}" for n in (1, 2)}
+    folders = {n: tmp_path / f"{n}-{way}" for n in (1, 2)}
     for processes, folder in folders.items():
         folder.mkdir()
         with socket.socket() as s:

@@ -10,13 +10,14 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from peft_multimodal import HardSampleBank
+from peft_multimodal import ContrastiveTrainer, HardSampleBank, ImageTextCollator
 from peft_multimodal.training import HardSampleSampler, HardSampling, SumTree, weighted_order
 from peft_multimodal.training.hard_samples import (
     FILE,
@@ -672,6 +673,38 @@ def test_from_the_open_model():
         HardSampleBank.from_model(base, Stream(data.rows[:3] * 2), progress=False)
     with pytest.raises(ValueError, match="no id column 'name'"):
         HardSampleBank.from_model(base, data, id_column="name", progress=False)
+
+
+def test_pictures_and_texts_go_through_the_checkpoint_s_processor(tmp_path):
+    """Without a collator rows of `image` and `text` are made ready by what lies beside the model's weights."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: i for i, word in enumerate(("<pad>", "<s>", "</s>", "<unk>", "red", "green", "apple", "pear"))}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    pictures = hf.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    hf.CLIPProcessor(pictures, tokenizer).save_pretrained(tmp_path)
+    FAMILIES["clip"].build().save_pretrained(tmp_path)
+    model = hf.CLIPModel.from_pretrained(tmp_path)
+    colours = [(200, 20, 20), (20, 200, 20), (90, 90, 200)]
+    rows = [
+        {"id": f"pair {i}", "image": Image.new("RGB", (20, 24), colours[i % 3]), "text": text}
+        for i, text in enumerate(("red apple", "green pear", "green apple </s>", "red pear </s>"))
+    ]
+    bank = HardSampleBank.from_model(model, rows, progress=False)
+    collator = ImageTextCollator(hf.AutoProcessor.from_pretrained(tmp_path), random_text=False)
+    asked = HardSampleBank.from_model(model, rows, collator=collator, progress=False)
+    np.testing.assert_array_equal(bank.difficulty, asked.difficulty)
+    assert len(set(bank.difficulty.tolist())) > 1
+    args = hf.TrainingArguments(
+        str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=2, use_cpu=True, report_to="none", save_strategy="no",
+        disable_tqdm=True,
+    )  # fmt: skip
+    ContrastiveTrainer(model, args, train_dataset=rows, hard_samples=bank).train()
+    assert bank.visits.sum() == 4
 
 
 # --------------------------------------------------------------------------------------------------------- the report
