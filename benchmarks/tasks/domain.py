@@ -134,8 +134,8 @@ def describe(bank: HardSampleBank | None, pairs: Pairs) -> dict[str, float]:
     base, last = bank.base_difficulty[rows], bank.difficulty[rows]
     domain, shuffled = np.array(pairs.domain), np.array(pairs.shuffled)
     found = {
-        "base_difficulty_domain": float(base[domain].mean()),
-        "base_difficulty_general": float(base[~domain & ~shuffled].mean()),
+        "domain_base_difficulty": float(base[domain].mean()),
+        "general_base_difficulty": float(base[~domain & ~shuffled].mean()),
     }
     if shuffled.any():
         suspects = np.isin(bank.keys[rows], bank.suspects)
@@ -495,12 +495,12 @@ def bank_rows(groups: Mapping[str, Sequence[Record]]) -> list[list[str]]:
     rows = []
     for runs in groups.values():
         for pool, title in POOLS.items():
-            metrics = [r.metrics for r in runs if f"{pool}_base_difficulty_domain" in r.metrics]
+            metrics = [r.metrics for r in runs if f"{pool}_domain_base_difficulty" in r.metrics]
             if not metrics:
                 continue
             row = [runs[0].label, title]
             for name, digits in (
-                ("base_difficulty_domain", 2), ("base_difficulty_general", 2), ("noise_auc_base", 1), ("noise_auc", 1),
+                ("domain_base_difficulty", 2), ("general_base_difficulty", 2), ("noise_auc_base", 1), ("noise_auc", 1),
                 ("suspects", 0), ("suspects_shuffled", 0),
             ):  # fmt: skip
                 values = [m[f"{pool}_{name}"] for m in metrics if f"{pool}_{name}" in m]
