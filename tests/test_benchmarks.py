@@ -338,3 +338,11 @@ def test_the_command_lists_and_smokes(folder, toy_task, tmp_path, monkeypatch, c
     assert not records.read_records("toy", tmp_path)
     run.main([])
     assert "retrieval" in capsys.readouterr().out
+
+
+def test_the_domain_s_score_is_of_recalls_alone():
+    from benchmarks.tasks import domain
+
+    metrics = {"photos_domain": 40.0, "photos_general": 20.0}
+    found = {"photos_base_difficulty_domain": 0.9, "photos_base_difficulty_general": 0.3}
+    assert domain.score(metrics) == domain.score(metrics | found) == 30

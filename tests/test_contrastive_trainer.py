@@ -315,6 +315,18 @@ def test_a_data_set_that_streams(tmp_path: Path):
     trainer.train()
     assert trainer.sampler is None
     assert bank.visits.tolist() == [2] * 12
+    # Ranked anew after each time through the data, so that weights follow and the guard looks.
+    assert [step for step, _ in bank.history] == [-1, 1, 3]
+    assert bank.table[0] == pytest.approx(bank.difficulty.min(), abs=0.02)
+
+
+def test_a_restart_that_skips_no_data(tmp_path: Path):
+    """`ignore_data_skip` begins the epoch anew: nothing stands in for the draws before the restart."""
+    options: dict[str, Any] = {"settings": {}, "size": 60, "max_steps": 6, "save_steps": 3, "save_strategy": "steps"}
+    trainer_for(tmp_path / "whole", **options).train()
+    again = trainer_for(tmp_path / "again", ignore_data_skip=True, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert again.bank.visits.sum() == 36
 
 
 def test_mismatches_are_found(tmp_path: Path):

@@ -25,7 +25,9 @@ from peft_multimodal.training.hard_samples import (
     SampleIds,
     difficulties,
     hash_ids,
+    logit_scale,
     read_ids,
+    stack_rows,
     text_keys,
     unique_keys,
 )
@@ -350,6 +352,16 @@ def test_updates_follow_the_visits():
         fresh.update(np.array([9]), np.array([0.5]), step=2)
 
 
+def test_a_step_that_overflowed_spoils_nothing():
+    bank = bank_of(np.linspace(0.1, 0.9, 50))
+    before = bank.difficulty.copy()
+    bank.draw(2, np.random.default_rng(0))  # makes the tree
+    bank.update(np.array([3, 9]), np.array([np.nan, np.inf]), 1)
+    np.testing.assert_array_equal(bank.difficulty, before)
+    assert np.isfinite(bank.probabilities(slice(None))).all()
+    assert not bank.visits.any()
+
+
 def test_a_pair_takes_21_bytes():
     bank = HardSampleBank(list(range(1000)))
     arrays = (bank.difficulty, bank.base_difficulty, bank.visits, bank.last_step, bank.flag)
@@ -415,6 +427,24 @@ def test_the_noise_guard():
         off.visits[:] = 9
         off.start_epoch()
         assert not len(off.suspects)
+
+
+def test_without_a_base_pass_all_count_alike_until_they_were_met():
+    bank, keys = HardSampleBank(list(range(100)), eta=1.0), np.arange(100)
+    bank.start_epoch()
+    bank.update(keys[:79], np.linspace(0, 1, 79), 1)
+    bank.start_epoch()
+    np.testing.assert_allclose(bank.probabilities(slice(None)), 0.01)
+    np.testing.assert_array_equal(bank.loss_weights(keys), 1)
+    bank.update(keys[79:], np.linspace(0, 1, 21), 2)
+    np.testing.assert_allclose(bank.probabilities(slice(None)), 0.01)  # an epoch goes on as it began
+    again = HardSampleBank(list(range(100)), eta=1.0)
+    again.load_state(bank.state())
+    for one in (bank, again):
+        one.start_epoch()
+        p = one.probabilities(slice(None))
+        assert p[78] > 1.9 * p[39] > 0
+        assert p.sum() == pytest.approx(1)
 
 
 def test_settings_are_checked():
@@ -525,6 +555,19 @@ def test_hard_pairs_come_more_often():
     assert counts[-40:].mean() / counts[:40].mean() > 3
     assert counts.min() > 0
     assert np.corrcoef(counts, bank.probabilities(slice(None)))[0, 1] > 0.9
+
+
+def test_an_order_becomes_numbers_a_part_at_a_time():
+    """A million of Python's integers take 40 MB."""
+    sampler = sampler_of(bank_of(np.linspace(0, 1, 2_000_000)), chunk_size=None)
+    iterator = iter(sampler)
+    next(iterator)
+    tracemalloc.start()
+    rest = sum(1 for _ in iterator)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert rest == 999_999
+    assert peak < 10 * 2**20
 
 
 def test_difficulties_are_fresh_inside_an_epoch():
@@ -667,12 +710,56 @@ def test_from_the_open_model():
 
     streamed = HardSampleBank.from_model(model, Stream(data.rows), batch_size=7, progress=False)
     np.testing.assert_allclose(streamed.difficulty, bank.difficulty, atol=1e-5)
+    for made in (bank, streamed):  # neither holds a pair twice when the next epoch comes, and ranks are there
+        assert made.queue.size == made.queue.filled == 30
+        assert len(set(made.emphasis(slice(None)).tolist())) == 30
+        assert len(made.history) == 1
     other = HardSampleBank.from_model(base, data, batch_size=5, progress=False, seed=9)
     np.testing.assert_allclose(other.difficulty, bank.difficulty, atol=2e-3)
     with pytest.raises(ValueError, match="occur more than once"):
         HardSampleBank.from_model(base, Stream(data.rows[:3] * 2), progress=False)
     with pytest.raises(ValueError, match="no id column 'name'"):
         HardSampleBank.from_model(base, data, id_column="name", progress=False)
+    for nothing in ([], Stream([])):
+        with pytest.raises(ValueError, match="has no rows"):
+            HardSampleBank.from_model(base, nothing, progress=False)
+
+
+def test_the_scale_is_the_model_s_own():
+    """By it the model makes its own similarities of cosines."""
+    vision = {
+        **{"image_size": 16, "hidden_dim": 16, "kernel_sizes": [3], "in_channels": [32], "out_channels": [16]},
+        **{"strides": [1], "num_block_repeats": [1], "expand_ratios": [1], "width_coefficient": 1.0},
+    }
+    text = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 50,
+    }
+    align = hf.AlignModel(
+        hf.AlignConfig(text_config=text, vision_config=vision, projection_dim=16, temperature_init_value=0.05)
+    ).eval()
+    batch = {k: torch.stack([r[k] for r in Pairs(3).rows]) for k in ("input_ids", "attention_mask", "pixel_values")}
+    for model in (FAMILIES["clip"].build(), align):
+        with torch.no_grad():
+            out = model(**batch)
+            cosines = torch.nn.functional.cosine_similarity(out.image_embeds[:, None], out.text_embeds[None], dim=-1)
+            torch.testing.assert_close(cosines * logit_scale(model), out.logits_per_image, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_that_are_ready_may_have_pictures_and_texts_too():
+    """The report shows those; the model reads the tensors."""
+    data = Pairs(8)
+    for row in data.rows:
+        row |= {"image": Image.new("RGB", (8, 9)), "text": ["a", "b"], "n": 3}
+    batch = stack_rows(data.rows)
+    assert set(batch) == {"input_ids", "attention_mask", "pixel_values"}
+    lists = [{k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in row.items()} for row in data.rows]
+    for name, value in stack_rows(lists).items():
+        torch.testing.assert_close(value, batch[name])
+    assert len(HardSampleBank.from_model(FAMILIES["clip"].build(), data, progress=False)) == 8
 
 
 def test_pictures_and_texts_go_through_the_checkpoint_s_processor(tmp_path):
@@ -735,3 +822,16 @@ def test_the_report_is_one_safe_page(tmp_path):
     bank.dataset = rows  # what it was made of or trained with
     assert "data:image/jpeg;base64," in bank.report(tmp_path / "own.html").read_text()
     assert copy.deepcopy(bank).dataset is None
+    streamed = bank.report(tmp_path / "streamed.html", Stream(rows), pairs=5).read_text()
+    assert streamed == page
+    with pytest.raises(ValueError, match="it is another"):
+        bank.report(tmp_path / "other.html", Stream(rows[:3]))
+
+
+def test_the_histogram_counts_every_pair():
+    """By "loss" a pair may be harder than chance."""
+    bank = HardSampleBank(range(5), difficulty="loss")
+    bank.difficulty[:] = [0.2, 0.4, 0.9, 1.2, 3.0]
+    bank.start_epoch()
+    assert bank.history[-1][1].sum() == 5
+    assert bank.history[-1][1][-1] == 2

@@ -80,7 +80,8 @@ def run(experiment: Experiment, seed: int, split: Split) -> dict[str, Any]:
 
 def score(metrics: Mapping[str, float]) -> float:
     """The mean of the domain's and the general mean recall, over the pools."""
-    return statistics.fmean(v for name, v in metrics.items() if name.endswith(("_domain", "_general")))
+    names = [f"{pool}_{what}" for pool in POOLS for what in ("domain", "general")]
+    return statistics.fmean(metrics[name] for name in names if name in metrics)
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -134,7 +135,7 @@ def describe(bank: HardSampleBank | None, pairs: Pairs) -> dict[str, float]:
     base, last = bank.base_difficulty[rows], bank.difficulty[rows]
     domain, shuffled = np.array(pairs.domain), np.array(pairs.shuffled)
     found = {
-        "domain_base_difficulty": float(base[domain].mean()),
+        "domain_base_difficulty": float(base[domain & ~shuffled].mean()),
         "general_base_difficulty": float(base[~domain & ~shuffled].mean()),
     }
     if shuffled.any():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,9 @@ def epoch_order(size: int, rounds: int) -> dict[str, Any]:
         "WeightedRandomSampler, no pair twice": WeightedRandomSampler(weights, size // 2, replacement=False),
         "WeightedRandomSampler, with replacement": WeightedRandomSampler(weights, size // 2, replacement=True),
     }
-    steps: dict[str, Any] = {"ours": sampler._draw}
-    steps |= {name: lambda peer=peer: next(iter(peer)) for name, peer in peers.items()}
+    # As the loader takes it, an index at a time; ours ranks the difficulties first.
+    steps: dict[str, Any] = {"ours": lambda: deque(sampler, maxlen=0)}
+    steps |= {name: lambda peer=peer: deque(peer, maxlen=0) for name, peer in peers.items()}
     seconds = interleaved(steps, rounds)
     return {"seconds": {name: statistics.median(s) for name, s in seconds.items()}} | {
         f"relative_to_{i}": ratios(seconds, name)["ours"] for i, name in enumerate(peers)
@@ -153,7 +155,7 @@ def share_of_a_step(steps: int, pairs: int, rows: int = 32) -> dict[str, float]:
         {"pixel_values": batch["pixel_values"][i % rows], "input_ids": batch["input_ids"][i % rows], "id": i}
         for i in range(pairs)
     ]
-    bank = HardSampleBank(range(pairs))
+    bank = bank_of(pairs)
     # A queue as full as it gets.
     filled = torch.nn.functional.normalize(torch.randn(bank.queue.size, 512), dim=-1)
     keys = torch.arange(bank.queue.size) + pairs

@@ -22,7 +22,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -38,6 +37,7 @@ from .hard_samples import (
     logit_scale,
     save_arrays,
     split_keys,
+    streams,
 )
 from .losses import dual_embeddings, pair_losses
 from .sampling import HardSampleSampler
@@ -103,13 +103,18 @@ class ContrastiveTrainer(AdapterTrainer):
         self.sampler: HardSampleSampler | None = None
         self._resume_sampler: dict[str, np.ndarray] | None = None
         self._positions = None
-        if self.bank is not None and train_dataset is not None and not _streams(train_dataset):
+        if self.bank is not None and train_dataset is not None and not streams(train_dataset):
             self._positions = self.bank.positions_in(train_dataset)  # another data set is an error here
             self.bank.dataset = train_dataset
         if data_collator is None:
             rows = train_dataset if train_dataset is not None else kwargs.get("eval_dataset")
             data_collator = None if rows is None else default_collator(model, next(iter(rows)))
         args = replace(args or TrainingArguments("trainer_output"), remove_unused_columns=False)
+        if self._positions is not None and args.world_size > 1 and args.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "dispatch_batches=True lets the first process alone draw, and the other processes' banks fall behind: "
+                "leave it out, or stream the data set."
+            )
         super().__init__(model, args, data_collator, train_dataset, *fixed, **kwargs)
         self.can_return_loss = True
         for name in model.active_adapters if self.bank is not None and isinstance(model, PeftModel) else ():
@@ -155,7 +160,7 @@ class ContrastiveTrainer(AdapterTrainer):
         if not (folder / FILE).is_file():
             raise FileNotFoundError(f"{folder} has no {FILE}: it is a checkpoint of a training without a bank.")
         self.bank.load_state(load_arrays(folder / FILE)[0])
-        if self._positions is not None:
+        if self._positions is not None and not self.args.ignore_data_skip:
             self._resume_sampler = load_arrays(folder / SAMPLER_FILE)[0]
 
     def _agree(self) -> None:
@@ -259,6 +264,8 @@ class ContrastiveTrainer(AdapterTrainer):
         bank.update(sample, found.cpu().numpy(), self.state.global_step)
         if self.sampler is not None:
             self.sampler.trained(len(sample))
+        elif bank.since_ranked >= len(bank):  # no sampler says when an epoch starts
+            bank.start_epoch()
         return torch.from_numpy(bank.loss_weights(sample)[own])
 
     # --- a batch in parts ---
@@ -335,10 +342,6 @@ def gather_with_gradients(x: Tensor) -> Tensor:
 
 def _alone(x: Tensor) -> Tensor:
     return x
-
-
-def _streams(dataset: Any) -> bool:
-    return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__")
 
 
 def _rows(inputs: Mapping[str, Any], start: int, stop: int, size: int) -> dict[str, Any]:

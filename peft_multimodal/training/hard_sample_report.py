@@ -7,12 +7,11 @@ import html
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .hard_samples import HardSampleBank
+from .hard_samples import HardSampleBank, hash_ids, streams
 
 THUMBNAIL = 160  # pixels
 
@@ -30,13 +29,14 @@ def write_report(
     bank: HardSampleBank, path: Path, dataset: Any, image_column: str, text_column: str, pairs: int
 ) -> Path:
     """See `HardSampleBank.report`."""
-    positions = None if dataset is None else bank.positions_in(dataset)
     hardest = np.argsort(-bank.difficulty, kind="stable")[:pairs]
     suspects = np.flatnonzero(np.isin(bank.keys, bank.suspects))
     suspects = suspects[np.argsort(-bank.difficulty[suspects], kind="stable")]
 
+    found = _rows_of(bank, dataset, np.concatenate([hardest, suspects[:pairs]]))
+
     def figures(rows: np.ndarray) -> str:
-        return "".join(_figure(bank, row, dataset, positions, image_column, text_column) for row in rows[:pairs])
+        return "".join(_figure(bank, row, found.get(int(row), {}), image_column, text_column) for row in rows[:pairs])
 
     visited = int((bank.visits > 0).sum())
     gone = np.nan_to_num(bank.base_difficulty - bank.difficulty)
@@ -60,8 +60,26 @@ open model's.</p>
     return path
 
 
-def _figure(bank: HardSampleBank, row: int, dataset: Any, positions: Any, image: str, text: str) -> str:
-    found: Mapping[str, Any] = {} if dataset is None else dataset[int(positions[row])]
+def _rows_of(bank: HardSampleBank, dataset: Any, rows: np.ndarray) -> dict[int, Mapping[str, Any]]:
+    """The data set's rows of some of the bank's; empty without a data set."""
+    if dataset is None:
+        return {}
+    if not streams(dataset):
+        positions = bank.positions_in(dataset)
+        return {int(row): dataset[int(positions[row])] for row in rows}
+    wanted = {int(bank.keys[row]): int(row) for row in rows}
+    found: dict[int, Mapping[str, Any]] = {}
+    for sample in dataset:
+        if (row := wanted.pop(int(hash_ids([sample[bank.id_column]])[0]), None)) is not None:
+            found[row] = sample
+        if not wanted:
+            return found
+    raise ValueError(
+        f"The data set doesn't have {len(wanted)} of the bank's pairs that are to be shown: it is another."
+    )
+
+
+def _figure(bank: HardSampleBank, row: int, found: Mapping[str, Any], image: str, text: str) -> str:
     name = found.get(bank.id_column, int(bank.keys[row]))
     words = found.get(text, "")
     words = words[0] if isinstance(words, (list, tuple)) and words else words
@@ -96,7 +114,7 @@ def _histogram(bank: HardSampleBank) -> str:
     for i, (step, counts) in enumerate(shown):
         edges = np.linspace(0, 1, len(counts) + 1)
         axes.stairs(counts, edges, color=str(0.75 * (1 - (i + 1) / len(shown))), label=f"step {max(step, 0)}")
-    axes.set_xlabel("difficulty")
+    axes.set_xlabel("difficulty" if bank.settings.difficulty != "loss" else "difficulty; 1 and more in the last bar")
     axes.set_ylabel("pairs")
     if shown:
         axes.legend(fontsize="small")

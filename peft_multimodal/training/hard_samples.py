@@ -48,6 +48,7 @@ FORMAT = 1
 SUSPECT = 1  # bit of a pair's flag: probably no match at all
 STEPS = 1024  # of the table that ranks are read off
 BINS = 50  # of the report's histograms
+WARM = 0.8  # share of the pairs that must have been visited where no model has looked at them before
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,11 @@ class HardSampling:
             kinds = (int,) if name == "queue_size" else (int, float)
             if type(value) not in kinds or not low <= value <= high:
                 raise ValueError(f"{name} must be a number from {low} to {high}, got {value!r}")
+
+
+def streams(dataset: Any) -> bool:
+    """Whether a data set can only be read from its beginning."""
+    return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__")
 
 
 # --- ids -------------------------------------------------------------------------------------------------------------
@@ -230,6 +236,12 @@ class FeatureQueue:
         self.pointer = (self.pointer + count) % self.size
         self.filled = min(self.size, self.filled + count)
 
+    def shrink(self) -> None:
+        """Hold no more than there is, where a data set turned out to be smaller than the queue."""
+        if self.filled < self.size:
+            self.parts = {name: part[: self.filled].clone() for name, part in self.parts.items()}
+            self.size, self.pointer = self.filled, 0
+
     def __getitem__(self, name: str) -> Tensor:
         return self.parts[name][: self.filled]
 
@@ -312,8 +324,9 @@ class HardSampleBank:
         self.last_step = np.full(size, -1, np.int64)
         self.flag = np.zeros(size, np.uint8)
         self.queue = FeatureQueue(min(settings.queue_size, size))
-        self.table = np.full(STEPS, 0.5, np.float32)  # the difficulty of each rank
+        self.table = np.full(STEPS, np.nan, np.float32)  # the difficulty of each rank; NaN while all pairs count alike
         self.history: list[tuple[int, np.ndarray]] = []  # (step, counts of difficulties)
+        self.since_ranked = 0  # visits
         self.tree: SumTree | None = None
         self.dataset: Any = None  # for the report; it isn't saved, and no copy takes it along
 
@@ -353,13 +366,14 @@ class HardSampleBank:
             settings: The fields of [`HardSampling`].
         """
         how = HardSampling(**settings)
-        streams = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__")
-        keys = None if streams else unique_keys(read_ids(dataset, id_column))
+        stream = streams(dataset)
+        keys = None if stream else unique_keys(read_ids(dataset, id_column))
         if collator is None:
-            collator = default_collator(model, next(iter(dataset)))
-        order = (
-            None if streams else torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-        )
+            first = next(iter(dataset), None)
+            if first is None:
+                raise ValueError("The data set has no rows.")
+            collator = default_collator(model, first)
+        order = None if stream else torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
         loader = DataLoader(
             dataset, batch_size, sampler=order, collate_fn=SampleIds(collator, id_column, image_id_column)
         )
@@ -380,8 +394,9 @@ class HardSampleBank:
             raise ValueError(f"{len(met) - len(bank)} ids occur more than once: ids must tell the pairs apart.")
         rows = bank.rows(met)
         bank.difficulty[rows] = bank.base_difficulty[rows] = values
-        bank.queue, bank.dataset = queue, None if streams else dataset
-        bank._note_history(0)
+        queue.shrink()
+        bank.queue, bank.dataset = queue, dataset
+        bank.start_epoch()
         return bank
 
     # --- rows ---
@@ -420,19 +435,31 @@ class HardSampleBank:
     # --- what a visit tells ---
 
     def update(self, keys: np.ndarray, values: np.ndarray, step: int) -> None:
-        """Take over the difficulties of a step's pairs (of all processes); a pair that occurs twice counts once."""
+        """Take over the difficulties of a step's pairs (of all processes); a pair that occurs twice counts once.
+
+        Values that aren't finite, as of a step that overflowed, are passed over: one would spoil every later draw.
+        """
         rows, first = np.unique(self.rows(keys), return_index=True)
         values = values[first].astype(np.float32)
+        rows, values = rows[np.isfinite(values)], values[np.isfinite(values)]
         new = (self.visits[rows] == 0) & np.isnan(self.base_difficulty[rows])
         mu = np.where(new, 0, self.settings.momentum).astype(np.float32)
         self.difficulty[rows] = mu * self.difficulty[rows] + (1 - mu) * values
         self.visits[rows] += 1
         self.last_step[rows] = step
+        self.since_ranked += len(rows)
         if self.tree is not None:
             self.tree.set(rows, self._weights(rows))
 
     def start_epoch(self) -> None:
-        """Rank the difficulties anew, look for mismatched pairs, and note the histogram for the report."""
+        """Rank the difficulties anew, look for mismatched pairs, and note the histogram for the report.
+
+        Without base difficulties all pairs count alike until four in five have been visited.
+        """
+        self.since_ranked = 0
+        self._note_history(int(self.last_step.max()))
+        if np.isnan(self.base_difficulty).any() and (self.visits > 0).mean() < WARM:
+            return
         stride = max(1, len(self) // 1_000_000)
         self.table = np.quantile(self.difficulty[::stride], (np.arange(STEPS) + 0.5) / STEPS).astype(np.float32)
         how = self.settings
@@ -441,12 +468,12 @@ class HardSampleBank:
             hardest = self._rank(self.difficulty[part]) >= 1 - how.guard_share
             suspect = hardest & stays & (self.visits[part] >= 3) & (how.guard_share > 0)
             self.flag[part] = np.where(suspect, self.flag[part] | SUSPECT, self.flag[part] & ~np.uint8(SUSPECT))
-        self._note_history(int(self.last_step.max()))
         self.tree = None  # made anew when it is next needed
 
     def _note_history(self, step: int) -> None:
         self.history = [entry for entry in self.history if entry[0] != step]
-        self.history.append((step, np.histogram(self.difficulty, BINS, (0, 1))[0]))
+        # "loss" has no upper end: what is harder than chance stands in the last bin.
+        self.history.append((step, np.histogram(np.minimum(self.difficulty, 1), BINS, (0, 1))[0]))
 
     # --- what it does ---
 
@@ -457,6 +484,8 @@ class HardSampleBank:
 
     def emphasis(self, rows: np.ndarray | slice) -> np.ndarray:
         """e of these rows, in [0, 1] (float32)."""
+        if np.isnan(self.table[0]):
+            return np.full_like(self.difficulty[rows], 0.5)
         if self.settings.emphasis == "rank":
             e, middle = self._rank(self.difficulty[rows]), np.float32(0.5)
         else:
@@ -527,6 +556,7 @@ class HardSampleBank:
         }
         arrays |= {f"queue.{name}": part.cpu().numpy() for name, part in self.queue.parts.items()}
         arrays["queue.places"] = np.array([self.queue.size, self.queue.pointer, self.queue.filled], np.int64)
+        arrays["since_ranked"] = np.array([self.since_ranked], np.int64)
         arrays["history.steps"] = np.array([step for step, _ in self.history], np.int64)
         arrays["history.counts"] = np.array([counts for _, counts in self.history], np.int64).reshape(-1, BINS)
         return arrays
@@ -550,6 +580,7 @@ class HardSampleBank:
         }
         steps, counts = arrays["history.steps"].tolist(), arrays["history.counts"]
         self.history = list(zip(steps, counts, strict=True))
+        self.since_ranked = int(arrays["since_ranked"][0])
         self.tree = None
 
     def save(self, folder: str | os.PathLike) -> Path:
@@ -598,7 +629,7 @@ class HardSampleBank:
 
         Args:
             dataset: For pictures and texts; by default the one that the bank was made of or trained with. A bank that
-                was loaded shows only keys without it.
+                was loaded shows only keys without it. One that streams is read until the pairs have come.
             pairs: Shown of each kind.
         """
         from .hard_sample_report import write_report
@@ -669,12 +700,12 @@ def as_it_was(model: Any) -> Iterator[None]:
 def logit_scale(model: Any) -> Tensor:
     """1 / temperature of a model: its own, or that of BLIP and CLIP at their start."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own = getattr(base, "logit_scale", None)
-    return (
-        own.float().exp()
-        if isinstance(own, Tensor)
-        else torch.tensor(LOGIT_SCALE, device=next(base.parameters()).device)
-    )
+    log_scale, temperature = (getattr(base, name, None) for name in ("logit_scale", "temperature"))
+    if isinstance(log_scale, Tensor):
+        return log_scale.float().exp()
+    if isinstance(temperature, Tensor):  # ALIGN, TIPSv2
+        return 1 / temperature.float()
+    return torch.tensor(LOGIT_SCALE, device=next(base.parameters()).device)
 
 
 def _embedded(loader: Iterable[Mapping[str, Any]], model: Any, encode: Any) -> Iterator[tuple[Tensor, Tensor, dict]]:
@@ -714,6 +745,14 @@ def default_collator(model: Any, row: Any) -> Callable[[list[Any]], Mapping[str,
 
 
 def stack_rows(rows: list[Any]) -> dict[str, Tensor]:
-    """A batch of rows of tensors, arrays or lists; strings and single numbers, such as ids, are left out."""
-    arrays = [name for name, value in rows[0].items() if np.ndim(value) > 0]
+    """A batch of rows of tensors, arrays or lists of numbers; pictures, texts and single numbers are left out."""
+    arrays = [name for name, value in rows[0].items() if _is_array(value)]
     return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in arrays}
+
+
+def _is_array(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        value = np.asarray(value)
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0 and value.dtype.kind in "biuf"
+    return isinstance(value, Tensor) and value.ndim > 0

@@ -187,12 +187,12 @@ class HardSampleSampler(Sampler[int]):
         for _ in range(place):
             yield 0  # was trained on before the restart: whoever resumes skips it
         for chunk in list(self.kept):
-            yield from chunk.tolist()
+            yield from _numbers(chunk)
             place += len(chunk)
         while place < len(self):
             chunk = self._draw()[: len(self) - place]
             self.kept.append(chunk)
-            yield from chunk.tolist()
+            yield from _numbers(chunk)
             place += len(chunk)
 
     def _draw(self) -> np.ndarray:
@@ -222,3 +222,9 @@ class HardSampleSampler(Sampler[int]):
         ends = np.cumsum(state["lengths"])
         self.kept = deque(np.split(state["kept"], ends)[:-1])  # the last part is what stands behind them: nothing
         self._resuming = True
+
+
+def _numbers(chunk: np.ndarray) -> Iterator[int]:
+    """Python's integers, which take ten times the memory, a part at a time."""
+    for start in range(0, len(chunk), PART // 16):
+        yield from chunk[start : start + PART // 16].tolist()
