@@ -409,11 +409,12 @@ def test_the_noise_guard():
     base[wrong] = 0.97
     for emphasis in ("rank", "power"):
         bank = bank_of(base, emphasis=emphasis)
+        before = bank.probabilities(wrong)
         for step in range(12):
             now = np.where(np.isin(np.arange(1000), wrong), 0.99, base - 0.08 * step)
             bank.update(np.arange(1000), np.clip(now, 0, 1), step)
-        assert not len(bank.suspects)  # looked for at the start of an epoch
-        before = bank.probabilities(wrong)
+            assert (len(bank.suspects) > 0) == (step >= 2)  # after three visits, in the middle of an epoch
+        assert set(wrong.tolist()) <= set(bank.suspects.tolist())
         bank.start_epoch()
         assert set(wrong.tolist()) <= set(bank.suspects.tolist())
         assert len(bank.suspects) <= 20

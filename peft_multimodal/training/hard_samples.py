@@ -448,6 +448,7 @@ class HardSampleBank:
         self.visits[rows] += 1
         self.last_step[rows] = step
         self.since_ranked += len(rows)
+        self._suspect(rows)
         if self.tree is not None:
             self.tree.set(rows, self._weights(rows))
 
@@ -462,13 +463,17 @@ class HardSampleBank:
             return
         stride = max(1, len(self) // 1_000_000)
         self.table = np.quantile(self.difficulty[::stride], (np.arange(STEPS) + 0.5) / STEPS).astype(np.float32)
-        how = self.settings
         for part in _parts(len(self)):
-            stays = self.base_difficulty[part] - self.difficulty[part] <= how.guard_fall  # not where there is no base
-            hardest = self._rank(self.difficulty[part]) >= 1 - how.guard_share
-            suspect = hardest & stays & (self.visits[part] >= 3) & (how.guard_share > 0)
-            self.flag[part] = np.where(suspect, self.flag[part] | SUSPECT, self.flag[part] & ~np.uint8(SUSPECT))
+            self._suspect(part)
         self.tree = None  # made anew when it is next needed
+
+    def _suspect(self, rows: np.ndarray | slice) -> None:
+        """Flag those of these rows that stay among the hardest, and clear the others."""
+        how = self.settings
+        stays = self.base_difficulty[rows] - self.difficulty[rows] <= how.guard_fall  # not where there is no base
+        hardest = self._rank(self.difficulty[rows]) >= 1 - how.guard_share
+        suspect = hardest & stays & (self.visits[rows] >= 3) & (how.guard_share > 0)
+        self.flag[rows] = np.where(suspect, self.flag[rows] | SUSPECT, self.flag[rows] & ~np.uint8(SUSPECT))
 
     def _note_history(self, step: int) -> None:
         self.history = [entry for entry in self.history if entry[0] != step]
