@@ -93,9 +93,10 @@ def adapt(
     """One pool: (metrics, items, cost)."""
     settings = experiment.settings
     layers = settings["frozen_vision_layers"]
-    model = load_model()
+    model: Any = load_model()
+    adapted = measure.prepare(model, experiment)  # looks at the model as it is
     skip_lower_layers(model, layers)
-    model = measure.prepare(model, experiment)
+    model = adapted
     metrics, cost = {}, {"trainable_parameters": 0, "adapter_bytes": 0}
     if experiment.trains:
         pairs = POOL[pool](seed, settings["all_domain_pairs"], settings["noise"], layers)

@@ -137,8 +137,8 @@ def lower_outputs(images: Sequence[Any], layers: int, title: str, batch_size: in
     model, processor = load_model(), load_processor()
     encoder = model.eval().vision_model.encoder
     seen: list[Tensor] = []
-    encoder.layer[layers].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
-    del encoder.layer[layers + 1 :]
+    del encoder.layer[layers:]
+    encoder.register_forward_hook(lambda module, inputs, output: seen.append(output[0].clone()))
     for start in track(range(0, len(images), batch_size), f"Lower layers, {title}", transient=True):
         model.vision_model(**processor.image_processor(list(images[start : start + batch_size]), return_tensors="pt"))
     return torch.cat(seen)
