@@ -24,7 +24,8 @@ from .methods import (
     StructuredPromptConfig,
     StructuredPromptModel,
 )
-from .saving import load, save
+from .model_card import CardNotes
+from .saving import AdapterError, load, push_to_hub, save
 from .tuner import matched_modules
 
 if TYPE_CHECKING:
@@ -51,8 +52,10 @@ _LAZY = {
 }
 
 __all__ = [
+    "AdapterError",
     "AuroraModeApproxConfig",
     "AuroraModeApproxModel",
+    "CardNotes",
     "ContrastiveTrainer",
     "CrossLingualAdapterConfig",
     "CrossLingualAdapterModel",
@@ -77,6 +80,7 @@ __all__ = [
     "describe",
     "load",
     "matched_modules",
+    "push_to_hub",
     "save",
 ]
 

@@ -32,8 +32,8 @@ def test_save_and_load(method: str, tmp_path: Path):
     assert set(content(folder)) == FILES | COMPANIONS.get(method, set())
     assert [p.name for p in folder.parent.iterdir()] == ["adapter"], "nothing temporary is left"
     assert folder.stat().st_mode & 0o777 == 0o755
-    model.save_pretrained(tmp_path / "stock")
-    assert content(folder) == content(tmp_path / "stock")
+    model.save_pretrained(tmp_path / "stock" / "adapter")
+    assert content(folder) == content(tmp_path / "stock" / "adapter")
     for path in (folder, str(folder)):
         assert distance(run(family, load(family.build(), path)), run(family, model)) <= 1e-6
 
@@ -108,7 +108,7 @@ BROKEN = {
         f"config is {text}": (CONFIG, text.encode(), "must hold a JSON object, not a")
         for text in ("[]", "null", '"text"', "3")
     },
-    "no method": (CONFIG, b"{}", "names the method None"),
+    "no method": (CONFIG, b"{}", "has no peft_type"),
     "a method of another type": (CONFIG, b'{"peft_type": ["LORA"]}', r"names the method \['LORA'\]"),
     "unknown method": (CONFIG, b'{"peft_type": "NONSENSE"}', "names the method 'NONSENSE'.*upgrade"),
     "no weights": (WEIGHTS, None, "has no adapter_model.safetensors"),
