@@ -29,7 +29,7 @@ from .saving import AdapterError, load, push_to_hub, save
 from .tuner import matched_modules
 
 if TYPE_CHECKING:
-    from .data import ImageTextCollator, LanguageProcessor, QuestionAnswerCollator
+    from .data import FiniteBatches, ImageTextCollator, LanguageProcessor, QuestionAnswerCollator
     from .evaluation import RetrievalRecall, VQAAccuracy
     from .interleaved import InterleavedProcessor
     from .training.contrastive import ContrastiveTrainer
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "ContrastiveTrainer": "training.contrastive",
+    "FiniteBatches": "data",
     "HardSampleBank": "training.hard_samples",
     "CrossLingualTrainer": "training.distillation",
     "DistillationLoss": "training.distillation",
@@ -61,6 +62,7 @@ __all__ = [
     "CrossLingualAdapterModel",
     "CrossLingualTrainer",
     "DistillationLoss",
+    "FiniteBatches",
     "GatedXAttnConfig",
     "GatedXAttnModel",
     "HardSampleBank",

@@ -7,10 +7,13 @@ model card (PEFT's `push_to_hub` puts its own template in its place).
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
+import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,9 @@ from torch import nn
 
 from .model_card import CARD, CardNotes, write_card
 from .tuner import MultimodalConfig, card_notes
+
+# What PEFT, torch and Python say of values that make no sense.
+_UNCLEAR = (TypeError, KeyError, AttributeError, IndexError, RuntimeError, ArithmeticError, MemoryError, AssertionError)
 
 
 class AdapterError(ValueError):
@@ -57,18 +63,51 @@ def _save(model: PeftModel, folder: Path, name: str, notes: CardNotes | None, **
         model.save_pretrained(str(aside), **kwargs)
         _finish_card(model, aside, name, notes)
         aside.chmod(0o755)
-        if not folder.exists():
-            os.replace(aside, folder)
-            return folder
-        # The folder may hold more than the adapter (a trainer's state): replace file by file, the config last.
-        files = sorted((p for p in aside.rglob("*") if p.is_file()), key=lambda p: p.name == CONFIG_NAME)
-        for file in files:
-            target = folder / file.relative_to(aside)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
+        _put_in_place(aside, folder)
         return folder
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_in_place(aside: Path, folder: Path) -> None:
+    """Let `folder` hold what `aside` holds, and keep what else it holds (a trainer's state)."""
+    if not folder.exists():
+        try:
+            os.replace(aside, folder)
+            return
+        except OSError:  # another process has just made it
+            if not folder.exists():
+                raise
+    others = [p for p in folder.rglob("*") if p.is_file() and not (aside / p.relative_to(folder)).exists()]
+    if _exchange(aside, folder, others):
+        return
+    # File by file, the config last: an adapter without a config is no adapter.
+    files = sorted((p for p in aside.rglob("*") if p.is_file()), key=lambda p: p.name == CONFIG_NAME)
+    for file in files:
+        target = folder / file.relative_to(aside)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, target)
+
+
+def _exchange(aside: Path, folder: Path, others: list[Path]) -> bool:
+    """Let two folders change places in one step, `others` of the second's files staying; False where Linux can't.
+
+    Whoever dies at any moment leaves the old adapter or the new one, and two who save at once leave the later one's.
+    """
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if exchange is None or folder.is_symlink() or folder.is_mount():
+        return False
+    try:
+        for file in others:
+            place = aside / file.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # another process has taken it away
+                os.link(file, place)
+        shutil.copymode(folder, aside)
+    except OSError:
+        return False
+    at_here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return exchange(at_here, os.fsencode(aside), at_here, os.fsencode(folder), swap) == 0
 
 
 def push_to_hub(
@@ -129,6 +168,8 @@ def _finish_card(model: PeftModel, folder: Path, name: str, notes: CardNotes | N
 def load(model: nn.Module, name_or_path: str | os.PathLike, **kwargs: Any) -> PeftModel:
     """`PeftModel.from_pretrained(model, name_or_path)` after a check of the files.
 
+    Nothing is allocated for what the config says before the weights have been found to fit it.
+
     Args:
         model: The base model.
         name_or_path: A folder, or the id of a repository on the Hub.
@@ -136,17 +177,29 @@ def load(model: nn.Module, name_or_path: str | os.PathLike, **kwargs: Any) -> Pe
 
     Raises:
         AdapterError: there is no such adapter; a file is missing, truncated, no JSON object, of an unknown kind, or no
-            safetensors.
+            safetensors; the config asks for what can't be built.
+        ValueError: the adapter doesn't fit the model.
     """
     folder = find_adapter(name_or_path, **kwargs)
-    check_files(folder)
+    kind = check_files(folder)["peft_type"]
     if kwargs.get("subfolder") and (is_offline_mode() or kwargs.get("local_files_only")):
         # Here PEFT looks for the weights in subfolder/subfolder, or asks the Hub for them.
         name_or_path = folder
         kwargs = {
             key: value for key, value in kwargs.items() if key not in ("subfolder", "revision", "local_files_only")
         }
-    return PeftModel.from_pretrained(model, str(name_or_path), **kwargs)
+    ours = issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[kind], MultimodalConfig)
+    if ours and kwargs.get("autocast_adapter_dtype", True):
+        kwargs.setdefault("low_cpu_mem_usage", True)
+    try:
+        return PeftModel.from_pretrained(model, str(name_or_path), **kwargs)
+    except _UNCLEAR as error:
+        if not ours:
+            raise
+        raise AdapterError(
+            f"The adapter in {folder} can't be built: {type(error).__name__}: {error}. Restore its {CONFIG_NAME} from where it "
+            "was saved."
+        ) from error
 
 
 def find_adapter(name_or_path: str | os.PathLike, **kwargs: Any) -> Path:
@@ -202,7 +255,7 @@ def check_files(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder} has no {CONFIG_NAME}: it is no adapter folder, or its save was interrupted.")
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, a number of thousands of digits
         raise AdapterError(
             f"{config_file} is no JSON file ({error}). Restore it from where the adapter was saved."
         ) from None

@@ -349,6 +349,7 @@ class MultimodalTuner(BaseTuner):
             setattr(parent, child_name, new_module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_adapter_name(adapter_name)
         config = self.peft_config[adapter_name]
         written = config.target_modules
         try:
@@ -492,6 +493,21 @@ class MultimodalTuner(BaseTuner):
             model.base_model.unload()
         else:
             model.delete_adapter(adapter_name)
+
+
+def check_adapter_name(name: str) -> None:
+    """Adapters' names are keys of torch's containers, parts of parameters' names, and names of folders."""
+    taken = hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name)
+    if taken or not re.fullmatch(r"[^\s./\\:\x00]+", name):
+        why = (
+            "torch's containers have an attribute of this name"
+            if taken
+            else "it holds a dot, slash, colon or space, or is empty"
+        )
+        raise ValueError(
+            f"adapter_name={name!r} can't be used: {why}. Adapters are called by letters, digits, - and _, such as "
+            f"{re.sub('[^A-Za-z0-9_-]+', '-', name).strip('-') + ('-1' if taken else '') or 'default'!r}."
+        )
 
 
 def card_notes(model: Any, adapter_name: str) -> CardNotes:

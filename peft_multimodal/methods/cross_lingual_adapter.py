@@ -93,7 +93,7 @@ class CrossLingualAdapterConfig(MultimodalConfig):
         self.peft_type = PeftType("CROSS_LINGUAL_ADAPTER")
         for name in ("bottleneck_dim", "num_heads", "ff_mult"):
             self.check_number(name, 1, integer=True)
-        self.check_number("num_layers", 0, integer=True)
+        self.check_number("num_layers", 0, 1000, integer=True)
         self.check_number("dropout", 0, 0.999)
         self.check_choice("pool", ("mean", "cls", "attention"))
         self.check("level", "'pooled', 'tokens' or None", lambda v: v in (None, "pooled", "tokens"))
