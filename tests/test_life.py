@@ -29,7 +29,9 @@ ADAPTERS = sorted(f.parent.relative_to(RELEASED) for f in RELEASED.glob("*/*/ada
 
 def test_this_release_is_kept():
     release = ".".join(peft_multimodal.__version__.split(".")[:2])
-    assert {p.name for p in ADAPTERS if p.parts[0] == release} == set(METHODS), "run tests/released/make.py"
+    assert {p.name for p in ADAPTERS if p.parts[0] == release} == set(METHODS), (
+        "run PYTHONPATH=tests python tests/released/make.py"
+    )
     assert sum(f.stat().st_size for f in RELEASED.rglob("*") if f.is_file()) < 1_000_000 * len(set(RELEASED.iterdir()))
     for folder in ADAPTERS:
         assert str(Path.home()) not in (RELEASED / folder / "adapter_config.json").read_text()

@@ -1,4 +1,4 @@
-"""The adapters of a release, kept to be loaded by every later one: `python tests/released/make.py` before it is tagged.
+"""The adapters of a release, kept to be loaded by every later one: `PYTHONPATH=tests python tests/released/make.py` before it is tagged.
 
 Each is a tiny adapter of a method in a folder of the release, with the output that it gave on its family's batch. What is
 there already is never written again.
@@ -6,11 +6,7 @@ there already is never written again.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
 
 import torch
 from methods import METHODS, home, run, wrap
@@ -36,4 +32,4 @@ def make(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    make(HERE / ".".join(__version__.split(".")[:2]))
+    make(Path(__file__).parent / ".".join(__version__.split(".")[:2]))
