@@ -7,7 +7,7 @@ TORCH  ?= torch==2.13.0
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 
-.PHONY: help install quickstart test test-all quality format benchmark clean
+.PHONY: help install quickstart test test-all quality format package benchmark clean
 
 help:
 	@grep -E '^# make' Makefile | cut -c3-
@@ -40,6 +40,15 @@ quality: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# wheel and sdist in dist/, the wheel installed with its dependencies into a fresh environment
+package: install
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
+	$(PYTHON) -m venv build/clean
+	build/clean/bin/python -m pip install --quiet "$(TORCH)" dist/*.whl
+	cd build && clean/bin/python -m peft_multimodal --help
 
 # hours of CPU; results that are there already are kept
 benchmark: install

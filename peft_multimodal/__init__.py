@@ -24,11 +24,12 @@ from .methods import (
     StructuredPromptConfig,
     StructuredPromptModel,
 )
-from .saving import load, save
+from .model_card import CardNotes
+from .saving import AdapterError, load, push_to_hub, save
 from .tuner import matched_modules
 
 if TYPE_CHECKING:
-    from .data import ImageTextCollator, LanguageProcessor, QuestionAnswerCollator
+    from .data import FiniteBatches, ImageTextCollator, LanguageProcessor, QuestionAnswerCollator
     from .evaluation import RetrievalRecall, VQAAccuracy
     from .interleaved import InterleavedProcessor
     from .training.contrastive import ContrastiveTrainer
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "ContrastiveTrainer": "training.contrastive",
+    "FiniteBatches": "data",
     "HardSampleBank": "training.hard_samples",
     "CrossLingualTrainer": "training.distillation",
     "DistillationLoss": "training.distillation",
@@ -51,13 +53,16 @@ _LAZY = {
 }
 
 __all__ = [
+    "AdapterError",
     "AuroraModeApproxConfig",
     "AuroraModeApproxModel",
+    "CardNotes",
     "ContrastiveTrainer",
     "CrossLingualAdapterConfig",
     "CrossLingualAdapterModel",
     "CrossLingualTrainer",
     "DistillationLoss",
+    "FiniteBatches",
     "GatedXAttnConfig",
     "GatedXAttnModel",
     "HardSampleBank",
@@ -77,6 +82,7 @@ __all__ = [
     "describe",
     "load",
     "matched_modules",
+    "push_to_hub",
     "save",
 ]
 

@@ -151,6 +151,46 @@ class QuestionAnswerCollator:
         return batch
 
 
+class FiniteBatches:
+    """A collator that refuses NaN and infinite values and names their samples, before a step is spoilt by them.
+
+    Training stops with the error; the last checkpoint is as it was. The package's trainers put it around any collator.
+
+        >>> Trainer(model, args, data_collator=FiniteBatches(collator, "id"), train_dataset=rows)
+
+    Args:
+        collator: Any.
+        id_column: Column by which samples are named; where a row has none, by its place in the batch.
+    """
+
+    def __init__(self, collator: Any, id_column: str = "id") -> None:
+        self.collator, self.id_column = collator, id_column
+
+    def __call__(self, rows: Sequence[Row]) -> Any:
+        """The collator's batch.
+
+        Raises:
+            ValueError: a tensor of it, masks aside, holds NaN or infinite values.
+        """
+        names = [row.get(self.id_column) if isinstance(row, Mapping) else None for row in rows]  # a collator may pop
+        batch = self.collator(rows)
+        for field, value in batch.items() if isinstance(batch, Mapping) else ():
+            floats = isinstance(value, Tensor) and value.is_floating_point() and "mask" not in field
+            if floats and not bool(value.isfinite().all()):
+                raise ValueError(
+                    f"{field!r} holds NaN or infinite values{_whose(value, names)}. Repair or leave them out."
+                )
+        return batch
+
+
+def _whose(value: Tensor, names: list[Any]) -> str:
+    if value.ndim == 0 or len(value) != len(names):
+        return f", in a batch of the samples {names}"
+    bad = [i for i, row in enumerate(value) if not bool(row.isfinite().all())]
+    named = [f"{names[i]!r}" if names[i] is not None else f"row {i} of the batch" for i in bad]
+    return f" in {len(named)} of {len(names)} samples: " + ", ".join(named[:10]) + (", ..." if len(named) > 10 else "")
+
+
 class LanguageProcessor:
     """Tokenises each text by the tokenizer of its language, for a model with [`CrossLingualAdapterModel`]'s adapters.
 

@@ -1,91 +1,272 @@
-"""Saving aside and renaming; loading with one clear message for whatever is wrong with the files.
+"""Saving aside and renaming; loading with one clear message for whatever is wrong with the files; publishing.
 
-PEFT's own `save_pretrained` and `from_pretrained` work with these adapters too. What this adds: a failed or interrupted
-save leaves the old adapter as it was, and files are checked before the model is touched.
+PEFT's own `save_pretrained`, `push_to_hub` and `from_pretrained` work with these adapters too. What this adds: a failed or
+interrupted save leaves the old adapter as it was, files are checked before the model is touched, and what is pushed has a
+model card (PEFT's `push_to_hub` puts its own template in its place).
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
+import sys
 import tempfile
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import CommitInfo, HfApi, hf_hub_download
+from huggingface_hub.constants import is_offline_mode
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .model_card import CARD, CardNotes, write_card
+from .tuner import MultimodalConfig, card_notes
+
+# What PEFT, torch and Python say of values that make no sense.
+_UNCLEAR = (TypeError, KeyError, AttributeError, IndexError, RuntimeError, ArithmeticError, MemoryError, AssertionError)
+
 
 class AdapterError(ValueError):
     """The adapter's files can't be used; the message says why and what to do."""
 
 
-def save(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> Path:
+def save(model: PeftModel, folder: str | os.PathLike, notes: CardNotes | None = None, **kwargs: Any) -> Path:
     """`model.save_pretrained(folder)`, written aside and renamed: an interrupted save leaves the old files as they were.
 
     Where an adapter brings the rows of new tokens itself, PEFT's look at the embeddings (and on the Hub, for how large
     they were) is left out.
 
     Args:
+        notes: What the model card shall say of metrics, languages and classes. The rest it takes from the files.
         kwargs: Passed on to `PeftModel.save_pretrained`.
     """
+    folder = Path(folder)
+    return _save(model, folder, folder.name, notes, **kwargs)
+
+
+def _save(model: PeftModel, folder: Path, name: str, notes: CardNotes | None, **kwargs: Any) -> Path:
     if getattr(model.base_model, "owns_token_rows", False):
         kwargs.setdefault("save_embedding_layers", False)
-    folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
+        if (folder / CARD).is_file():
+            shutil.copy(folder / CARD, aside)  # what its reader has written stays
         model.save_pretrained(str(aside), **kwargs)
+        _finish_card(model, aside, name, notes)
         aside.chmod(0o755)
-        if not folder.exists():
-            os.replace(aside, folder)
-            return folder
-        # The folder may hold more than the adapter (a trainer's state): replace file by file, the config last.
-        files = sorted((p for p in aside.rglob("*") if p.is_file()), key=lambda p: p.name == CONFIG_NAME)
-        for file in files:
-            target = folder / file.relative_to(aside)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
+        _put_in_place(aside, folder)
         return folder
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def _put_in_place(aside: Path, folder: Path) -> None:
+    """Let `folder` hold what `aside` holds, and keep what else it holds (a trainer's state)."""
+    if not folder.exists():
+        try:
+            os.replace(aside, folder)
+            return
+        except OSError:  # another process has just made it
+            if not folder.exists():
+                raise
+    others = [p for p in folder.rglob("*") if p.is_file() and not (aside / p.relative_to(folder)).exists()]
+    if _exchange(aside, folder, others):
+        return
+    # File by file, the config last: an adapter without a config is no adapter.
+    files = sorted((p for p in aside.rglob("*") if p.is_file()), key=lambda p: p.name == CONFIG_NAME)
+    for file in files:
+        target = folder / file.relative_to(aside)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, target)
+
+
+def _exchange(aside: Path, folder: Path, others: list[Path]) -> bool:
+    """Let two folders change places in one step, `others` of the second's files staying; False where Linux can't.
+
+    Whoever dies at any moment leaves the old adapter or the new one, and two who save at once leave the later one's.
+    """
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if exchange is None or folder.is_symlink() or folder.is_mount():
+        return False
+    try:
+        for file in others:
+            place = aside / file.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # another process has taken it away
+                os.link(file, place)
+        shutil.copymode(folder, aside)
+    except OSError:
+        return False
+    at_here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return exchange(at_here, os.fsencode(aside), at_here, os.fsencode(folder), swap) == 0
+
+
+def push_to_hub(
+    model: PeftModel,
+    repo_id: str,
+    notes: CardNotes | None = None,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload adapter",
+    create_pr: bool = False,
+    **kwargs: Any,
+) -> CommitInfo:
+    """Save the adapters with their model card and companion files, and upload them as one commit.
+
+    The text that a card in the repository has beside ours stays. A base model at a local path is no obstacle: the card
+    then names no base.
+
+    Args:
+        repo_id: "user/name"; made if it isn't there.
+        notes: As of `save`.
+        private: Of a repository that is made.
+        revision: Branch; made if it isn't there.
+        kwargs: Passed on to `PeftModel.save_pretrained`.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made, "adapter")
+        try:
+            card = hf_hub_download(repo_id, CARD, revision=revision, token=token)
+            folder.mkdir()
+            shutil.copyfile(card, folder / CARD)
+        except EntryNotFoundError:
+            pass
+        _save(model, folder, repo_id, notes, **kwargs)
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message, create_pr=create_pr
+        )
+
+
+def _finish_card(model: PeftModel, folder: Path, name: str, notes: CardNotes | None) -> None:
+    """With the right name, the user's notes, and what the adapters together know."""
+    configs = {n: c for n, c in model.peft_config.items() if isinstance(c, MultimodalConfig)}
+    if not configs:
+        return
+    known = [card_notes(model, adapter_name) for adapter_name in configs]
+    given = notes or CardNotes()
+    languages = given.languages or [language for note in known for language in note.languages]
+    if not given.classes:
+        given = replace(given, classes=known[0].classes, groups=known[0].groups)
+    write_card(folder, name, replace(given, languages=languages))
+
+
 def load(model: nn.Module, name_or_path: str | os.PathLike, **kwargs: Any) -> PeftModel:
     """`PeftModel.from_pretrained(model, name_or_path)` after a check of the files.
+
+    Nothing is allocated for what the config says before the weights have been found to fit it.
 
     Args:
         model: The base model.
         name_or_path: A folder, or the id of a repository on the Hub.
-        kwargs: Passed on to `PeftModel.from_pretrained` (adapter_name, is_trainable, revision, subfolder, ...).
+        kwargs: Passed on to `PeftModel.from_pretrained` (adapter_name, is_trainable, revision, subfolder, token, ...).
 
     Raises:
-        AdapterError: a file is missing, truncated, no JSON object, of an unknown kind, or no safetensors.
+        AdapterError: there is no such adapter; a file is missing, truncated, no JSON object, of an unknown kind, or no
+            safetensors; the config asks for what can't be built.
+        ValueError: the adapter doesn't fit the model.
+    """
+    folder = find_adapter(name_or_path, **kwargs)
+    kind = check_files(folder)["peft_type"]
+    if kwargs.get("subfolder") and (is_offline_mode() or kwargs.get("local_files_only")):
+        # Here PEFT looks for the weights in subfolder/subfolder, or asks the Hub for them.
+        name_or_path = folder
+        kwargs = {
+            key: value for key, value in kwargs.items() if key not in ("subfolder", "revision", "local_files_only")
+        }
+    ours = issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[kind], MultimodalConfig)
+    if ours and kwargs.get("autocast_adapter_dtype", True):
+        kwargs.setdefault("low_cpu_mem_usage", True)
+    try:
+        return PeftModel.from_pretrained(model, str(name_or_path), **kwargs)
+    except _UNCLEAR as error:
+        if not ours:
+            raise
+        raise AdapterError(
+            f"The adapter in {folder} can't be built: {type(error).__name__}: {error}. Restore its {CONFIG_NAME} from where it "
+            "was saved."
+        ) from error
+
+
+def find_adapter(name_or_path: str | os.PathLike, **kwargs: Any) -> Path:
+    """The folder that holds the adapter's config and weights: a local one, or that of the Hub's files in the cache.
+
+    Raises:
+        AdapterError: there is none.
     """
     folder = Path(name_or_path, kwargs.get("subfolder") or "")
     if folder.is_dir():
-        check_files(folder)
-    return PeftModel.from_pretrained(model, str(name_or_path), **kwargs)
+        return folder
+    weights = _download(str(name_or_path), SAFETENSORS_WEIGHTS_NAME, kwargs)
+    config = _download(str(name_or_path), CONFIG_NAME, kwargs)
+    if config is None:
+        raise AdapterError(f"{_place(str(name_or_path), kwargs)} on the Hub has no {CONFIG_NAME}: it is no adapter.")
+    return Path(weights or config).parent
 
 
-def check_files(folder: Path) -> None:
-    """Raise AdapterError unless the folder holds a readable adapter."""
+def _download(name: str, file: str, kwargs: dict[str, Any]) -> str | None:
+    """The file of a repository in the cache; None where there is none of this name."""
+    asked = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
+    try:
+        return hf_hub_download(name, file, **{key: kwargs[key] for key in asked if key in kwargs})
+    except HFValidationError:
+        raise AdapterError(f"There is no folder {name!r}, and it is no repository's id.") from None
+    except LocalEntryNotFoundError as error:
+        raise AdapterError(
+            f"{_place(name, kwargs)} is no folder and isn't in the cache, and the Hub can't be asked ({_first_line(error)}). "
+            "Download it once while online, or name a folder."
+        ) from error
+    except EntryNotFoundError:
+        return None
+    except HfHubHTTPError as error:
+        raise AdapterError(
+            f"{_place(name, kwargs)} is no folder, and the Hub doesn't give it: {_first_line(error)} Check the name and the "
+            "revision; a private repository needs token=... or `hf auth login`."
+        ) from error
+
+
+def _place(name: str, kwargs: dict[str, Any]) -> str:
+    return ", ".join([repr(name), *(f"{key} {kwargs[key]!r}" for key in ("subfolder", "revision") if kwargs.get(key))])
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Request ID" not in line]
+    return lines[0] if lines else type(error).__name__
+
+
+def check_files(folder: Path) -> dict[str, Any]:
+    """Raise AdapterError unless the folder holds a readable adapter; returns what its config holds."""
     config_file, weights_file = folder / CONFIG_NAME, folder / SAFETENSORS_WEIGHTS_NAME
     if not config_file.is_file():
         raise AdapterError(f"{folder} has no {CONFIG_NAME}: it is no adapter folder, or its save was interrupted.")
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, a number of thousands of digits
         raise AdapterError(
             f"{config_file} is no JSON file ({error}). Restore it from where the adapter was saved."
         ) from None
     if not isinstance(config, dict):
         raise AdapterError(f"{config_file} must hold a JSON object, not a {type(config).__name__}.")
     kind = config.get("peft_type")
+    if kind is None:
+        raise AdapterError(
+            f"{config_file} has no peft_type, so it doesn't say which method it is of: it was written by another library, "
+            "or by hand. Save the adapter with PEFT, or convert it."
+        )
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise AdapterError(
             f"{config_file} names the method {kind!r}, which neither PEFT nor this package knows. Import the package that "
@@ -98,3 +279,4 @@ def check_files(folder: Path) -> None:
             list(tensors.keys())
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{weights_file} is damaged or truncated ({error}). Save or download it again.") from None
+    return config

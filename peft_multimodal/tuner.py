@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from . import anatomy
 from ._version import __version__
 from .anatomy import Anatomy, Matrix
+from .model_card import CardNotes, write_card
 
 FORMAT_VERSION = 1  # of the adapter's files; raised when an older version of the package couldn't read them
 
@@ -67,6 +69,7 @@ class MultimodalConfig(PeftConfig):
         super().__post_init__()
         self.is_loaded = False
         self.has_weights = False  # of a loaded one: they have been found to fit
+        self._card: tuple[str, CardNotes] | None = None  # the adapter's name and what its model knows for the card
         self.package_version = self.package_version or __version__
         if isinstance(self.towers, str):
             self.towers = [self.towers]
@@ -104,6 +107,15 @@ class MultimodalConfig(PeftConfig):
         config = super().from_pretrained(*args, **kwargs)
         config.is_loaded = True  # its signature speaks of the base that it was trained on
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Also renews the model card, which PEFT has begun: PEFT writes it before the weights, the config after them."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self._card is not None:
+            adapter_name, notes = self._card
+            folder = Path(save_directory)
+            root = folder if adapter_name == "default" else folder.parent
+            write_card(root, root.name, notes)
 
     def check(self, name: str, expected: str, accepts: Callable[[Any], Any]) -> None:
         """Raise the one message for a bad field unless `accepts(value)`."""
@@ -337,6 +349,7 @@ class MultimodalTuner(BaseTuner):
             setattr(parent, child_name, new_module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_adapter_name(adapter_name)
         config = self.peft_config[adapter_name]
         written = config.target_modules
         try:
@@ -424,11 +437,16 @@ class MultimodalTuner(BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         state_dict = {_WRAPPERS.sub("", key): value for key, value in state_dict.items()}
+        config._card = (adapter_name, card_notes(model, adapter_name))  # this comes before the config is saved
         keys = cls.checkpoint_keys(model, adapter_name)
         if not state_dict.keys() >= set(keys.values()):
             # PEFT has dropped keys that contain another adapter's name, which may be a part of a module path.
             state_dict = {_WRAPPERS.sub("", key): value for key, value in model.state_dict().items()} | state_dict
         return {stored: state_dict[key] for stored, key in keys.items()}
+
+    def card_notes(self, adapter_name: str) -> CardNotes:
+        """What the adapter's model card should say beyond what its files say."""
+        return CardNotes()
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -475,6 +493,27 @@ class MultimodalTuner(BaseTuner):
             model.base_model.unload()
         else:
             model.delete_adapter(adapter_name)
+
+
+def check_adapter_name(name: str) -> None:
+    """Adapters' names are keys of torch's containers, parts of parameters' names, and names of folders."""
+    taken = hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name)
+    if taken or not re.fullmatch(r"[^\s./\\:\x00]+", name):
+        why = (
+            "torch's containers have an attribute of this name"
+            if taken
+            else "it holds a dot, slash, colon or space, or is empty"
+        )
+        raise ValueError(
+            f"adapter_name={name!r} can't be used: {why}. Adapters are called by letters, digits, - and _, such as "
+            f"{re.sub('[^A-Za-z0-9_-]+', '-', name).strip('-') + ('-1' if taken else '') or 'default'!r}."
+        )
+
+
+def card_notes(model: Any, adapter_name: str) -> CardNotes:
+    """What a wrapped model knows for an adapter's model card."""
+    tuner = getattr(model, "base_model", None)
+    return tuner.card_notes(adapter_name) if isinstance(tuner, MultimodalTuner) else CardNotes()
 
 
 def matched_modules(model: nn.Module, config: MultimodalConfig) -> MatchTable:

@@ -146,7 +146,7 @@ WHOLE_TOWER = {"cross_lingual_adapter", "structured_prompt"}
 WHOLE_LAYERS = {"gated_xattn"}  # stands before the layers of a decoder: has no target_modules
 OWN_LAYERS = {"hard_sample_domain_adapter"}  # its target_modules are layers, not matrices
 ROUTES_ROWS = {"cross_lingual_adapter", "hard_sample_domain_adapter"}  # knows adapter_names=[...]
-COMPANIONS = {"cross_lingual_adapter": {"tokenizer.json", "tokenizer_config.json"}}  # files beside the adapter's
+COMPANIONS = {"cross_lingual_adapter": {"tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"}}  # files beside
 
 CASES = [
     (name, method)

@@ -940,7 +940,7 @@ def test_transformers_trainer(family: Family, method: str, tmp_path: Path):
     assert "eval_loss" in trainer.evaluate()
 
     checkpoint = tmp_path / "whole" / "checkpoint-2"
-    files = {file.name for file in checkpoint.iterdir()}
+    files = {file.relative_to(checkpoint).as_posix() for file in checkpoint.rglob("*") if file.is_file()}
     state = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin"}
     adapter_files = {"adapter_model.safetensors", "adapter_config.json", "README.md"} | COMPANIONS.get(method, set())
     assert files == adapter_files | state

@@ -922,7 +922,8 @@ def test_a_kept_encoder_outlives_its_original(source: str, save: Any, tmp_path: 
 
     files = {str(f.relative_to(tmp_path / "elsewhere")) for f in (tmp_path / "elsewhere").rglob("*") if f.is_file()}
     assert files == {
-        *("README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        *("README.md", "adapter_config.json", "adapter_model.safetensors"),
+        *("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"),
         *("encoder/config.json", "encoder/model.safetensors"),
     }
     for options in ({}, {"low_cpu_mem_usage": True}, {"torch_device": "cpu"}):
@@ -969,7 +970,7 @@ def test_tokenizer_files_lie_in_the_adapters_folder(tmp_path: Path):
     bilingual().save_pretrained(tmp_path)
     second = hf.AutoTokenizer.from_pretrained(second_language())
     for folder, expected in (("", original), ("zh", original), ("ja", second)):
-        tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / folder)
+        tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / folder, subfolder="tokenizer")
         assert tokenizer.get_vocab() == expected.get_vocab()
         assert tokenizer("w7 x9 w30").input_ids == expected("w7 x9 w30").input_ids
         written = json.loads((tmp_path / folder / "adapter_config.json").read_text())
@@ -984,7 +985,7 @@ def test_an_encoder_without_a_tokenizer(tmp_path: Path):
     model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(CLIP.build(), tmp_path / "adapter")
     assert torch.equal(features(loaded, texts(5, 3)), features(model, texts(5, 3)))
-    assert not (tmp_path / "adapter" / "tokenizer_config.json").exists()
+    assert not (tmp_path / "adapter" / "tokenizer").exists()
 
 
 # --- an encoder on the Hub

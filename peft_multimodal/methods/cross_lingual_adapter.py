@@ -34,11 +34,20 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..anatomy import Anatomy, Matrix, base_model, describe, is_below, own_modules, token_embeddings
+from ..model_card import CardNotes
 from ..registry import register
 from ..tuner import AttachedPart, CallScope, MultimodalConfig, MultimodalLayer, MultimodalTuner
 from .blocks import TransformerBlock
 from .frozen_encoder import follow
-from .language_encoder import KEPT, LanguageEncoder, encoder_key, load_encoder, longest_text, vocabulary_size
+from .language_encoder import (
+    KEPT,
+    KEPT_TOKENIZER,
+    LanguageEncoder,
+    encoder_key,
+    load_encoder,
+    longest_text,
+    vocabulary_size,
+)
 
 BASE = "__base__"  # PEFT's name for rows that no adapter acts on
 
@@ -84,7 +93,7 @@ class CrossLingualAdapterConfig(MultimodalConfig):
         self.peft_type = PeftType("CROSS_LINGUAL_ADAPTER")
         for name in ("bottleneck_dim", "num_heads", "ff_mult"):
             self.check_number(name, 1, integer=True)
-        self.check_number("num_layers", 0, integer=True)
+        self.check_number("num_layers", 0, 1000, integer=True)
         self.check_number("dropout", 0, 0.999)
         self.check_choice("pool", ("mean", "cls", "attention"))
         self.check("level", "'pooled', 'tokens' or None", lambda v: v in (None, "pooled", "tokens"))
@@ -125,7 +134,7 @@ class CrossLingualAdapterConfig(MultimodalConfig):
         """Also keeps the tokenizer's files, and the encoder with `save_encoder=True`; the config is written last."""
         if self._loaded is not None:
             if self._loaded.tokenizer is not None:
-                self._loaded.tokenizer.save_pretrained(save_directory)
+                self._loaded.tokenizer.save_pretrained(Path(save_directory, KEPT_TOKENIZER))
             if self.save_encoder:
                 self._loaded.module.save_pretrained(Path(save_directory, KEPT))  # type: ignore[operator]
             elif self.encoder is None or Path(self.encoder).is_dir() or self._given is not None:
@@ -523,6 +532,10 @@ class CrossLingualAdapterModel(MultimodalTuner):
         if adapter_name not in self.active_adapters:
             part.cross_lingual_adapter_language[adapter_name].requires_grad_(False)
 
+    def card_notes(self, adapter_name: str) -> CardNotes:
+        """A language is an adapter: one called by a language's code is said to read it."""
+        return CardNotes(languages=[adapter_name] if re.fullmatch("[a-z]{2}", adapter_name) else [])
+
     def language_tower(self) -> LanguageTower | None:
         """The part that holds the languages."""
         return next((m for m in self.model.modules() if isinstance(m, LanguageTower)), None)
@@ -632,7 +645,9 @@ def _output_dim(tower: Any, level: str) -> int:
     ids = torch.tensor([[0, 1, last if isinstance(last, int) and last < size else 2]], device=device) % size
     part: Any = next((m for m in tower.children() if isinstance(m, LanguageTower)), None)
     forward = tower.forward if part is None else part.own
-    out = forward(input_ids=ids, attention_mask=torch.ones_like(ids), return_dict=True)
+    # Of a model on the meta device only shapes are known, and what a mask holds would be asked.
+    mask = None if ids.is_meta else torch.ones_like(ids)
+    out = forward(input_ids=ids, attention_mask=mask, return_dict=True)
     pooled = getattr(out, "pooler_output", None)
     if level == "pooled":
         return (out.last_hidden_state if pooled is None else pooled).shape[-1]

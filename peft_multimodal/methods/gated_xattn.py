@@ -84,6 +84,7 @@ class GatedXAttnConfig(MultimodalConfig):
         names = ("num_latents", "resampler_depth", "resampler_heads", "head_dim", "max_frames", "every_n_layers")
         for name in names:
             self.check_number(name, 1, integer=True)
+        self.check_number("resampler_depth", 1, 1000, integer=True)
         self.check_number("ff_mult", 0, integer=True)
         self.check_choice("resampler", ("perceiver", "linear", "mean"))
         self.check_choice("gate", ("scalar", "vector", "none"))

@@ -71,7 +71,7 @@ class HardSampleDomainAdapterConfig(MultimodalConfig):
         self.peft_type = PeftType("HARD_SAMPLE_DOMAIN_ADAPTER")
         for name in ("bottleneck_dim", "num_heads", "ff_mult"):
             self.check_number(name, 1, integer=True)
-        self.check_number("num_layers", 0, integer=True)
+        self.check_number("num_layers", 0, 1000, integer=True)
         self.check_number("dropout", 0, 0.999)
         self.check_choice("placement", ("layer", "top"))
         self.check(

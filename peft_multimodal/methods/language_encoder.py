@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 KIND = "language encoder"
 KEPT = "encoder"  # the folder, in an adapter's own, of a copy of its encoder
+# The folder of its tokenizer. Beside the adapter's config PEFT would take it for one of the base model.
+KEPT_TOKENIZER = "tokenizer"
 
 
 class LanguageEncoder(NamedTuple):
@@ -40,8 +42,8 @@ def load_encoder(config: CrossLingualAdapterConfig, present: nn.ModuleDict | Non
     else:
         place = _place(config)
         module = present[place.key] if present is not None and place.key in present else _read(place)
-        # The tokenizer stands beside a kept encoder, in the adapter's own folder.
-        tokenizer = _tokenizer(str(Path(place.name).parent) if _is_kept(config) else place.name, place.revision)
+        kept = str(Path(place.name).with_name(KEPT_TOKENIZER))
+        tokenizer = _tokenizer(kept if _is_kept(config) else place.name, place.revision)
     if not isinstance(_embedding(module), nn.Embedding):
         raise ValueError(
             f"{config.encoder!r} ({type(module).__name__}) reads no tokens: it is no encoder of a language."

@@ -562,7 +562,8 @@ def widths(model: Any, tower: str, found: Anatomy) -> tuple[int, int, int]:
     """(d_t, d_v, e): of the token embeddings, the patches and the shared space, measured."""
     embedding = model.get_submodule(next(p for p in token_embeddings(model) if is_below(p, tower)))
     ids = torch.ones(1, 2, dtype=torch.long, device=embedding.weight.device)
-    text = type(model).get_text_features(model, input_ids=ids, attention_mask=ids, return_dict=True)
+    mask = None if ids.is_meta else ids  # what a mask holds would be asked
+    text = type(model).get_text_features(model, input_ids=ids, attention_mask=mask, return_dict=True)
     size = getattr(getattr(model.config, "vision_config", None), "image_size", None)
     convolutions = [model.get_submodule(path) for path in pixel_readers(model)]
     if convolutions and isinstance(size, (int, list, tuple)):

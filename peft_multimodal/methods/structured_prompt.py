@@ -32,6 +32,7 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 
 from ..anatomy import Matrix, base_model, describe, is_below, token_embeddings
+from ..model_card import CardNotes
 from ..registry import register
 from ..tuner import MultimodalConfig, MultimodalTuner
 from .prompt_classifier import CHUNK, WORDS, PromptedClassifier, StructuredPromptLayer, scaled, text_tower, widths
@@ -247,6 +248,13 @@ class StructuredPromptModel(MultimodalTuner):
         for part in (m for m in model.modules() if isinstance(m, PromptedClassifier)):
             part.unread.pop(adapter_name, None)  # trained contexts: no words in their place
         return found
+
+    def card_notes(self, adapter_name: str) -> CardNotes:
+        part: Any = self.classifier()
+        if part.texts is None or part.texts.names is None:
+            return CardNotes()
+        groups = part.texts.groups
+        return CardNotes(classes=part.texts.names, groups=() if groups is None else groups.tolist())
 
     def classifier(self) -> PromptedClassifier | None:
         """The part that holds the prompts and the class list."""

@@ -11,17 +11,19 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ..data import FiniteBatches
 from .losses import LOGIT_SCALE, retrieval_loss
 
 
 class AdapterTrainer(Trainer):
-    """What the trainers of the package have in common: their own loss, and adapters of any name."""
+    """What the trainers of the package have in common: their own loss, adapters of any name, no NaN in their data."""
 
     loss_is_scaled_for_ga = False  # a mean over its own batch
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
+        self.data_collator = FiniteBatches(self.data_collator, getattr(self.data_collator, "id_column", None) or "id")
         if self.args.n_gpu > 1:
             raise ValueError("DataParallel isn't supported: start one process a GPU with `accelerate launch`.")
 

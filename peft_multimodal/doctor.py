@@ -1,0 +1,304 @@
+"""What fits and what doesn't, before anything is trained or loaded in earnest; the command line prints it.
+
+A model is looked at without its weights: it is built from its config on the meta device. An adapter is loaded onto that,
+by the same code as ever, so what is found here is what would happen there.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from packaging.requirements import Requirement
+from packaging.version import InvalidVersion, Version
+from peft import PeftConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from torch import nn
+
+from . import anatomy
+from ._version import __version__
+from .methods import (
+    AuroraModeApproxConfig,
+    CrossLingualAdapterConfig,
+    GatedXAttnConfig,
+    HardSampleDomainAdapterConfig,
+    StructuredPromptConfig,
+)
+from .saving import AdapterError, check_files, find_adapter
+from .tuner import FORMAT_VERSION, MultimodalConfig, MultimodalLayer, matched_modules
+
+PACKAGE = "peft-multimodal"
+CHECKED = ("torch", "transformers", "peft", "safetensors", "tensorly")
+# The least that a config needs to say what its method would match.
+METHODS: dict[str, Any] = {
+    "AuroraModeApprox": AuroraModeApproxConfig,
+    "CrossLingualAdapter": CrossLingualAdapterConfig,
+    "HardSampleDomainAdapter": HardSampleDomainAdapterConfig,
+    "StructuredPrompt": StructuredPromptConfig,
+    "GatedXAttn": lambda: GatedXAttnConfig(media_token_id=0),
+}
+
+
+@dataclass
+class Finding:
+    """Something that the user should know.
+
+    Args:
+        level: "problem" (it won't work) or "warning".
+        what: What was found.
+        way_out: What to do.
+    """
+
+    level: str
+    what: str
+    way_out: str = ""
+
+
+@dataclass
+class Report:
+    """What the doctor found; `print(report)` shows it, `report.healthy` is the exit code's side."""
+
+    versions: dict[str, str] = field(default_factory=dict)
+    model: str | None = None
+    towers: list[dict[str, Any]] = field(default_factory=list)
+    methods: dict[str, str] = field(default_factory=dict)
+    adapter: dict[str, Any] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def healthy(self) -> bool:
+        return not any(finding.level == "problem" for finding in self.findings)
+
+    def problem(self, what: str, way_out: str = "") -> None:
+        self.findings.append(Finding("problem", what, way_out))
+
+    def warning(self, what: str, way_out: str = "") -> None:
+        self.findings.append(Finding("warning", what, way_out))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "healthy": self.healthy}
+
+    def __str__(self) -> str:
+        parts = ["versions: " + ", ".join(f"{name} {version}" for name, version in self.versions.items())]
+        if self.model:
+            rows = [
+                (t["name"], t["path"] or "(the model)", str(t["attentions"]), str(t["width"] or "-"))
+                for t in self.towers
+            ]
+            parts.append(f"model: {self.model}\n" + anatomy.table(("tower", "module", "attentions", "width"), rows))
+            parts.append("methods, with their defaults:\n" + "\n".join(f"  {m}: {w}" for m, w in self.methods.items()))
+        if self.adapter:
+            parts.append("adapter:\n" + "\n".join(f"  {key}: {value}" for key, value in self.adapter.items()))
+        parts += [f"{f.level.upper()}: {f.what}" + (f"\n  {f.way_out}" if f.way_out else "") for f in self.findings]
+        return "\n\n".join([*parts, "healthy" if self.healthy else "not healthy"])
+
+
+def examine(model: nn.Module | str | Path, adapter: str | Path | None = None, **kwargs: Any) -> Report:
+    """Look at a model, and at an adapter for it.
+
+    Args:
+        model: A model (a wrapped one too), or a folder or Hub id, of which the config alone is read.
+        adapter: A folder or Hub id.
+        kwargs: Of the adapter: revision, subfolder, token.
+    """
+    report = Report()
+    _versions(report)
+    built = _model(report, model)
+    if built is not None:
+        found = anatomy.describe(built)
+        report.model = found.model_class
+        report.towers = [
+            {
+                "name": t.name,
+                "path": t.path,
+                "attentions": t.attentions,
+                "width": t.hidden_size,
+                "parameters": t.parameters,
+            }
+            for t in found.towers
+        ]
+        if not found.towers:
+            report.problem(
+                f"{found.model_class} has no tower that is known: nothing reads pixels or tokens.",
+                "Name a vision-language model, or one of its towers.",
+            )
+        report.methods = {name: _would_match(built, make) for name, make in METHODS.items()}
+        if isinstance(built, PeftModel):
+            _frozen_towers(report, built)
+    if adapter is not None:
+        _adapter(report, built, adapter, kwargs)
+    return report
+
+
+def _versions(report: Report) -> None:
+    report.versions = {PACKAGE: __version__}
+    wanted = {
+        r.name: r for r in map(Requirement, _requirements()) if r.marker is None or r.marker.evaluate({"extra": ""})
+    }
+    for name in CHECKED:
+        try:
+            report.versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            report.problem(f"{name} is not installed.", f'pip install "{wanted.get(name, name)}"')
+            continue
+        needed = wanted.get(name)
+        if needed is not None and not needed.specifier.contains(report.versions[name], prereleases=True):
+            report.problem(
+                f"{name} {report.versions[name]} is installed, {needed} is needed.", f'pip install -U "{needed}"'
+            )
+
+
+def _requirements() -> list[str]:
+    try:
+        return metadata.requires(PACKAGE) or []
+    except metadata.PackageNotFoundError:  # it runs from its sources
+        return []
+
+
+def _model(report: Report, model: nn.Module | str | Path) -> nn.Module | None:
+    if isinstance(model, nn.Module):
+        return model
+    name = str(model)
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        report.problem(
+            f"{name!r} is no model that transformers can read: {_one_line(error)}",
+            "Name a folder with a config.json or a Hub id; a private one needs `hf auth login`.",
+        )
+        return None
+    class_name = (config.architectures or [None])[0]
+    model_class: Any = getattr(transformers, class_name or "", None)
+    try:
+        with torch.device("meta"), _quietly():
+            return model_class(config) if model_class is not None else transformers.AutoModel.from_config(config)
+    except Exception as error:  # whatever a model's own code says to its config
+        report.problem(
+            f"{class_name or config.model_type} can't be built from the config of {name!r}: {_one_line(error)}",
+            f"transformers is {transformers.__version__}; the config was written by {config.transformers_version}.",
+        )
+        return None
+
+
+def _empty_twin(model: nn.Module) -> Any:
+    """A model like this one, without weights and without adapters: what is tried out on it, this one doesn't see."""
+    base: Any = anatomy.base_model(model)
+    with torch.device("meta"):
+        return type(base)(copy.deepcopy(base.config))
+
+
+def _would_match(model: nn.Module, make: Any) -> str:
+    base = anatomy.base_model(model)
+    try:
+        with _quietly():
+            matrices = list(matched_modules(base, make()))
+    except ValueError as error:
+        return f"no. {_one_line(error)}"
+    counts: dict[str, int] = {}
+    for matrix in matrices:
+        counts[f"{matrix.tower} {matrix.letter}"] = counts.get(f"{matrix.tower} {matrix.letter}", 0) + 1
+    return ", ".join(f"{count} x {what}" for what, count in counts.items())
+
+
+def _adapter(report: Report, model: nn.Module | None, name: str | Path, kwargs: dict[str, Any]) -> None:
+    try:
+        folder = find_adapter(name, **kwargs)
+        written = check_files(folder)
+        report.adapter = {key: written.get(key) for key in ("peft_type", "base_model_name_or_path", "peft_version")}
+        with _quietly():
+            config = PeftConfig.from_pretrained(str(name), **kwargs)
+    except AdapterError as error:
+        return report.problem(str(error))
+    except (ValueError, TypeError, KeyError) as error:
+        return report.problem(
+            f"The config of {str(name)!r} is refused: {_one_line(error)}", "Correct the value, or save it again."
+        )
+    if not isinstance(config, MultimodalConfig):
+        return report.warning(
+            f"{str(name)!r} is an adapter of {written['peft_type']}, which is PEFT's own and not looked at here.",
+            "It loads by PEFT's PeftModel.from_pretrained.",
+        )
+    report.adapter["format"] = (
+        f"{config.format_version}, written by {PACKAGE} {config.package_version}; read up to {FORMAT_VERSION}"
+    )
+    for package, then in (("peft", config.peft_version), (PACKAGE, config.package_version)):
+        if _newer(then, report.versions.get(package)):
+            report.warning(
+                f"The adapter was saved with {package} {then}, which is newer than {report.versions[package]} here.",
+                f"pip install -U {package}",
+            )
+    if model is None:
+        return None
+    try:
+        with _quietly():
+            loaded = PeftModel.from_pretrained(
+                _empty_twin(model), str(name), low_cpu_mem_usage=True, is_trainable=True, **kwargs
+            )
+    except (ValueError, OSError) as error:
+        base_name = report.adapter["base_model_name_or_path"]
+        return report.problem(
+            f"The adapter doesn't fit: {_one_line(error)}",
+            f"It was trained on {base_name!r}." if base_name else "Load the base that it was trained on.",
+        )
+    report.adapter["fits"] = "every weight has its place"
+    return _frozen_towers(report, loaded)
+
+
+def _frozen_towers(report: Report, model: PeftModel) -> None:
+    """Towers that an adapter sits in without a parameter that trains, while others train."""
+    for name, config in model.peft_config.items():
+        if not isinstance(config, MultimodalConfig):
+            continue
+        trains: dict[str, bool] = {}
+        layer_class = dict(PEFT_TYPE_TO_TUNER_MAPPING)[config.peft_type].tuner_layer_cls  # type: ignore[index]
+        for layer in model.modules():
+            if isinstance(layer, MultimodalLayer) and isinstance(layer, layer_class) and layer.role:
+                tower = layer.role.partition(".")[0]
+                own = [p for n in layer.adapter_layer_names for p in _parameters(getattr(layer, n), name)]
+                trains[tower] = trains.get(tower, False) or any(p.requires_grad for p in own)
+        frozen = [tower for tower, does in trains.items() if not does]
+        if frozen and any(trains.values()):
+            report.warning(
+                f"In the {' and '.join(frozen)} tower no parameter of adapter {name!r} trains, elsewhere they do.",
+                "If that is an accident, set requires_grad on them again, or wrap the model anew.",
+            )
+        elif frozen and not config.inference_mode:
+            report.warning(
+                f"No parameter of adapter {name!r} trains.",
+                f"To train it: model.set_adapter({name!r}), or load it with is_trainable=True.",
+            )
+        left_out = [t.name for t in anatomy.describe(model).towers if t.attentions and t.name not in trains]
+        if left_out and trains:
+            report.adapter[f"towers of {name!r}"] = f"{', '.join(trains)}; left as they are: {', '.join(left_out)}"
+
+
+def _parameters(container: Any, name: str) -> Iterator[nn.Parameter]:
+    if isinstance(container, (nn.ModuleDict, nn.ParameterDict)) and name in container:
+        item: Any = container[name]
+        yield from item.parameters() if isinstance(item, nn.Module) else [item]
+
+
+def _newer(then: str | None, now: str | None) -> bool:
+    try:
+        return bool(then and now) and Version(str(then).partition("@")[0]) > Version(str(now))
+    except InvalidVersion:
+        return False
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
