@@ -372,7 +372,9 @@ def test_ranks_tell_saturated_difficulties_apart():
     """1 - p is near 1 for most pairs of a narrow domain: powers of it draw them alike, ranks don't."""
     difficulty = 1 - np.geomspace(1e-6, 0.2, 512)
     hardest, easiest = 0, -1
-    power, rank = (bank_of(difficulty, emphasis=e, eta=1.0).probabilities(slice(None)) for e in ("power", "rank"))
+    power, rank = (
+        bank_of(difficulty, emphasis=e, alpha=1.0, eta=1.0).probabilities(slice(None)) for e in ("power", "rank")
+    )
     assert power[hardest] / power[easiest] < 1.3
     assert rank[hardest] / rank[easiest] > 20
     np.testing.assert_allclose(rank * 512, 2 * (512 - np.arange(512)) / 512, atol=0.03)

@@ -75,8 +75,8 @@ class HardSampling:
     difficulty: str = "prob"
     momentum: float = 0.9
     emphasis: str = "rank"
-    alpha: float = 1.0
-    eta: float = 0.5
+    alpha: float = 2.0
+    eta: float = 0.8
     eps: float = 0.01
     gamma: float = 0.5
     beta: float = 0.0
