@@ -132,7 +132,7 @@ class BeyondVocabulary(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         known = scores.shape[-1]
         wide = nn.functional.pad(scores, (0, max(0, self.marker + 1 - known)), value=-torch.inf)
-        return self.processor(input_ids, wide)[..., :known]  # type: ignore[call-arg, arg-type]
+        return self.processor(input_ids, wide)[..., :known]
 
 
 class MediaReader(AttachedPart, GatedXAttnLayer, nn.Module):
