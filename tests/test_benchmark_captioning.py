@@ -137,7 +137,7 @@ def test_nats_are_those_of_whole_pages(name, tiny):
     for index in (0, 4):
         for column, text in enumerate(found.candidates[index]):
             page = [*prompts[index][:-1], replace(prompts[index][-1], answer=text)]
-            shown = "<end>" + "".join(s.text(marker) for s in page)
+            shown = "<end>" + "".join(s.text(marker, "<end>") for s in page)
             ids = asking.collator.processor(shown)["input_ids"]
             extra = {"vision_features": asking.collator.states([page])} if asking.sees else {}
             with torch.no_grad():
@@ -209,7 +209,7 @@ def test_kept_states_are_what_the_encoder_gives(tiny):
 
 
 def test_pages_of_one_topic_hold_different_things(tiny):
-    rng, pages = random.Random(0), Pages("names", "train", one_topic=1.0)
+    rng, pages = random.Random(0), Pages("names", ["train"], one_topic=1.0)
     for _ in range(20):
         page = pages.choose(rng, 3)
         assert len({c.thing for c in page}) == len(page)
@@ -249,9 +249,9 @@ def test_scores_of_what_is_written():
 
 def test_shown_text():
     shown = Shown("questions", 0, "what colour?", "red")
-    assert shown.text("<image>") == "<image>what colour? red<end>"
-    assert shown.text("<image>", answered=False) == "<image>what colour?"
-    assert replace(shown, question="").text("<image>", answered=False) == "<image>"
+    assert shown.text("<image>", "<end>") == "<image>what colour? red<end>"
+    assert shown.text("<image>", "<end>", answered=False) == "<image>what colour?"
+    assert replace(shown, question="").text("<image>", "<end>", answered=False) == "<image>"
 
 
 def test_kinds_of_questions():

@@ -7,7 +7,7 @@ language model of any size would.
 
 It reads pages of captions of one kind, half of them about one topic: names and keywords of the training concepts,
 sentences of the training photos, easy-VQA's training questions with their answers; and the English sentences of a
-graded course of Chinese, in which any everyday word may occur. It reads nothing that is said of a validation or test
+graded course of Chinese. In the sentences any word may occur, such as `A penguin.` It reads nothing that is said of a validation or test
 picture, but for the words' places in its vocabulary. `assembly.json` holds the settings and the losses.
 """
 
@@ -146,12 +146,12 @@ def text_of(caption: Caption, rng: random.Random) -> str:
 
 
 class Pages:
-    """Pages of one kind's captions of a split, each begun and ended by `END`."""
+    """Pages of one kind's captions of some splits, each begun and ended by `END`."""
 
-    def __init__(self, kind: str, split: str, one_topic: float) -> None:
+    def __init__(self, kind: str, splits: Sequence[str], one_topic: float) -> None:
         self.one_topic = one_topic
         self.topics_alike = kind == "questions"  # nine of ten ask for yes or no
-        self.all = [] if kind == LESSONS else [c for c in captions(kind) if c.split == split]
+        self.all = [] if kind == LESSONS else [c for c in captions(kind) if c.split in splits]
         self.lessons = lessons() if kind == LESSONS else []
         topics = defaultdict(list)
         for caption in self.all:
@@ -186,7 +186,7 @@ def encoded(tokenizer: Any, texts: Sequence[str], tokens: int) -> Tensor:
 
 def train(model: Any, tokenizer: Any, settings: Settings, rng: random.Random) -> None:
     """Next-token prediction on pages of all kinds alike."""
-    kinds = [Pages(kind, "train", settings.one_topic) for kind in (*READ, LESSONS)]
+    kinds = [Pages(kind, ("train", "text"), settings.one_topic) for kind in (*READ, LESSONS)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.1, cycle_momentum=False
@@ -207,6 +207,6 @@ def train(model: Any, tokenizer: Any, settings: Settings, rng: random.Random) ->
 @torch.inference_mode()
 def loss_of(model: Any, tokenizer: Any, kind: str, settings: Settings) -> float:
     """Nats a token on 64 validation pages."""
-    rng, pages = random.Random(0), Pages(kind, "validation", settings.one_topic)
+    rng, pages = random.Random(0), Pages(kind, ["validation"], settings.one_topic)
     ids = encoded(tokenizer, [pages.draw(rng, 16) for _ in range(64)], settings.tokens)
     return round(model(input_ids=ids, labels=ids.masked_fill(ids == tokenizer.pad_token_id, -100)).loss.item(), 3)

@@ -6,16 +6,18 @@
 | --- | --- | --- |
 | `names` | emoji, three styles | the English name |
 | `keywords` | the same | some of the keywords, in any order |
-| `sentences` | cut-out photos and drawings | a sentence |
+| `sentences` | cut-out photos and drawings | the caption's first sentence |
 | `questions` | one coloured shape | a question for its colour, its shape, or whether it is there; the answer |
 | `animations` | animated emoji, eight frames | the English name |
 
-A concept, or a family of photos, lies in one split; questions lie in the splits of easy-VQA.
+A concept, or a family of photos, lies in one split; questions lie in the splits of easy-VQA. Photos that would train but
+for their sentence naming a validation or test concept are split `text`: to be read, not to be seen.
 """
 
 from __future__ import annotations
 
 import random
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -87,9 +89,15 @@ def _emoji_captions(keywords: bool) -> Iterator[Caption]:
 def _sentences() -> Iterator[Caption]:
     rows = photos().remove_columns("image")
     split = split_families(rows["family"], TEST_PHOTOS, VALIDATION_PHOTOS, LARGEST_FAMILY, SPLIT_SEED)
+    unseen = sorted({re.escape(c.answer.lower()) for c in captions("names") if c.split != "train"})
+    named = re.compile(rf"\b(?:{'|'.join(unseen)})s?\b")
+    for row in rows:
+        if split[row["family"]] == "train" and named.search(row["caption_en"].lower()):
+            split[row["family"]] = "text"
     for index, row in enumerate(rows):
         topic = f"{row['category']}/{row['subcategory']}".rstrip("/")
-        yield Caption(index, row["caption_en"], split[row["family"]], topic, row["family"])
+        first = re.split(r"(?<=[.!?])\s", row["caption_en"], maxsplit=1)[0]
+        yield Caption(index, first, split[row["family"]], topic, row["family"])
 
 
 def _questions() -> Iterator[Caption]:
@@ -154,11 +162,24 @@ def patch_states(kind: str) -> Tensor:
     return load_file(build_once(f"dinov2-small-1-{pictures}", build) / "states.safetensors")["states"]
 
 
+def picture(kind: str, index: int) -> Image.Image:
+    """The picture of a row of `patch_states`, of an animation the first frame."""
+    if kind == "questions":
+        return easy_vqa()[_first_questions()[_questioned_pictures()[index]]]["image"]
+    if kind == "animations":
+        return animated_emoji()[index]["frames"][0]
+    return (photos() if kind == "sentences" else emoji_pictures())[index]["image"]
+
+
+@cache
+def _first_questions() -> dict[str, int]:
+    return {name: index for index, name in reversed(list(enumerate(easy_vqa()["image_id"])))}
+
+
 def _shapes() -> Iterator[Image.Image]:
     rows = easy_vqa()
-    first = {picture: index for index, picture in reversed(list(enumerate(rows["image_id"])))}
-    for picture in _questioned_pictures():
-        yield rows[first[picture]]["image"]
+    for name in _questioned_pictures():
+        yield rows[_first_questions()[name]]["image"]
 
 
 def _frames() -> Iterator[Image.Image]:

@@ -5,9 +5,9 @@ said of them, half of the pages about one topic, every step on pages of all kind
 
     <end><image>red apple<end><image>what color is the shape? red<end>...
 
-and a prompt of k shots is a page of k training pictures and a test picture, whose caption is missing. Measured are
+with the tokenizer's end token for `<end>`, and a prompt of k shots is a page of k training pictures and a test picture, whose caption is missing. Measured are
 
-- the nats of the right answer, `END` among them;
+- the nats of the right answer, the end among them;
 - accuracy among candidates, by the nats that each gains over the bare language model's: the right answer and others of
   its kind. A concept that nobody has shown can't be named with certainty, but told from others;
 - CIDEr of the names and sentences that are written, 100 times the library's score as is usual, and the share of the
@@ -24,6 +24,7 @@ picture. Questions are generated. Prompts of two pictures are asked about each, 
 | `frames` | of an animation |
 | `shown` | `own` pictures in training, or `others`' |
 | `shots`, `near`, `others` | numbers of shots: drawn, most alike, and those for which the control is measured |
+| `written` | for which pictures texts are written: `own`, and `other` for the control |
 | `things`, `candidates` | tested of each kind, at most; answers to choose from |
 | `eval_batch_size` | prompts at a time |
 """
@@ -50,7 +51,7 @@ from peft_multimodal.evaluation import PairedDifference, paired_bootstrap
 
 from .. import measure, summary
 from .. import report as tables
-from ..assets.caption_lm import END, Pages, caption_lm
+from ..assets.caption_lm import Pages, caption_lm
 from ..assets.captions import Caption, captions, patch_states
 from ..experiment import Experiment
 from ..records import Record
@@ -72,8 +73,8 @@ class Shown:
     answer: str
     order: Order = "ordered"
 
-    def text(self, marker: str, answered: bool = True) -> str:
-        said = f"{self.question} {self.answer}{END}".lstrip() if answered else self.question
+    def text(self, marker: str, end: str, answered: bool = True) -> str:
+        said = f"{self.question} {self.answer}{end}".lstrip() if answered else self.question
         return f"{marker}{said}"
 
 
@@ -102,11 +103,9 @@ def score(metrics: Mapping[str, float]) -> float:
 
 
 def load_lm(name: str) -> tuple[Any, Any]:
-    """The language model and its tokenizer, to which `END` is known."""
+    """The language model and its tokenizer."""
     place: Any = caption_lm() if name == "caption_lm" else name
     lm, tokenizer = AutoModelForCausalLM.from_pretrained(place), AutoTokenizer.from_pretrained(place)
-    if END not in tokenizer.get_vocab():
-        raise ValueError(f"{name}: its tokenizer doesn't know {END!r}; rename one of its unused tokens to it.")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return lm, tokenizer
 
@@ -137,7 +136,7 @@ class TrainingPages(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[Prompt]:
         rng, settings = random.Random(self.seed), self.settings
-        pages = {kind: Pages(kind, "train", settings["one_topic"]) for kind in settings["kinds"]}
+        pages = {kind: Pages(kind, ["train"], settings["one_topic"]) for kind in settings["kinds"]}
         while True:
             for kind, source in pages.items():
                 for _ in range(settings["pages"]):
@@ -153,19 +152,22 @@ class PageCollator:
 
     def __init__(self, processor: InterleavedProcessor, frames: int) -> None:
         self.processor, self.frames = processor, frames
+        self.end: str = processor.tokenizer.eos_token
 
     def __call__(self, pages: Sequence[Prompt]) -> dict[str, Tensor]:
         """Whole pages, with labels."""
-        texts = [END + "".join(s.text(self.processor.media_token) for s in page) for page in pages]
+        marker, end = self.processor.media_token, self.end
+        texts = [end + "".join(s.text(marker, end) for s in page) for page in pages]
         batch = dict(self.processor(texts, padding_side="right"))
         ignored = (batch["attention_mask"] == 0) | (batch["input_ids"] == self.processor.media_token_id)
         return {**batch, "labels": batch["input_ids"].masked_fill(ignored, -100), "vision_features": self.states(pages)}
 
     def prompts(self, pages: Sequence[Prompt], sees: bool) -> dict[str, Tensor]:
         """Pages without their last answer, padded on the left; without pictures where nobody sees them."""
-        marker = self.processor.media_token if sees else ""
+        marker, end = self.processor.media_token if sees else "", self.end
         texts = [
-            END + "".join(s.text(marker) for s in page[:-1]) + page[-1].text(marker, answered=False) for page in pages
+            end + "".join(s.text(marker, end) for s in page[:-1]) + page[-1].text(marker, end, answered=False)
+            for page in pages
         ]
         batch = dict(self.processor(texts, padding_side="left"))
         return {**batch, "vision_features": self.states(pages)} if sees else batch
@@ -203,7 +205,7 @@ class Reader:
         return self.collator.processor.tokenizer
 
     def answer_nats(self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]]) -> Tensor:
-        """Nats of each prompt's candidates, `END` among them: (prompts, candidates)."""
+        """Nats of each prompt's candidates, the end among them: (prompts, candidates)."""
         size = self.batch_size
         parts = range(0, len(prompts), size)
         return torch.cat([self._nats(prompts[i : i + size], candidates[i : i + size]) for i in parts])
@@ -217,7 +219,7 @@ class Reader:
         first = self.model(**batch, **places(batch["attention_mask"]), **media, past_key_values=past).logits[:, -1]
         past.batch_repeat_interleave(number)
         media = {name: kept.repeat_interleave(number) for name, kept in media.items()}
-        texts = [f"{text}{END}" for row in candidates for text in row]
+        texts = [f"{text}{self.collator.end}" for row in candidates for text in row]
         answers = self.tokenizer(
             texts, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt"
         )
@@ -255,8 +257,8 @@ class Reader:
 
     @torch.no_grad()
     def write(self, prompts: Sequence[Prompt], tokens: int) -> list[str]:
-        """What the model writes by itself behind the prompts, up to `END`."""
-        end, written = self.tokenizer.convert_tokens_to_ids(END), []
+        """What the model writes by itself behind the prompts, up to the end."""
+        end, written = self.tokenizer.eos_token_id, []
         for start in range(0, len(prompts), self.batch_size):
             batch = self.collator.prompts(prompts[start : start + self.batch_size], self.sees)
             ids = self.model.generate(
@@ -400,7 +402,7 @@ def evaluate(reader: Reader, settings: Mapping[str, Any], split: str) -> tuple[d
         ask(order, found, found.prompts(2, order=order), found.gains(reader))
 
     for kind, tokens in (("names", 8), ("keywords", 16), ("sentences", 20)):
-        for name in ("own", "other") if reader.sees else ("own",):
+        for name in settings["written"] if reader.sees else ("own",):
             found = exams[kind]
             written = reader.write(found.prompts(SHOTS, others=name == "other"), tokens)
             if kind == "keywords":
@@ -412,6 +414,7 @@ def evaluate(reader: Reader, settings: Mapping[str, Any], split: str) -> tuple[d
             items[f"{kind}_written_{name}"] = written
     answered = reader.write(exams["questions"].prompts(0), 3)
     metrics |= accuracies(answered, exams["questions"].asked)
+    items["questions_written_own"] = answered
     for kind in ("names", "questions") if reader.sees else ():
         for place, values in two_pictures(reader, exams[kind]).items():
             metrics[f"{kind}_{place}"] = 100 * sum(values) / len(values)
