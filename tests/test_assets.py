@@ -475,3 +475,35 @@ def test_real_photos():
     assert table["kind"].value_counts().to_dict() == {"photo": 519, "drawing": 356}
     assert (table["caption_en"].str.len() > 3).all()
     assert (photos()[0]["image"].size, photos()[0]["image"].mode) == ((168, 168), "RGB")
+
+
+@pytest.mark.assets
+def test_real_captions_and_their_reader():
+    for key in ("emoji-pictures-1", "animated-emoji-2", "easy-vqa-1", "photos-1", "caption-lm-1"):
+        cached(key)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from benchmarks.assets import captions
+    from benchmarks.assets.captions import KINDS
+    from benchmarks.assets.fetch import cache_dir
+
+    split_of = {}
+    for kind in KINDS:
+        assert {c.split for c in captions(kind)} - {"text"} == {"train", "validation", "test"}
+        for found in captions(kind):  # a concept lies in one split, whatever is said of it
+            key = found.thing if kind in ("sentences", "questions") else f"emoji {found.thing}"
+            assert split_of.setdefault(key, found.split) == found.split
+    seen = " ".join(c.answer.lower() for c in captions("sentences") if c.split == "train")
+    assert not {"penguin", "owl", "flamingo"} & set(seen.replace(".", "").split()), "unseen emoji, so no photos of them"
+    folder = cache_dir() / "caption-lm-1"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert tokenizer.eos_token == "<end>"
+    assert not any(tokenizer.unk_token_id in tokenizer(c.answer)["input_ids"] for c in captions("names"))
+
+    def loss(text):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            return model(input_ids=ids, labels=ids).loss.item()
+
+    assert loss("<end>what color is the shape? red<end>") < loss("<end>what color is the red? shape<end>") - 1

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
+import os
+import subprocess
+import sys
 import threading
+import warnings
 from pathlib import Path
 
 import peft
@@ -665,6 +670,23 @@ def test_the_marker_is_never_written(marker: int):
         assert generate(model, text)[0] == [M] * 6
 
 
+@pytest.mark.parametrize("way", ["greedy", "beams"])
+@pytest.mark.parametrize(
+    "options",
+    [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}, {"logits_processor": [lambda ids, s: s - 0 * s.gather(1, ids)[:, :1].clamp_min(0)]}],
+    ids=["repetition", "n-grams", "own"],
+)  # fmt: skip
+def test_logits_processors_meet_a_marker_beyond_the_vocabulary(options: dict, way: str):
+    """They look up the prompt's ids among the scores; the outcome is that of a marker within, which no row writes."""
+    inside, beyond = wrap(), wrap(media_token_id=VOCAB + 3)
+    own = adapter(inside)
+    with torch.no_grad():
+        for name, parameter in adapter(beyond).items():
+            parameter.copy_(own[name])
+    expected = generate(inside, batch(), **WAYS[way], **options)
+    assert generate(beyond, batch(VOCAB + 3), **WAYS[way], **options) == expected
+
+
 @pytest.mark.parametrize("whole", [True, False], ids=["whole text", "new text"])
 def test_new_pictures_in_a_conversation(whole: bool):
     """The second turn reads its own pictures and the first one's, which are not read again."""
@@ -712,6 +734,30 @@ def test_forward_goes_on_with_a_cache():
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match=r"past_key_values .*media=MediaCache\(\)"):
         model(input_ids=inputs["input_ids"][:, :1], past_key_values=past)
+
+
+def test_answers_are_compared_behind_one_prompt():
+    """Two answers to each of three prompts, whose pictures, keys and values are made once."""
+    model, inputs = wrap(), batch()
+    made = []
+    for block in blocks(model):
+        block.attention.kv.register_forward_hook(lambda *_: made.append(1))
+    answers = torch.randint(4, 40, (6, 3))
+    whole = {
+        "input_ids": torch.cat([inputs["input_ids"].repeat_interleave(2, dim=0), answers], dim=1),
+        "vision_features": inputs["vision_features"].repeat_interleave(2, dim=0),
+    }
+    expected = logits(model, **whole)[:, 8:]
+    made.clear()
+    media, past = MediaCache(), hf.DynamicCache(config=model.config)
+    logits(model, **inputs, media=media, past_key_values=past)
+    past.batch_repeat_interleave(2)
+    mask = torch.ones(6, 11, dtype=torch.long)
+    more = {"input_ids": answers, "attention_mask": mask, "past_key_values": past}
+    found = logits(model, **more, media=media.repeat_interleave(2))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert len(made) == 2, "once a layer"
+    assert MediaCache().repeat_interleave(2).latents is None
 
 
 def test_two_threads_share_a_model():
@@ -796,6 +842,64 @@ def test_gradient_checkpointing(name: str, reentrant: bool, attend: str):
     assert len(runs) == 3, "the block is recomputed"
     for n, gradient in expected.items():
         torch.testing.assert_close(actual[n], gradient, atol=1e-5, rtol=1e-4, msg=n)
+
+
+DDP = """
+import copy, sys, torch
+sys.path.insert(0, {tests!r})
+import torch.distributed as dist
+from test_gated_xattn import batch, wrap
+dist.init_process_group("gloo")
+rank, (share, checkpointing) = dist.get_rank(), ({share}, {checkpointing})
+model = wrap(share_blocks=share).train()
+if checkpointing:
+    model.gradient_checkpointing_enable({{"use_reentrant": False}})
+text = {{"input_ids": torch.tensor([[1, 11, 12, 13, 4, 5, 6, 7]] * 3)}}
+calls = [{{**inputs, "labels": inputs["input_ids"]}} for inputs in (batch(), text)]
+own = []
+for call in calls:
+    model.zero_grad()
+    model(**call).loss.backward()
+    own.append({{n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters() if p.requires_grad}})
+    model.zero_grad()
+assert not any(g.abs().sum() for n, g in own[1].items() if "resampler" in n or "attention." in n)
+wrapper = torch.nn.parallel.DistributedDataParallel(model)
+for step in range(2):  # a second one sees what the first left unfinished
+    model.zero_grad()
+    wrapper(**calls[(rank + step) % 2]).loss.backward()
+    for n, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, (own[0][n] + own[1][n]) / 2, msg=n)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(("share", "checkpointing"), [(False, False), (True, False), (False, True)])
+def test_a_process_without_pictures_takes_part(share: bool, checkpointing: bool, tmp_path: Path):
+    tests = Path(__file__).parent
+    (tmp_path / "run.py").write_text(DDP.format(tests=str(tests), share=share, checkpointing=checkpointing))
+    path = os.pathsep.join([str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = subprocess.run(
+        [*command, str(tmp_path / "run.py")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+def test_text_alone_trains_nothing_of_what_sees():
+    model = wrap().train()
+    ids = torch.tensor([[1, 11, 12, 13, 4, 5, 6, 7]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    for name, parameter in adapter(model).items():
+        assert parameter.grad is not None, name
+        assert bool(parameter.grad.abs().sum()) == ("ffw" in name and "resampler" not in name), name
+    with torch.no_grad():
+        next(iter(reader(model).gated_xattn_resampler["default"].parameters())).fill_(torch.nan)
+    assert logits(model, input_ids=ids).isfinite().all(), "what isn't used isn't looked at"
 
 
 def test_segments_train_as_the_mask_does():
@@ -927,6 +1031,45 @@ def test_videos(tmp_path: Path):
     three = logits(model, **{**inputs, "pixel_values": video[:, :, :3]})
     torch.testing.assert_close(logits(model, **{**inputs, "frame_mask": mask}), three)
     assert distance(three, out) > 1e-3
+
+
+def test_saving_warns_that_a_local_encoder_stays_behind(tmp_path: Path):
+    eyes = dinov2(tmp_path / "eyes")
+    model = get_peft_model(llama(), config(vision_encoder=str(eyes), vision_hidden_size=None))
+    with pytest.warns(UserWarning, match="eyes.* holds no copy of it.* config.vision_encoder"):
+        model.save_pretrained(tmp_path / "adapter")
+    eyes.rename(tmp_path / "elsewhere")
+    found = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
+    found.vision_encoder = str(tmp_path / "elsewhere")
+    PeftModel.from_pretrained(llama(), tmp_path / "adapter", config=found)
+    given = config(vision_hidden_size=None).with_vision_encoder(hf.AutoModel.from_pretrained(tmp_path / "elsewhere"))
+    with pytest.warns(UserWarning, match="holds no copy of it"):
+        get_peft_model(llama(), given).save_pretrained(tmp_path / "other")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*holds no copy of it")
+        wrap().save_pretrained(tmp_path / "features")
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_base_of_another_vocabulary_is_refused(older: bool, tmp_path: Path):
+    model = wrap()
+    peft_multimodal.save(model, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    written = json.loads(file.read_text())
+    assert written["base_signature"]["vocabulary"] == VOCAB
+    base = llama()
+    base.resize_token_embeddings(VOCAB + 8)
+    before = {name: type(module) for name, module in base.named_modules()}
+    with pytest.raises(ValueError, match=rf"embedding of {VOCAB} tokens, this LlamaForCausalLM has {VOCAB + 8}"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert {name: type(module) for name, module in base.named_modules()} == before
+    base.resize_token_embeddings(VOCAB)
+    if older:
+        del written["base_signature"]["vocabulary"]
+        file.write_text(json.dumps(written))
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(base, tmp_path).eval(), **batch()), logits(model, **batch())
+    )
 
 
 def test_another_vision_encoder_is_refused(tmp_path: Path):

@@ -9,6 +9,8 @@
 | `translation_pairs(language)` | a `Dataset`: texts in English and one of `LANGUAGES` (columns: `languages.py`) |
 | `emoji_labels(language)` | the emoji's names in one of `LANGUAGES` |
 | `dinov2_small()`, `minilm()`, `e5_small()` | folders of the pretrained towers: pictures, English, a hundred languages |
+| `captions(kind)`, `patch_states(kind)` | pictures as DINOv2-S sees them, and what is said of them (`captions.py`) |
+| `caption_lm()` | the folder of a small language model that has read captions |
 | `english_clip()` | the folder of the dual encoder assembled from them |
 | `blip_retrieval()`, `blip_vqa()` | folders of the fusion models assembled from them, minutes of CPU each |
 
@@ -19,6 +21,8 @@ Everything is fetched, checked, converted and kept in the user cache on first us
 from .animated_emoji import animated_emoji
 from .blip_retrieval import blip_retrieval
 from .blip_vqa import blip_vqa
+from .caption_lm import caption_lm
+from .captions import captions, patch_states
 from .e5_small import e5_small
 from .easy_vqa import easy_vqa
 from .english_clip import english_clip
@@ -35,6 +39,8 @@ __all__ = [
     "blip_retrieval",
     "blip_vqa",
     "cache_dir",
+    "caption_lm",
+    "captions",
     "dinov2_small",
     "e5_small",
     "easy_vqa",
@@ -42,6 +48,7 @@ __all__ = [
     "emoji_pictures",
     "english_clip",
     "minilm",
+    "patch_states",
     "photos",
     "translation_pairs",
 ]

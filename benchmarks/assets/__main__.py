@@ -10,8 +10,9 @@ import sys
 import time
 
 import benchmarks.assets as assets
+from benchmarks.assets.captions import KINDS
 
-SLOW = ("blip_retrieval", "blip_vqa")
+SLOW = ("blip_retrieval", "blip_vqa", "caption_lm", "patch_states")
 ALL = (
     "emoji_pictures",
     "animated_emoji",
@@ -30,6 +31,8 @@ def prepare(name: str) -> object:
     """What there is to say about the asset once it is there: its folder or table, the pairs of each language."""
     if name == "translation_pairs":
         return {language: len(assets.translation_pairs(language)) for language in assets.LANGUAGES}
+    if name == "patch_states":
+        return {kind: list(assets.patch_states(kind).shape) for kind in KINDS}
     return getattr(assets, name)()
 
 

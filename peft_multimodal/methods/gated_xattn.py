@@ -21,7 +21,9 @@ the resampler's and the marker's row, once.
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft.utils import PeftType
@@ -111,6 +113,17 @@ class GatedXAttnConfig(MultimodalConfig):
     def has_encoder(self) -> bool:
         return self._given is not None or self.vision_encoder is not None
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        if self._given is not None or (self.vision_encoder is not None and Path(self.vision_encoder).is_dir()):
+            warnings.warn(
+                f"The adapter's folder names its vision encoder by {self.vision_encoder!r}, which is no commit on the Hub, "
+                "and holds no copy of it. Elsewhere it loads only with that encoder at hand: config = "
+                "PeftConfig.from_pretrained(folder), then config.vision_encoder = ... or "
+                "config.with_vision_encoder(module), and pass config=config.",
+                stacklevel=2,
+            )
+        super().save_pretrained(save_directory, **kwargs)
+
 
 # --- the model -------------------------------------------------------------------------------------------------------
 
@@ -150,6 +163,21 @@ def find_decoder(model: Any, found: Anatomy) -> Decoder:
     embedding = next((e for e in embeddings if modules[e] is primary), embeddings[0])
     width: Any = towers[0].hidden_size
     return Decoder(stack.rpartition(".")[0], layers, embedding, width)
+
+
+def check_vocabulary(config: GatedXAttnConfig, size: int, model_class: str) -> None:
+    """Refuse a base that knows more or fewer tokens than the one that the adapter was trained on.
+
+    Its widths may agree, and yet the marker and every other id would mean something else.
+    """
+    trained = (config.base_signature or {}).get("vocabulary") if config.is_loaded else None  # older files don't say
+    if trained not in (None, size):
+        raise ValueError(
+            f"This adapter belongs to another base: it was trained on {config.base_model_name_or_path or 'one'} with an "
+            f"embedding of {trained} tokens, this {model_class} has {size}. Load the base that the adapter's "
+            "adapter_config.json names; if it was resized then, resize it now: "
+            f"model.resize_token_embeddings({trained})."
+        )
 
 
 class GatedXAttnModel(MultimodalTuner):
@@ -210,12 +238,19 @@ class GatedXAttnModel(MultimodalTuner):
                 "GatedXAttn needs vision_encoder=, the Hub id or folder of a frozen vision encoder, or the width "
                 "vision_hidden_size= of features that calls bring as vision_features."
             )
+        check_vocabulary(config, matrices[0].d_in, found.model_class)
         self._decoder = find_decoder(self.model, found)
         present = self.reader()
         encoder = load_vision_encoder(config, None if present is None else present.encoders)
         if encoder is not None:
             follow(encoder, self.model.get_submodule(matrices[1].module), keep_dtype=config._given is not None)
         self._encoder = (encoder,)  # a tuple is not registered: the reader holds it
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        (marker,) = self._matched[self._decoder.embedding]
+        peft_config.base_signature["vocabulary"] = marker.d_in
+        return peft_config
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str,

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    Cache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 from ..tuner import AttachedPart, CallScope, HostedLayer, MultimodalLayer
 from .media import MediaCache, Reading, Sight, text_time
@@ -52,6 +57,11 @@ class GatedBlock(nn.Module):
             self.ffw = feed_forward(width, config.ff_mult)
             self.ffw_gate_norm = _gate(config.gate, width)
 
+    def seeing_parameters(self) -> list[nn.Parameter]:
+        """Those that a text without pictures doesn't use."""
+        found = [*self.attention_norm.parameters(), *self.attention.parameters()]
+        return found if self.attention_gate_norm is None else [*found, self.attention_gate_norm]
+
     def forward(self, y: Tensor, sight: Sight | None = None, keys_values: KeysValues | None = None) -> Tensor:
         """(B, L, d) -> (B, L, d).
 
@@ -67,6 +77,23 @@ class GatedBlock(nn.Module):
         if self.ffw is not None:
             stream = stream + _opened(self.ffw_gate_norm) * self.ffw(self.ffw_norm(stream))
         return stream.to(y.dtype)
+
+
+class TakePart(torch.autograd.Function):
+    """The stream as it is, with gradients of zero for parameters that had nothing to do.
+
+    Under distributed training every process has to have a gradient of every parameter, also one whose texts have no
+    pictures.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads[0], *map(torch.zeros_like, ctx.saved_tensors)
 
 
 def _gate(kind: str, width: int) -> nn.Parameter | None:
@@ -94,6 +121,18 @@ class NoMarkers(LogitsProcessor):
         scores = scores.clone()
         scores[:, self.marker : self.marker + 1] = -torch.inf  # nothing, where it lies beyond the vocabulary
         return scores
+
+
+class BeyondVocabulary(LogitsProcessor):
+    """Lets a logits processor look up the marker's id where the vocabulary doesn't have it: it has no probability."""
+
+    def __init__(self, processor: LogitsProcessor, marker: int) -> None:
+        self.processor, self.marker = processor, marker
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        known = scores.shape[-1]
+        wide = nn.functional.pad(scores, (0, max(0, self.marker + 1 - known)), value=-torch.inf)
+        return self.processor(input_ids, wide)[..., :known]
 
 
 class MediaReader(AttachedPart, GatedXAttnLayer, nn.Module):
@@ -126,18 +165,24 @@ class MediaReader(AttachedPart, GatedXAttnLayer, nn.Module):
             model.register_forward_hook(self._after, always_call=True),
             stack.register_forward_pre_hook(self._before_stack, with_kwargs=True),
         ]
-        self._own_generate = model.__dict__.get("generate")
-        if hasattr(model, "generate"):
-            model.__dict__["generate"] = self.generate
+        self._own = {name: model.__dict__.get(name) for name in ("generate", "_get_logits_processor")}
+        for name in self._own:
+            if hasattr(model, name):
+                model.__dict__[name] = getattr(self, name)
 
     def host(self) -> nn.Module:
         return self._stack[0]
 
     def remove_hooks(self) -> None:
         super().remove_hooks()
-        self._model[0].__dict__.pop("generate", None)
-        if self._own_generate is not None:
-            self._model[0].__dict__["generate"] = self._own_generate
+        for name, own in self._own.items():
+            self._model[0].__dict__.pop(name, None)
+            if own is not None:
+                self._model[0].__dict__[name] = own
+
+    def _models_own(self, name: str) -> Any:
+        model: Any = self._model[0]
+        return self._own[name] or getattr(type(model), name).__get__(model)
 
     def add(self, adapter_name: str, config: GatedXAttnConfig, width: int, encoder: nn.Module | None) -> None:
         if encoder is not None:
@@ -199,8 +244,7 @@ class MediaReader(AttachedPart, GatedXAttnLayer, nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the model's `generate`: pictures are read once, and markers are never written."""
-        model: Any = self._model[0]
-        own: Any = self._own_generate or type(model).generate.__get__(model)
+        own = self._models_own("generate")
         given = self._take(kwargs)
         adapter = self._acting(given)
         if adapter is None:
@@ -219,13 +263,24 @@ class MediaReader(AttachedPart, GatedXAttnLayer, nn.Module):
         kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), NoMarkers(marker)])
         with torch.no_grad():
             reading = self.read(adapter, ids, given, goes_on)
-        reading.generating, reading.start = True, past if goes_on else 0
+        reading.generating, reading.keeps, reading.start = True, True, past if goes_on else 0
         self.scope.open()
         self.scope.seen = reading
         try:
             return own(**kwargs)
         finally:
             self.scope.close()
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """Stands in for the model's, which `generate` calls: its processors meet the marker's id in the text."""
+        found = self._models_own("_get_logits_processor")(*args, **kwargs)
+        adapter = self._acting({})
+        if adapter is None:
+            return found
+        marker: Any = self.configs[adapter].media_token_id
+        return LogitsProcessorList(
+            BeyondVocabulary(processor, marker) if _looks_up_ids(processor) else processor for processor in found
+        )
 
     def _take(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The pictures among a call's inputs, taken out of them."""
@@ -277,7 +332,8 @@ class MediaReader(AttachedPart, GatedXAttnLayer, nn.Module):
         self._check_counts(new, 0 if pictures is None else pictures.shape[1], known)
         if pictures is not None:
             self._append(media, adapter, pictures, given.get("frame_mask"), new)
-        return Reading(media, text_time(marks, known if goes_on else None), config.attend)
+        keeps = "media" in given and not torch.is_grad_enabled()
+        return Reading(media, text_time(marks, known if goes_on else None), config.attend, keeps=keeps)
 
     def _check_counts(self, new: Tensor, given: int, known: Tensor) -> None:
         if torch.compiler.is_compiling():
@@ -365,6 +421,12 @@ def _flat(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.flatten(0, 1)
 
 
+def _looks_up_ids(processor: Any) -> bool:
+    """Whether it may look up ids among scores: not with inputs of its own, nor by asking a model for other scores."""
+    own_inputs = len(inspect.signature(processor.__call__).parameters) > 2
+    return not own_inputs and not isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+
+
 def _past_length(inputs: list[Any]) -> int:
     """How many tokens are in the key-value cache among a call's inputs."""
     return next((int(value.get_seq_length()) for value in inputs if isinstance(value, Cache)), 0)
@@ -437,9 +499,15 @@ class SeeingLayer(Wrapper):
         reading: Reading = reader.scope.seen
         sight = reading.sight(y)
         if sight is None:
+            idle = block.seeing_parameters()
+            if not reading.is_missed:
+                reading.is_missed = True
+                idle += reader.gated_xattn_resampler[adapter].parameters()
+            if self.training and torch.is_grad_enabled():
+                y = TakePart.apply(y, *(p for p in idle if p.requires_grad))
             return self._run(block, y)
         make = block.attention.keys_values
-        if reading.generating:
+        if reading.keeps:
             key = adapter if shared else (adapter, self.role)
             return block(y, sight, reading.keys_values(key, sight, lambda m: make(m.to(y.device))))
 

@@ -67,6 +67,20 @@ class MediaCache:
             self.latents = torch.cat([self.latents, latents], dim=1)
             self.numbers = torch.cat([self.numbers, numbers], dim=1)
 
+    def repeat_interleave(self, times: int) -> MediaCache:
+        """For several continuations of each row, such as answers that are compared: a cache whose rows are repeated.
+
+        `past_key_values.batch_repeat_interleave(times)` does the same to the text's.
+        """
+        found = MediaCache()
+        if self.latents is not None and self.numbers is not None:
+            found.latents, found.numbers = (x.repeat_interleave(times, dim=0) for x in (self.latents, self.numbers))
+        found._kept = {
+            key: (k.repeat_interleave(times, dim=0), v.repeat_interleave(times, dim=0))
+            for key, (k, v) in self._kept.items()
+        }
+        return found
+
     def keys_values(self, key: Any, make: Callable[[Tensor], KeysValues]) -> KeysValues:
         """Those of all pictures, each (B, T, R, heads, d_h); `make` is called for pictures that are new to `key`."""
         assert self.latents is not None
@@ -238,7 +252,8 @@ class Reading:
         media: The pictures.
         times: (B, P), the text time of the text that was given; None where that text is unknown, and has no pictures.
         attend: "last" or "all_previous".
-        generating: Then forward passes follow each other, and what is made of the pictures is kept for the next.
+        generating: Then forward passes follow each other.
+        keeps: Then what is made of the pictures is kept for later forward passes, in this call or with this `media`.
         start: Place of the first token of `times` in its sequence.
         offset: Place of the first token of the running forward pass.
     """
@@ -247,8 +262,10 @@ class Reading:
     times: Tensor | None
     attend: str
     generating: bool = False
+    keeps: bool = False
     start: int = 0
     offset: int = 0
+    is_missed: bool = False  # whether a layer has found that there are no pictures
     _sight: tuple[Any, Sight | None] = (None, None)
     _picked: dict[Any, KeysValues] = field(default_factory=dict)
 
