@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from benchmarks.assets import fetch as fetching
 from benchmarks.assets.easy_vqa import easy_vqa
 from benchmarks.assets.english_clip import Settings, best_logit_scale, canonical_projections, caption
 from benchmarks.assets.fetch import AssetError, Package, build_once, cache_dir, fetch
+from benchmarks.assets.photos import family_of_caption, in_the_middle
 from benchmarks.assets.pictures import bare, family_of, on_white, split_families
 
 REPOSITORY = Path(__file__).parent.parent
@@ -43,7 +45,8 @@ def cache(tmp_path, monkeypatch):
 
 def npm_package(contents: bytes, **options) -> Package:
     digest = hashlib.sha256(contents).hexdigest()
-    return Package("npm", "@scope/thing", "1.0.0", **{"sha256": digest, "megabytes": 1, "licence": "MIT"} | options)
+    usual = {"version": "1.0.0", "sha256": digest, "megabytes": 1, "licence": "MIT"}
+    return Package("npm", "@scope/thing", **usual | options)
 
 
 def tarball(**files: str) -> bytes:
@@ -182,6 +185,23 @@ def test_wheels_are_extracted(cache, monkeypatch):
     assert (fetch(npm_package(buffer.getvalue())) / "thing/a.txt").read_text() == "a"
 
 
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs Debian's tools")
+def test_debian_packages_are_extracted(cache, monkeypatch, tmp_path):
+    (tmp_path / "root/DEBIAN").mkdir(parents=True)
+    (tmp_path / "root/DEBIAN/control").write_text(
+        "Package: thing\nVersion: 1\nArchitecture: all\nMaintainer: A <a@b.c>\nDescription: thing\n"
+    )
+    (tmp_path / "root/usr/share").mkdir(parents=True)
+    (tmp_path / "root/usr/share/a.txt").write_text("a")
+    subprocess.run(["dpkg-deb", "--build", tmp_path / "root", tmp_path / "thing.deb"], check=True, capture_output=True)
+    contents = (tmp_path / "thing.deb").read_bytes()
+    serve(monkeypatch, contents, ".deb")
+    assert (fetch(npm_package(contents, keep=("./usr/",))) / "usr/share/a.txt").read_text() == "a"
+    serve(monkeypatch, contents[:200], ".deb")
+    with pytest.raises(AssetError, match="cannot be extracted"):
+        fetch(npm_package(contents[:200], version="2"))
+
+
 def test_wrong_hash_leaves_nothing(cache, monkeypatch):
     serve(monkeypatch, b"something else")
     with pytest.raises(
@@ -209,7 +229,7 @@ def test_archive_cannot_write_outside(cache, monkeypatch):
     assert not list(cache.parent.rglob("escaped"))
 
 
-@pytest.mark.parametrize("client", ["pip", "npm"])
+@pytest.mark.parametrize("client", ["pip", "npm", "apt"])
 def test_failing_client_is_reported_in_its_words(cache, monkeypatch, client):
     def run(command, **options):
         return subprocess.CompletedProcess(command, 1, "", "WARNING: noise\nERROR: the registry is away\n")
@@ -299,6 +319,21 @@ def test_pictures_lie_on_white():
     picture = on_white(Image.new("RGBA", (64, 64), (255, 0, 0, 0)))
     assert (picture.mode, picture.size, picture.getpixel((5, 5))) == ("RGB", (84, 84), (255, 255, 255))
     assert bare("1f441-fe0f-200d-1f5e8-fe0f") == "1F441-200D-1F5E8"
+
+
+def test_photos_keep_their_proportions():
+    picture = Image.new("RGBA", (300, 100), (0, 0, 0, 0))
+    picture.paste((255, 0, 0, 255), (100, 25, 200, 75))
+    drawn = in_the_middle(picture)
+    assert drawn.size == (168, 168)
+    assert [drawn.getpixel((84, y)) for y in (20, 84, 148)] == [(255, 255, 255), (255, 0, 0), (255, 255, 255)]
+    assert in_the_middle(Image.new("L", (10, 20), 0)).getpixel((84, 84)) == (0, 0, 0)
+
+
+def test_captions_of_one_thing_share_a_family():
+    same = ("A red rose.", "Roses", "The rose! It has thorns. Don't touch it.")
+    assert {family_of_caption(text) for text in same} == {"rose"}
+    assert family_of_caption("A rose window.") != "rose"
 
 
 # --- the English CLIP's projections ----------------------------------------------------------------------------------
@@ -427,3 +462,16 @@ def test_real_animations():
     split_of = dict(zip(emoji_pictures()["concept"], emoji_pictures()["split"], strict=True))
     assert all(split_of[concept] == split for concept, split in zip(rows["concept"], rows["split"], strict=True))
     assert [frame.size for frame in rows[0]["frames"]] == [(84, 84)] * 8
+
+
+@pytest.mark.assets
+def test_real_photos():
+    cached("photos-1")
+    from benchmarks.assets import photos
+
+    table = photos().remove_columns("image").to_pandas()
+    assert len(table) == 875
+    assert table["category"].nunique() == 16
+    assert table["kind"].value_counts().to_dict() == {"photo": 519, "drawing": 356}
+    assert (table["caption_en"].str.len() > 3).all()
+    assert (photos()[0]["image"].size, photos()[0]["image"].mode) == ((168, 168), "RGB")

@@ -5,6 +5,7 @@
 | `emoji_pictures()` | a `Dataset`: emoji in three styles, English and Chinese labels (columns: `pictures.py`) |
 | `animated_emoji()` | a `Dataset`: eight frames each (columns: `animated_emoji.py`) |
 | `easy_vqa()` | a `Dataset`: questions about shapes (columns: `easy_vqa.py`) |
+| `photos()` | a `Dataset`: cut-out photos and drawings with captions, by category (columns: `photos.py`) |
 | `translation_pairs(language)` | a `Dataset`: texts in English and one of `LANGUAGES` (columns: `languages.py`) |
 | `emoji_labels(language)` | the emoji's names in one of `LANGUAGES` |
 | `dinov2_small()`, `minilm()`, `e5_small()` | folders of the pretrained towers: pictures, English, a hundred languages |
@@ -23,6 +24,7 @@ from .easy_vqa import easy_vqa
 from .english_clip import english_clip
 from .fetch import AssetError, cache_dir
 from .languages import LANGUAGES, emoji_labels, translation_pairs
+from .photos import photos
 from .pictures import emoji_pictures
 from .towers import dinov2_small, minilm
 
@@ -40,5 +42,6 @@ __all__ = [
     "emoji_pictures",
     "english_clip",
     "minilm",
+    "photos",
     "translation_pairs",
 ]

@@ -16,6 +16,7 @@ ALL = (
     "emoji_pictures",
     "animated_emoji",
     "easy_vqa",
+    "photos",
     "translation_pairs",
     "dinov2_small",
     "minilm",

