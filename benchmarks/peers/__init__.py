@@ -1,1 +1,1 @@
-"""Other people's methods, where no package that can be installed here has them, each from its published description."""
+"""Methods that are compared with and that no installable package has: short versions at their published settings."""
