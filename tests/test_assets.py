@@ -479,7 +479,7 @@ def test_real_photos():
 
 @pytest.mark.assets
 def test_real_captions_and_their_reader():
-    for key in ("emoji-pictures-1", "animated-emoji-2", "easy-vqa-1", "photos-1", "caption-lm-1"):
+    for key in ("emoji-pictures-1", "animated-emoji-2", "easy-vqa-1", "photos-1", "caption-lm-2"):
         cached(key)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -495,7 +495,7 @@ def test_real_captions_and_their_reader():
             assert split_of.setdefault(key, found.split) == found.split
     seen = " ".join(c.answer.lower() for c in captions("sentences") if c.split == "train")
     assert not {"penguin", "owl", "flamingo"} & set(seen.replace(".", "").split()), "unseen emoji, so no photos of them"
-    folder = cache_dir() / "caption-lm-1"
+    folder = cache_dir() / "caption-lm-2"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert tokenizer.eos_token == "<end>"

@@ -102,7 +102,7 @@ def test_every_experiment_trains_and_is_measured(name, tiny, tmp_path):
     for k in item.settings["shots"]:
         assert len(items[f"names_nats_{k}"]) == len(items["asked"]["names"]) == 9
         assert metrics[f"names_nats_{k}"] > 0
-    assert ("names_nats_other_0" in metrics) == ("names_first_of_two" in metrics) == item.trains
+    assert ("names_nats_other_4" in metrics) == ("names_first_of_two" in metrics) == item.trains
     assert (found["cost"]["trainable_parameters"] > 0) == item.trains
     kept = {"environment": records.environment(), "config": item.as_dict()}
     for seed in (0, 1):

@@ -61,7 +61,7 @@ class Settings:
 
 def caption_lm() -> Path:
     """The language model's folder: load it with `AutoModelForCausalLM` and `AutoTokenizer`."""
-    return build_once("caption-lm-1", lambda folder: _build(folder, Settings()))
+    return build_once("caption-lm-2", lambda folder: _build(folder, Settings()))
 
 
 def _build(folder: Path, settings: Settings) -> None:
