@@ -268,7 +268,7 @@ def prompt(experiment: Experiment, lesson: Lesson) -> Learned:
     """The package's prompts: CoOp as their general part alone, and the structured ones.
 
     For the first `static_share` of the steps every picture's instance part is Q, so that a step reads one text a class and
-    has `static_batch_size` pictures. `shuffled`: the instance part looks at another picture.
+    has `static_batch_size` pictures; the other steps have `instance_learning_rate`, for g starts from 0. `shuffled`: the instance part looks at another picture.
     """
     settings, peft, training = experiment.settings, dict(experiment.peft or {}), experiment.training
     if peft.get("domain") == "per_class":
@@ -288,7 +288,8 @@ def prompt(experiment: Experiment, lesson: Lesson) -> Learned:
         started = time.process_time()
         before = measure.fit(StaticPrompts(wrapped), Numbered(lesson), collate, first, lesson.seed)
         before["train_processor_seconds"] = time.process_time() - started
-        training = training | {"max_steps": training["max_steps"] - static}
+        rest = {"max_steps": training["max_steps"] - static, "learning_rate": settings["instance_learning_rate"]}
+        training = training | rest
     learned = by_gradient(wrapped, set_classes, replace(experiment, training=training), lesson)
     for name in ("train_seconds", "train_processor_seconds"):
         learned.cost[name] += before.get(name, 0)
