@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from peft_multimodal.anatomy import token_embeddings
 from peft_multimodal.methods.prompt_classifier import scaled
@@ -29,7 +30,7 @@ class TemplateClassifier(nn.Module):
         texts = [self.template.format(name) for name in names]
         self.texts = dict(self.tokenizer(texts, padding=True, return_tensors="pt"))
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
         v = F.normalize(
             self.model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output, dim=-1
         )
@@ -72,7 +73,7 @@ class CoCoOp(nn.Module):
         frame = self.reader.tokenizer_frame()
         self.texts = Texts.of_lists(frame.words(self.tokenizer, names), frame.pad, self.context.device)
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
         v = F.normalize(
             self.model.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output, dim=-1
         )
@@ -105,6 +106,6 @@ class CoCoOp(nn.Module):
         return Piece(filled.embeds, filled.ids, F.pad(keep, (0, missing)))
 
 
-def outcome(logits: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+def outcome(logits: Tensor, labels: Tensor | None) -> ImageClassifierOutput:
     """What `Trainer` takes."""
-    return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+    return ImageClassifierOutput(loss=None if labels is None else F.cross_entropy(logits, labels), logits=logits)

@@ -97,7 +97,7 @@ def batch() -> dict[str, Tensor]:
 
 
 def train_step(model: nn.Module) -> None:
-    model(**batch())["loss"].backward()
+    model(**batch()).loss.backward()
     model.zero_grad()
 
 
