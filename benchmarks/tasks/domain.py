@@ -482,7 +482,7 @@ def gains(groups: Mapping[str, Sequence[Record]]) -> list[list[str]]:
                 for pool in POOLS
                 for what in ("domain", "general")
             ]
-            rows.append([runs[0].label, str(len(pairs)), *cells])
+            rows.append([runs[0].label + (", shuffled captions" if noisy else ""), str(len(pairs)), *cells])
     return rows
 
 
