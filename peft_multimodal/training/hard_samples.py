@@ -484,8 +484,11 @@ class HardSampleBank:
 
     def _rank(self, difficulty: np.ndarray) -> np.ndarray:
         """The share of pairs that are easier, counting those that are as hard by half."""
-        below, up_to = (np.searchsorted(self.table, difficulty, side) for side in ("left", "right"))
-        return ((below + up_to) / (2 * STEPS)).astype(np.float32)
+        values, below, count = np.unique(self.table, return_index=True, return_counts=True)
+        place = np.searchsorted(values, difficulty)
+        nearest = np.minimum(place, len(values) - 1)
+        equal = np.where(values[nearest] == difficulty, count[nearest], 0)
+        return ((np.append(below, STEPS)[place] + equal / 2) / STEPS).astype(np.float32)
 
     def emphasis(self, rows: np.ndarray | slice) -> np.ndarray:
         """e of these rows, in [0, 1] (float32)."""
