@@ -350,6 +350,7 @@ def traits(model: Any, lesson: Lesson, pictures: int = 16, listed: int = 48) -> 
 
     Returns:
         gate: g.
+        seen: |g MHA| relative to |Q + g MHA|, what the picture adds to the instance context (or to the class features).
         entropy: Of the attention, relative to that of looking at all patches alike.
         swap: Mean distance 1 - cos between a class's features for one picture and for another, and
         apart: between two classes' features for one picture, to compare with.
@@ -368,12 +369,13 @@ def traits(model: Any, lesson: Lesson, pictures: int = 16, listed: int = 48) -> 
     entropy = -(weights * weights.clamp_min(1e-12).log()).sum(dim=-1).mean() / math.log(weights.shape[-1])
     _, Z = part.look(as_pixels(rows[:pictures]))
     texts = part.fitting(part.listed(), adapter_name)
-    if config.mode == "feature":
-        w = F.normalize(context.attention(part.features(adapter_name, texts, None)[0], Z), dim=-1)
-    else:
-        w = part.features(adapter_name, texts, part.instance(adapter_name, Z))
+    feature = config.mode == "feature"
+    static = part.features(adapter_name, texts, None)[0] if feature else context.instance
+    looked = context.attention(static, Z)
+    w = F.normalize(looked, dim=-1) if feature else part.features(adapter_name, texts, looked)
     found = {
         "gate": context.attention.gate_norm.item(),
+        "seen": ((looked - static).norm(dim=-1) / looked.norm(dim=-1)).mean().item(),
         "entropy": entropy.item(),
         "swap": (1 - (w * w.roll(1, dims=0)).sum(dim=-1)).mean().item(),
         "apart": (1 - (w * w.roll(1, dims=1)).sum(dim=-1)).mean().item(),
@@ -410,6 +412,7 @@ AGAINST = (
 DRAWN = ("zero_shot/shots", "probe_from_text/shots", "coop/shots", "structured_prompt/shuffled", OURS)
 TRAITS = {
     "gate": "gate",
+    "seen": "of the instance context, seen in the picture",
     "entropy": "attention entropy / uniform",
     "swap": "features' distance, another picture",
     "apart": "another class",

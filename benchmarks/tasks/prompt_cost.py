@@ -85,8 +85,8 @@ def classifier(method: str, classes: int, chunk_size: int | None = None, layers:
     wrapped: Any = get_peft_model(model, StructuredPromptConfig(chunk_size=chunk_size or classes, **options))
     wrapped.set_classes(names(classes), tokenizer)
     for name, parameter in wrapped.named_parameters():
-        if "gate_norm" in name:
-            nn.init.constant_(parameter, 0.5)
+        if "attention.out" in name:
+            nn.init.normal_(parameter, std=0.02)
     if method in (COOP, WHOLE):
         wrapped.base_model.classifier().reader.restore_attention()  # no prefix is reused
     return wrapped

@@ -4,7 +4,7 @@ A frozen dual encoder with vision tower f_v and text tower f_t classifies a pict
 
     Z(x)    patch states of f_v, S x d_v;  v(x) the picture's embedding, of norm 1
     G       general context, M_g x d_t, starting from words such as "a photo of a"
-    I(x)  = Q + g MHA(LN(Q) W_q, LN(Z) W_k, LN(Z) W_v) W_o          instance context, M_i x d_t; g = 0 at the start
+    I(x)  = Q + g MHA(LN(Q) W_q, LN(Z) W_k, LN(Z) W_v) W_o          instance context, M_i x d_t; W_o = 0 at the start
     D_c   = [K_dom(c); E(name_c)]                                   domain context, M_d x d_t, and the name's embeddings
     T_c(x) = [SOS] G D_c I(x) [EOS]   (order "GDI")   or   [SOS] G I(x) D_c [EOS]   (order "GID")
     w_c(x) = norm(f_t(T_c(x))),    logit_c = exp(s) v(x) . w_c(x) + b,    L = CE(logits, y)
@@ -121,7 +121,9 @@ class StructuredPromptConfig(MultimodalConfig):
 
 
 class VisualAttention(nn.Module):
-    """X + g MHA(LN(X) W_q, LN(Z) W_k, LN(Z) W_v) W_o, with g = 0 at the start.
+    """X + g MHA(LN(X) W_q, LN(Z) W_k, LN(Z) W_v) W_o, with W_o = 0 and g = 1 at the start.
+
+    The other way round, g = 0 and W_o drawn, a few hundred few-shot steps hardly move the scalar g away from 0.
 
     Args:
         width: Of X.
@@ -139,7 +141,8 @@ class VisualAttention(nn.Module):
         self.key = nn.Linear(patch_width, attention_dim, bias=False)
         self.value = nn.Linear(patch_width, attention_dim, bias=False)
         self.out = nn.Linear(attention_dim, width, bias=False)
-        self.gate_norm = nn.Parameter(torch.zeros(1))  # g; Trainer gives names in `_norm` no weight decay
+        nn.init.zeros_(self.out.weight)
+        self.gate_norm = nn.Parameter(torch.ones(1))  # g; Trainer gives names in `_norm` no weight decay
 
     def weights(self, X: Tensor, Z: Tensor) -> Tensor:
         """(B, heads, n, S): how each row of X (n, width) looks at the patches Z (B, S, d_v)."""

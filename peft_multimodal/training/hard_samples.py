@@ -66,10 +66,11 @@ class HardSampling:
         beta: Importance correction, 0 (none) to 1 (in expectation the loss of uniform sampling).
         queue_size: K; of a data set that is smaller, its size.
         margin, margin_width: m_0 and T of "margin", cosines.
-        guard_share: Pairs among this share of the hardest after three visits, whose difficulty hasn't fallen by
-            `guard_fall` from its base, are taken for mismatched: their e counts as the median's, and w is at most 1.
-            0 switches the guard off.
+        guard_share: Pairs among this share of the hardest, whose difficulty hasn't fallen by `guard_fall` from its base,
+            are taken for mismatched: their e counts as the median's, and w is at most 1. 0 switches the guard off.
         guard_fall: See there.
+        guard_visits: After how many visits at the earliest; with 0 the hardest are suspected from the start, until they
+            fall, and shuffled captions are not learned before they are found.
     """
 
     difficulty: str = "prob"
@@ -85,6 +86,7 @@ class HardSampling:
     margin_width: float = 0.05
     guard_share: float = 0.02
     guard_fall: float = 0.05
+    guard_visits: int = 3
 
     def __post_init__(self) -> None:
         for name, choices in (("difficulty", ("prob", "margin", "loss")), ("emphasis", ("rank", "power"))):
@@ -98,10 +100,10 @@ class HardSampling:
             "margin": (-2, 2),
         }
         ranges |= {"alpha": (0, 100), "gamma": (0, 100), "eps": (1e-6, 1), "margin_width": (1e-6, 100)}
-        ranges |= {"guard_fall": (-1, 1), "queue_size": (1, 10_000_000)}
+        ranges |= {"guard_fall": (-1, 1), "guard_visits": (0, 1_000_000), "queue_size": (1, 10_000_000)}
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
-            kinds = (int,) if name == "queue_size" else (int, float)
+            kinds = (int,) if name in ("guard_visits", "queue_size") else (int, float)
             if type(value) not in kinds or not low <= value <= high:
                 raise ValueError(f"{name} must be a number from {low} to {high}, got {value!r}")
 
@@ -472,7 +474,7 @@ class HardSampleBank:
         how = self.settings
         stays = self.base_difficulty[rows] - self.difficulty[rows] <= how.guard_fall  # not where there is no base
         hardest = self._rank(self.difficulty[rows]) >= 1 - how.guard_share
-        suspect = hardest & stays & (self.visits[rows] >= 3) & (how.guard_share > 0)
+        suspect = hardest & stays & (self.visits[rows] >= how.guard_visits) & (how.guard_share > 0)
         self.flag[rows] = np.where(suspect, self.flag[rows] | SUSPECT, self.flag[rows] & ~np.uint8(SUSPECT))
 
     def _note_history(self, step: int) -> None:
