@@ -134,7 +134,7 @@ def test_distinct_draws_are_successive_drawing():
 def test_the_bank_draws_by_its_probabilities(size: int):
     """Both ways of drawing: the first of a batch by P, the others by P of those that are left."""
     rng = np.random.default_rng(2)
-    bank = bank_of(rng.random(size), emphasis="power", alpha=2.0, eta=0.7)
+    bank = bank_of(rng.random(size), emphasis="power", alpha=2.0, eta=0.7, guard_share=0)
     q = (bank.difficulty.astype(np.float64) + 0.01) ** 2
     exact = 0.3 / size + 0.7 * q / q.sum()
     np.testing.assert_allclose(bank.probabilities(slice(None)), exact, rtol=1e-5)
@@ -373,7 +373,8 @@ def test_ranks_tell_saturated_difficulties_apart():
     difficulty = 1 - np.geomspace(1e-6, 0.2, 512)
     hardest, easiest = 0, -1
     power, rank = (
-        bank_of(difficulty, emphasis=e, alpha=1.0, eta=1.0).probabilities(slice(None)) for e in ("power", "rank")
+        bank_of(difficulty, emphasis=e, alpha=1.0, eta=1.0, guard_share=0).probabilities(slice(None))
+        for e in ("power", "rank")
     )
     assert power[hardest] / power[easiest] < 1.3
     assert rank[hardest] / rank[easiest] > 20
@@ -410,7 +411,7 @@ def test_the_noise_guard():
     wrong = rng.permutation(1000)[:10]
     base[wrong] = 0.97
     for emphasis in ("rank", "power"):
-        bank = bank_of(base, emphasis=emphasis)
+        bank = bank_of(base, emphasis=emphasis, guard_share=0.02, guard_visits=3)
         before = bank.probabilities(wrong)
         for step in range(12):
             now = np.where(np.isin(np.arange(1000), wrong), 0.99, base - 0.08 * step)
@@ -430,6 +431,17 @@ def test_the_noise_guard():
         off.visits[:] = 9
         off.start_epoch()
         assert not len(off.suspects)
+
+
+def test_the_hardest_are_suspected_from_the_start_until_they_fall():
+    bank = bank_of(np.linspace(0.2, 0.9, 100))
+    hardest, middle = np.arange(95, 100), np.median(bank.probabilities(slice(None)))
+    assert set(bank.suspects.tolist()) == set(hardest.tolist())
+    np.testing.assert_allclose(bank.probabilities(hardest), middle, rtol=0.02)
+    for step in range(3):
+        bank.update(hardest[:2], np.full(2, 0.5), step)
+    assert set(bank.suspects.tolist()) == set(hardest[2:].tolist())
+    assert (bank.probabilities(hardest[:2]) > middle).all()
 
 
 def test_without_a_base_pass_all_count_alike_until_they_were_met():
@@ -715,7 +727,7 @@ def test_from_the_open_model():
     np.testing.assert_allclose(streamed.difficulty, bank.difficulty, atol=1e-5)
     for made in (bank, streamed):  # neither holds a pair twice when the next epoch comes, and ranks are there
         assert made.queue.size == made.queue.filled == 30
-        assert len(set(made.emphasis(slice(None)).tolist())) == 30
+        assert len(set(made.emphasis(slice(None)).tolist())) == 29  # the hardest counts as the median
         assert len(made.history) == 1
     other = HardSampleBank.from_model(base, data, batch_size=5, progress=False, seed=9)
     np.testing.assert_allclose(other.difficulty, bank.difficulty, atol=2e-3)

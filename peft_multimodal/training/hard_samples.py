@@ -84,9 +84,9 @@ class HardSampling:
     queue_size: int = 4096
     margin: float = 0.1
     margin_width: float = 0.05
-    guard_share: float = 0.02
+    guard_share: float = 0.05
     guard_fall: float = 0.05
-    guard_visits: int = 3
+    guard_visits: int = 0
 
     def __post_init__(self) -> None:
         for name, choices in (("difficulty", ("prob", "margin", "loss")), ("emphasis", ("rank", "power"))):
