@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from docs_models import MODELS
-from docs_reader import ROOT, blocks, check_command, commands
+from docs_reader import ROOT, Block, blocks, check_command, commands, do
 from hub_server import Hub
 
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
@@ -59,6 +59,26 @@ def test_every_command_names_what_exists(page: str):
     for block in blocks(page):
         for command in commands(block.text):
             check_command(command)
+
+
+@pytest.mark.parametrize(
+    ("info", "text"),
+    [
+        ("", "python -m peft_multimodal doctor NAME"),
+        ("text", "what a program printed"),
+        ("csv", "a,table,without,a,name"),
+        ("python", "raise AssertionError"),
+        ("sh", "make no-such-target"),
+        ("sh", "pip install .[no-such-extra]"),
+        ("sh", "python -m benchmarks.run --task retrieval --experiment lora/no-such"),
+        ("sh", "python -m benchmarks.assets no-such-asset"),
+        ("sh", "python -m benchmarks.no_such_module"),
+        ("sh", "curl https://example.org"),
+    ],
+)
+def test_a_block_that_is_wrong_or_that_nobody_can_do_is_an_error(info: str, text: str):
+    with pytest.raises((AssertionError, subprocess.CalledProcessError)):
+        do("a page", Block(1, info, text), {})
 
 
 def anchors(page: Path) -> set[str]:
