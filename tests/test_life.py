@@ -93,6 +93,7 @@ def test_wheel_and_sdist_install(tmp_path: Path):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         assert any(name.endswith("peft_multimodal/py.typed") for name in archive.getnames())
+        assert not any("/tests/" in name for name in archive.getnames())  # they need the repository
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(built), str(sdist)], check=True)
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

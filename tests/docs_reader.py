@@ -1,0 +1,199 @@
+"""Does what a page of the documentation says, block after block, in a process of its own.
+
+    python tests/docs_reader.py README.md      # in an empty folder; the last line is [the lines of the blocks it has done]
+
+Python blocks run in one namespace. Names that a page uses without making them are the reader's own data: `GIVEN`. Files
+shown in a block (```csv pairs.csv) are written. Of commands the doctor runs; of the others, which take minutes or
+change the machine, what they name has to exist. There is no other kind of block.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from docs_models import NAMES, SIDE
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).parents[1]
+STEPS = 2
+
+
+# --- pages -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: the line of the page that it begins after, what its fence says, its text."""
+
+    line: int
+    info: str
+    text: str
+
+
+def blocks(page: str) -> list[Block]:
+    """The fenced blocks of a page; indented fences belong to lists."""
+    found, start, opened = [], 0, None
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        if (fence := re.match(r"\s*```(.*)", line)) is None:
+            continue
+        if opened is None:
+            start, opened = number, fence.group(1).strip()
+        else:
+            found.append(Block(start, opened, "\n".join(lines[start : number - 1]) + "\n"))
+            opened = None
+    assert opened is None, f"{page}: the block of line {start} has no end"
+    return found
+
+
+def do(page: str, block: Block, namespace: dict[str, Any]) -> None:
+    kind, _, file = block.info.partition(" ")
+    if kind == "python" and not file:
+        give(block.text, namespace)
+        exec(compile("\n" * block.line + block.text, page, "exec"), namespace)
+    elif kind in ("csv", "jsonl") and file:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text(block.text, encoding="utf-8")
+    elif kind == "sh" and not file:
+        for command in commands(block.text):
+            check_command(command)
+    else:
+        raise AssertionError(f"{page}, line {block.line}: nobody knows what to do with a block of {block.info!r}")
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def commands(text: str) -> list[list[str]]:
+    split = [shlex.split(line, comments=True) for line in text.splitlines()]
+    return [command for command in split if command]
+
+
+def check_command(command: list[str]) -> None:
+    """Run the doctor; of other commands see that what they name is there.
+
+    Raises:
+        AssertionError: it isn't, the doctor found a problem, or this isn't one of the commands that are known here.
+    """
+    match command:
+        case ["python", "-m", "peft_multimodal", *arguments]:
+            from peft_multimodal.__main__ import main
+
+            assert main(arguments) == 0, command
+        case ["make", *targets] if targets:
+            subprocess.run(["make", "--dry-run", *targets], cwd=ROOT, check=True, capture_output=True)
+        case ["pip", "install", wanted] if place := re.fullmatch(r"(?:\.|peft-multimodal)(?:\[([\w,]+)\])?", wanted):
+            extras = importlib.metadata.metadata("peft-multimodal").get_all("Provides-Extra")
+            assert {*(place.group(1) or "").split(",")} <= {"", *extras}, command
+        case ["python", "-m", "benchmarks.run", *arguments]:
+            check_run(arguments)
+        case ["python", "-m", "benchmarks.assets", *names]:
+            from benchmarks.assets import __main__ as assets
+
+            assert {*names} <= {*assets.NAMES, "all"}, command
+        case ["python", "-m", module] if module.startswith("benchmarks."):
+            assert importlib.util.find_spec(module), command
+        case _:
+            raise AssertionError(f"nobody knows how to check the command {shlex.join(command)!r}")
+
+
+def check_run(arguments: list[str]) -> None:
+    """`python -m benchmarks.run` takes these arguments, and the experiments that they name exist."""
+    from benchmarks import experiment, run
+
+    options = run._parser().parse_args(arguments)
+    named = {*(options.experiment or ())} - {"all"}
+    assert not named or named <= {*experiment.names(options.task)}, arguments
+
+
+# --- the reader's own data -------------------------------------------------------------------------------------------
+
+
+def picture(name: str) -> Image.Image:
+    """A disc of the name's colour, and for each name another size."""
+    image = Image.new("RGB", (SIDE, SIDE), "white")
+    rest = 2 + list(NAMES).index(name)
+    ImageDraw.Draw(image).ellipse((rest, rest, SIDE - rest, SIDE - rest), fill=name.split()[0], outline="black")
+    return image
+
+
+def captioned(**columns: list[Any]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_dict(
+        {"image": [picture(name) for name in NAMES], "text": [f"a {name}" for name in NAMES]} | columns
+    )
+
+
+def pixels(*names: str) -> Any:
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained("openai/clip-vit-base-patch32")
+    return processor([picture(name) for name in names], return_tensors="pt").pixel_values
+
+
+def folders_of_pictures() -> None:
+    """pictures/1.png and questions/1.png, ..., and the same by class: classes/<name>/1.png."""
+    for number, name in enumerate(NAMES, 1):
+        for path in (f"pictures/{number}.png", f"questions/{number}.png", f"classes/{name}/1.png"):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            picture(name).save(path)
+
+
+GIVEN: dict[str, Callable[[], Any]] = {
+    "my_dataset": captioned,
+    "dataset": lambda: captioned(id=[f"pair-{i}" for i in range(len(NAMES))]),
+    "pairs": lambda: [{"source": english, "target": chinese} for english, chinese in NAMES.items()],
+    "few_shot": lambda: [
+        {"pixel_values": pixels(name)[0], "labels": label} for label, name in enumerate(("red apple", "green apple"))
+    ],
+    "rows": lambda: [{"text": f"<image>a {name}", "images": [picture(name)]} for name in NAMES],
+    "apple": lambda: picture("red apple"),
+    "pear": lambda: picture("green pear"),
+    "x": lambda: pixels("red apple", "green apple"),
+}
+
+
+def give(code: str, namespace: dict[str, Any]) -> None:
+    """Put the data into the namespace that the code names and that isn't there."""
+    used = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
+    for name in (used & GIVEN.keys()) - namespace.keys():
+        namespace[name] = GIVEN[name]()
+
+
+def few_steps() -> None:
+    """Training takes `STEPS` steps, whatever a page says."""
+    from transformers import TrainingArguments
+
+    full = TrainingArguments.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        full(self, *args, **{**kwargs, "max_steps": STEPS})
+
+    TrainingArguments.__init__ = init
+
+
+def main(page: str) -> None:
+    few_steps()
+    folders_of_pictures()
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    done = []
+    for block in blocks(page):
+        do(page, block, namespace)
+        done.append(block.line)
+    print(json.dumps(done))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
