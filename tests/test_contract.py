@@ -647,6 +647,7 @@ BAD_VALUES = {
         *(("vision_hidden_size", value) for value in (0, -1, "8", 8.0, True)),
         *(("resampler", value) for value in ("attention", None, ["mean"], 0)),
         *(("gate", value) for value in ("tanh", None, ["none"], 0)),
+        *(("gate_init", value) for value in ("0", None, True, 11, float("nan"))),
         *(("attend", value) for value in ("next", None, ["last"], 0)),
         *(("share_blocks", value) for value in (1, "yes", None)),
         *(

@@ -452,6 +452,21 @@ def test_a_block_stands_before_every_nth_layer(n: int):
     assert len(model(**batch(), output_hidden_states=True).hidden_states) == 6
 
 
+@pytest.mark.parametrize("gate_init", [0.0, 1.0])
+@pytest.mark.parametrize("ff_mult", [0, 4])
+def test_the_start_is_the_language_model_and_open_gates_learn_at_once(gate_init: float, ff_mult: int):
+    model, inputs = wrap(stirred=False, gate_init=gate_init, ff_mult=ff_mult), batch()
+    torch.testing.assert_close(
+        logits(model, **inputs), logits(llama(), **{k: v for k, v in inputs.items() if k != "vision_features"}),
+        atol=1e-6, rtol=0,
+    )  # fmt: skip
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    for block in blocks(model):
+        lasts = [block.attention.out.weight, *([block.ffw[-1].weight] if ff_mult else [])]
+        assert [bool(last.grad.any()) for last in lasts] == [gate_init != 0] * len(lasts)
+        assert bool(block.attention_gate_norm.grad.any()) == (gate_init == 0)
+
+
 def test_shared_block_is_stored_and_counted_once(tmp_path: Path):
     model = wrap(share_blocks=True)
     assert len(blocks(model)) == 1

@@ -7,8 +7,9 @@ layer of a decoder stands a block that reads them, with y in R^{B x L x d} the d
     y2 = y1 + tanh(a_f) FFW(LN(y1))                         d -> 4 d -> d, exact GELU
     then the frozen layer runs on y2
 
-The gates a_x and a_f start at 0, so the model starts as the language model, to the last bit, whatever it is shown. A
-text token reads the last picture before it (`media.py`); earlier ones reach it through the decoder's own attention.
+The gates a_x and a_f start at 0 (with `gate_init` other than 0, what they gate does), so the model starts as the language
+model, to the last bit, whatever it is shown. A text token reads the last picture before it (`media.py`); earlier ones
+reach it through the decoder's own attention.
 Where there is no picture XAttn is exactly 0; FFW acts on every token, as in the paper.
 
 Pictures stand in the text as markers. The marker's row of the embedding is the only one that trains; it is put in
@@ -57,6 +58,9 @@ class GatedXAttnConfig(MultimodalConfig):
         ff_mult: Width of a block's FFW in multiples of d; 0 leaves the attention alone.
         gate: "scalar", "vector" (one for each of the d channels), or for ablations "none": then the model doesn't start
             as the language model.
+        gate_init: a_x and a_f at the start. With the paper's 0 the gates alone have gradients at first, and a run of some
+            hundred steps may never open them. With another value the blocks' output matrices start at 0 in their place:
+            the model starts as the language model too, and learns to see from the first step.
         attend: "last", the last picture before a token, or "all_previous".
         share_blocks: One block for all layers.
         vision_encoder_type: Filled in; checked on loading.
@@ -75,6 +79,7 @@ class GatedXAttnConfig(MultimodalConfig):
     every_n_layers: int = 1
     ff_mult: int = 4
     gate: str = "scalar"
+    gate_init: float = 0.0
     attend: str = "last"
     share_blocks: bool = False
     vision_encoder_type: str | None = None
@@ -91,6 +96,8 @@ class GatedXAttnConfig(MultimodalConfig):
         self.check_choice("resampler", ("perceiver", "linear", "mean"))
         self.check_choice("gate", ("scalar", "vector", "none"))
         self.check_choice("attend", ("last", "all_previous"))
+        self.check_number("gate_init", -10, 10)
+        self.check("gate_init", "0 where gate='none'", lambda v: v == 0 or self.gate != "none")
         self.check_flag("share_blocks")
         for name in ("vision_encoder", "vision_encoder_revision", "vision_encoder_type"):
             self.check(name, "a string or None", lambda v: v is None or (isinstance(v, str) and v))

@@ -50,12 +50,15 @@ class GatedBlock(nn.Module):
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
         self.attention = CrossAttention(width, vision_width, config.resampler_heads, config.head_dim)
-        self.attention_gate_norm = _gate(config.gate, width)  # names in `_norm` get no weight decay from Trainer
-        self.ffw: nn.Module | None = None
+        self.attention_gate_norm = _gate(config, width)  # names in `_norm` get no weight decay from Trainer
+        self.ffw: nn.Sequential | None = None
         if config.ff_mult:
             self.ffw_norm = nn.LayerNorm(width)
             self.ffw = feed_forward(width, config.ff_mult)
-            self.ffw_gate_norm = _gate(config.gate, width)
+            self.ffw_gate_norm = _gate(config, width)
+        if config.gate_init:  # the gates are open, so what they let through is nothing yet
+            for last in (self.attention.out, *([] if self.ffw is None else [self.ffw[-1]])):
+                nn.init.zeros_(last.weight)
 
     def seeing_parameters(self) -> list[nn.Parameter]:
         """Those that a text without pictures doesn't use."""
@@ -96,8 +99,10 @@ class TakePart(torch.autograd.Function):
         return grads[0], *map(torch.zeros_like, ctx.saved_tensors)
 
 
-def _gate(kind: str, width: int) -> nn.Parameter | None:
-    return None if kind == "none" else nn.Parameter(torch.zeros(width if kind == "vector" else 1))
+def _gate(config: GatedXAttnConfig, width: int) -> nn.Parameter | None:
+    if config.gate == "none":
+        return None
+    return nn.Parameter(torch.full((width if config.gate == "vector" else 1,), float(config.gate_init)))
 
 
 def _opened(gate: Tensor | None) -> Tensor | float:
