@@ -57,7 +57,8 @@ class GatedBlock(nn.Module):
             self.ffw = feed_forward(width, config.ff_mult)
             self.ffw_gate_norm = _gate(config, width)
         if config.gate_init:  # the gates are open, so what they let through is nothing yet
-            for last in (self.attention.out, *([] if self.ffw is None else [self.ffw[-1]])):
+            lasts: list[Any] = [self.attention.out, *([self.ffw[-1]] if self.ffw else [])]
+            for last in lasts:
                 nn.init.zeros_(last.weight)
 
     def seeing_parameters(self) -> list[nn.Parameter]:
