@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
 from peft_multimodal.methods.gated_xattn_layers import MediaReader
 
@@ -236,7 +237,7 @@ def altclip() -> Family:
 
 def vision_text_dual_encoder() -> Family:
     text, vision = hf.BertConfig(**text_tower(32)), hf.ViTConfig(**vision_tower(48))
-    config = hf.VisionTextDualEncoderConfig(text_config=text, vision_config=vision, projection_dim=24)
+    config = hf.VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=24)
     return dual(hf.VisionTextDualEncoderModel, config, "vision_text_dual_encoder", pairs())
 
 
@@ -453,8 +454,8 @@ def idefics3() -> Family:
 
 
 def mllama() -> Family:
-    text = hf.MllamaTextConfig(**text_tower(32, num_key_value_heads=2), cross_attention_layers=[1])
-    vision = hf.MllamaVisionConfig(
+    text = MllamaTextConfig(**text_tower(32, num_key_value_heads=2), cross_attention_layers=[1])
+    vision = MllamaVisionConfig(
         **vision_tower(16, image_size=16, patch_size=8),
         num_global_layers=1,
         intermediate_layers_indices=[0],
