@@ -7,7 +7,7 @@ TORCH  ?= torch==2.13.0
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 
-.PHONY: help install quickstart test test-all quality format package benchmark clean
+.PHONY: help install quickstart test test-all quality format package benchmark gpu-check clean
 
 help:
 	@grep -E '^# make' Makefile | cut -c3-
@@ -54,6 +54,10 @@ package: install
 benchmark: install
 	for task in benchmarks/experiments/*; do $(BIN)/python -m benchmarks.run --task $$(basename $$task) --experiment all --seeds 0 1 2; done
 	$(BIN)/python -m benchmarks.run report
+
+# every method on a GPU, beside LoRA; says why and stops where there is none
+gpu-check: install
+	$(BIN)/python -m benchmarks.gpu_check
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -186,6 +187,17 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
         elif not path.startswith(tuple(attached)):
             found[path] = module
     return found
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: its parameters' device; of offloaded ones that to which accelerate brings them."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    for part in module.modules() if device.type == "meta" else ():
+        hook = getattr(part, "_hf_hook", None)
+        for found in getattr(hook, "hooks", [hook]):
+            if (there := getattr(found, "execution_device", None)) is not None:
+                return torch.device(there)
+    return device
 
 
 def base_model(model: Any) -> Any:

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .model_card import CARD, CardNotes, write_card
-from .tuner import MultimodalConfig, card_notes
+from .tuner import MultimodalConfig, card_notes, tuner_of
 
 # What PEFT, torch and Python say of values that make no sense.
 _UNCLEAR = (TypeError, KeyError, AttributeError, IndexError, RuntimeError, ArithmeticError, MemoryError, AssertionError)
@@ -53,7 +53,7 @@ def save(model: PeftModel, folder: str | os.PathLike, notes: CardNotes | None = 
 
 
 def _save(model: PeftModel, folder: Path, name: str, notes: CardNotes | None, **kwargs: Any) -> Path:
-    if getattr(model.base_model, "owns_token_rows", False):
+    if any(getattr(tuner_of(config), "owns_token_rows", False) for config in model.peft_config.values()):
         kwargs.setdefault("save_embedding_layers", False)
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

@@ -142,27 +142,54 @@ def is_strings(value: Any) -> bool:
     return isinstance(value, (list, tuple, set)) and all(isinstance(v, str) for v in value)
 
 
-class CallScope(threading.local):
-    """What the submodules of one module tell each other during one call of it, in one thread.
-
-    Hooks of the owning module open and close it, inside the region that gradient checkpointing recomputes; so a
-    recomputation (on a GPU in another thread) opens its own, two threads never meet, and nothing outlives the call.
-    `torch.compile` traces it without a graph break.
-    """
+class _Call:
+    """What is known in one call."""
 
     def __init__(self) -> None:
         self.is_open = False
         self.seen: Any = None
         self.values: dict[Any, Tensor] = {}
 
+
+class CallScope(threading.local):
+    """What the submodules of one module tell each other during one call of it, in one thread.
+
+    Hooks of the owning module open and close it, inside the region that gradient checkpointing recomputes; so a
+    recomputation (on a GPU in another thread) opens its own, two threads never meet, and nothing outlives the call.
+    `torch.compile` traces it without a graph break. Where the model itself has one, a part of it reads what another part
+    has written: such writes reach ordinary objects, but get lost on an object that differs from thread to thread.
+    """
+
+    def __init__(self) -> None:
+        self._call = _Call()  # of this thread
+
+    @property
+    def is_open(self) -> bool:
+        return self._call.is_open
+
+    @property
+    def seen(self) -> Any:
+        return self._call.seen
+
+    @seen.setter
+    def seen(self, value: Any) -> None:
+        self._call.seen = value
+
+    @property
+    def values(self) -> dict[Any, Any]:
+        return self._call.values
+
+    @values.setter
+    def values(self, values: dict[Any, Any]) -> None:
+        self._call.values = values
+
     def open(self, *_: Any) -> None:
         self.close()  # an interrupt in an earlier call may have left it open
-        self.is_open = True
+        self._call.is_open = True
 
     def close(self, *_: Any) -> None:
-        self.is_open = False
-        self.seen = None
-        self.values = {}
+        call = self._call
+        call.is_open, call.seen, call.values = False, None, {}
 
     def attach(self, owner: nn.Module) -> list[Any]:
         """Open and close with each call of `owner`; returns the hooks' handles."""
@@ -211,7 +238,8 @@ class HostedLayer(MultimodalLayer):
     def _move(self, adapter_name: str, device: torch.device | None, cast: bool) -> None:
         host = self.host()
         reference = next((p for p in host.parameters() if p.is_floating_point()), None) if host is not None else None
-        if reference is None or (device is None and reference.is_meta):
+        device = anatomy.device_of(host) if device is None and host is not None else device
+        if reference is None or device is None or device.type == "meta":
             return
         for name in self.adapter_layer_names:
             container: Any = getattr(self, name)
@@ -219,7 +247,7 @@ class HostedLayer(MultimodalLayer):
                 item = container[adapter_name]
                 tensors = [item] if isinstance(item, Tensor) else [*item.parameters(), *item.buffers()]
                 if not any(t.is_meta for t in tensors):
-                    container[adapter_name] = item.to(device or reference.device, reference.dtype if cast else None)
+                    container[adapter_name] = item.to(device, reference.dtype if cast else None)
 
 
 class AttachedPart(HostedLayer):
@@ -278,6 +306,43 @@ class MultimodalTuner(BaseTuner):
     """Why this method's adapters can't be merged and what to do instead; None where they are weight updates."""
     owns_token_rows = False
     """Whether an adapter brings the rows of new tokens, so that no embedding has to be saved with it."""
+    not_beside: dict[str, str] = {}
+    """{PEFT type of another method: why no model can have both, and what to do instead}."""
+
+    def __init__(self, model: Any, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        model = anatomy.base_model(model)  # a model that has adapters of another method
+        present = getattr(model, "peft_config", None) or {}
+        if isinstance(peft_config, PeftConfig):  # a PeftModel passes {name: config}
+            if not present:
+                vars(model).pop("_hf_peft_config_loaded", None)  # transformers has set it before it asked
+            raise ValueError(
+                f"{type(peft_config).__name__} isn't injected into a bare model (inject_adapter_in_model, and add_adapter and "
+                "load_adapter of a transformers model): what its layers share couldn't be loaded, deleted and taken out "
+                "again there. Use get_peft_model(model, config), and peft_multimodal.load(model, folder) or "
+                "PeftModel.from_pretrained; the PeftModel's own add_adapter and load_adapter add more."
+            )
+        self._check_beside(present, peft_config[adapter_name], adapter_name)
+        try:
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        except BaseException:
+            present.pop(adapter_name, None)  # it is shared with the model's other adapters, which stay as they are
+            raise
+
+    @classmethod
+    def _check_beside(cls, present: dict[str, Any], config: Any, adapter_name: str) -> None:
+        """Refuse what a model's adapters, of earlier calls of `get_peft_model`, leave no room for."""
+        for name, other in present.items():
+            if name == adapter_name:
+                raise ValueError(
+                    f"The model has an adapter {name!r} already ({other.peft_type.value}). Take it out first by its "
+                    "PeftModel's unload(), or call the new one otherwise: get_peft_model(model, config, "
+                    f"adapter_name={name + '-2'!r})."
+                )
+            reason = cls.not_beside.get(other.peft_type) or getattr(tuner_of(other), "not_beside", {}).get(
+                config.peft_type
+            )
+            if reason:
+                raise ValueError(reason)
 
     # --- matching ----------------------------------------------------------------------------------------------------
 
@@ -319,6 +384,7 @@ class MultimodalTuner(BaseTuner):
         if peft_config.is_loaded:
             check_same_base(peft_config, found)
         matrices = self.match(peft_config, self.model)
+        self._check_reach(matrices)
         self.check_model(peft_config, matrices, found)
         adapted = {m.tower for m in matrices}
         peft_config.base_signature = {
@@ -336,6 +402,21 @@ class MultimodalTuner(BaseTuner):
         with suppress(NotImplementedError):  # a model without `get_input_embeddings` has nothing tied to it
             super()._check_tied_modules(model, peft_config)
 
+    def _check_reach(self, matrices: list[Matrix]) -> None:
+        """Refuse modules inside layers that another method has wrapped: PEFT passes over what is inside."""
+        wrapped = {
+            path: module
+            for path, module in self.model.named_modules()
+            if isinstance(module, BaseTunerLayer) and hasattr(module, "base_layer")
+        }
+        for path, wrapper in wrapped.items():
+            inside = next((m.module for m in matrices if m.module.startswith(f"{path}.")), None)
+            if inside is not None and not isinstance(wrapper, self.tuner_layer_cls):
+                raise ValueError(
+                    f"{inside} lies inside a layer that {type(wrapper).__name__} has wrapped, where PEFT puts no adapter. Make or "
+                    "load this adapter first and the other one after it."
+                )
+
     def check_model(self, config: Any, matrices: list[Matrix], found: Anatomy) -> None:
         """Refuse what this method can't do on this model, before the model is touched."""
 
@@ -343,10 +424,8 @@ class MultimodalTuner(BaseTuner):
         return _ExcludedModule() if _left_out(peft_config, key) else key in self._matched
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(new_module, MultimodalLayer):
-            super()._replace_module(parent, child_name, new_module, child)
-        else:  # taken out again: the base layer is as it was (nn.MultiheadAttention has no `weight` to hand over)
-            setattr(parent, child_name, new_module)
+        # Nothing to hand over: layers go to their host's device themselves, and one that is taken out is as it was.
+        setattr(parent, child_name, new_module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_adapter_name(adapter_name)
@@ -356,11 +435,10 @@ class MultimodalTuner(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             config.target_modules = written  # PEFT writes "all-linear" out into names, which a rename would break
-        if not getattr(self, "_embedding_hooks", None):
-            self._embedding_hooks = [
-                model.get_submodule(path).register_forward_hook(_InputGradients(model))
-                for path in [*anatomy.token_embeddings(model), *anatomy.pixel_readers(model)]
-            ]
+        for path in [*anatomy.token_embeddings(model), *anatomy.pixel_readers(model)]:
+            reader = model.get_submodule(path)
+            if not any(isinstance(hook, _InputGradients) for hook in reader._forward_hooks.values()):
+                reader.register_forward_hook(_InputGradients(model))
 
     # --- inputs of a call --------------------------------------------------------------------------------------------
 
@@ -375,38 +453,67 @@ class MultimodalTuner(BaseTuner):
 
     # --- attached parts ----------------------------------------------------------------------------------------------
 
-    def attached_parts(self) -> Iterator[tuple[nn.Module, str, AttachedPart]]:
-        """(parent, name, part) of every part that wraps nothing."""
+    def attached_parts(self, of: type[MultimodalLayer] | None = None) -> Iterator[tuple[nn.Module, str, AttachedPart]]:
+        """(parent, name, part) of every part that wraps nothing, of this method or `of` another."""
         for parent in list(self.model.modules()):
             for name, child in list(parent.named_children()):
-                if isinstance(child, AttachedPart) and isinstance(child, self.tuner_layer_cls):
+                if isinstance(child, AttachedPart) and isinstance(child, of or self.tuner_layer_cls):
                     yield parent, name, child
 
+    def _check_own(self, adapter_names: Collection[str]) -> None:
+        """Refuse names of adapters that another call of `get_peft_model` put on the same model."""
+        for name in adapter_names:
+            config = self.peft_config.get(name)
+            if config is not None and tuner_of(config) is not type(self):
+                raise ValueError(
+                    f"Adapter {name!r} is of another method ({config.peft_type.value}): the PeftModel that it was made or "
+                    "loaded by switches and deletes it. unload() and disable_adapter() of either serve both."
+                )
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        self._check_own([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
     def delete_adapter(self, adapter_name: str) -> None:
+        self._check_own([adapter_name])
         super().delete_adapter(adapter_name)
         for _, _, part in self.attached_parts():  # PEFT's loop passes over modules that bear the prefix
             part.delete_adapter(adapter_name)
             self.active_adapter = self.active_adapters or part.active_adapters
 
+    def _check_mergeable(self) -> None:
+        for tuner in [type(self), *map(tuner_of, self.peft_config.values())]:
+            if reason := getattr(tuner, "not_mergeable", None):
+                raise ValueError(reason)
+
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        if self.not_mergeable:
-            raise ValueError(self.not_mergeable)
+        self._check_mergeable()
         super().merge_adapter(*args, **kwargs)
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
-        if self.not_mergeable:
-            raise ValueError(self.not_mergeable)
+        self._check_mergeable()
         return super().merge_and_unload(*args, **kwargs)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        parts = list(self.attached_parts())
+        """Takes out every adapter, as PEFT does, also those of other methods."""
+        parts = list(self.attached_parts(MultimodalLayer))
         super()._unload_and_optionally_merge(*args, **kwargs)
-        for handle in self._embedding_hooks:
-            handle.remove()
-        for parent, name, part in parts:
+        while any(isinstance(m, BaseTunerLayer) and hasattr(m, "base_layer") for m in self.model.modules()):
+            super()._unload_and_optionally_merge(merge=False)  # PEFT passes over layers inside of layers
+        for tuner in MultimodalTuner.__subclasses__():
+            tuner.drop_traces(self.model)
+        for module in self.model.modules():
+            for key, hook in list(module._forward_hooks.items()):
+                if isinstance(hook, _InputGradients):
+                    del module._forward_hooks[key]
+        for parent, name, part in reversed(parts):  # who took a forward over last gives it back first
             part.remove_hooks()
             delattr(parent, name)
         return self.model
+
+    @classmethod
+    def drop_traces(cls, model: nn.Module) -> None:
+        """Remove what a method has left on modules beside its layers and parts."""
 
     # --- storage -----------------------------------------------------------------------------------------------------
 
@@ -495,6 +602,13 @@ class MultimodalTuner(BaseTuner):
             model.delete_adapter(adapter_name)
 
 
+def tuner_of(config: Any) -> type:
+    """The class of a config's model."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+
+
 def check_adapter_name(name: str) -> None:
     """Adapters' names are keys of torch's containers, parts of parameters' names, and names of folders."""
     taken = hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name)
@@ -513,7 +627,9 @@ def check_adapter_name(name: str) -> None:
 def card_notes(model: Any, adapter_name: str) -> CardNotes:
     """What a wrapped model knows for an adapter's model card."""
     tuner = getattr(model, "base_model", None)
-    return tuner.card_notes(adapter_name) if isinstance(tuner, MultimodalTuner) else CardNotes()
+    if not isinstance(tuner, MultimodalTuner) or tuner_of(tuner.peft_config[adapter_name]) is not type(tuner):
+        return CardNotes()
+    return tuner.card_notes(adapter_name)
 
 
 def matched_modules(model: nn.Module, config: MultimodalConfig) -> MatchTable:

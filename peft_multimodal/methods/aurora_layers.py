@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..anatomy import Matrix, linear_shape
+from ..anatomy import Matrix, device_of, linear_shape
 from ..tuner import AttachedPart, CallScope, MultimodalLayer
 
 if TYPE_CHECKING:
@@ -162,6 +162,10 @@ class AuroraMatrixLayer(AuroraModeApproxLayer, nn.Module):
             nn.init.xavier_uniform_(P)
         self.aurora_mode_approx_P_norm[adapter_name] = nn.Parameter(P)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        device = device_of(self.get_base_layer()) if device is None else device
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     def product(self, x: Tensor, adapter: str, group: str) -> Tensor:
         """drop(x U): (..., R). Within one call of the parent module, layers that read the same x share it."""

@@ -39,7 +39,7 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..anatomy import Anatomy, Matrix, is_cross, is_linear, unwrap
+from ..anatomy import Anatomy, Matrix, device_of, is_cross, is_linear, unwrap
 from ..registry import register
 from ..tuner import MultimodalConfig, MultimodalTuner
 from .aurora_fusion import GatedQueryTransformation, InformativeContext, reads_pictures
@@ -401,10 +401,10 @@ class AuroraModeApproxModel(MultimodalTuner):
         self._check_merge(adapter_names, safe_merge, cp_only, "GQT and ICE are dropped")
         return super().merge_and_unload(progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        for module in self.model.modules():
+    @classmethod
+    def drop_traces(cls, model: nn.Module) -> None:
+        for module in model.modules():
             drop_scope(module)
-        return super()._unload_and_optionally_merge(*args, **kwargs)
 
     @torch.no_grad()
     def collect_context(self, batches: Iterable[Mapping[str, Tensor]]) -> int:
@@ -421,7 +421,7 @@ class AuroraModeApproxModel(MultimodalTuner):
             raise ValueError("No adapter of this model has use_ice=True.")
         encoder = part.host()
         for batch in batches:
-            device = next(encoder.parameters()).device
+            device = device_of(encoder)
             out = encoder(batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device))
             for adapter in part.live_adapters():
                 if not encoder.training:  # in training the hook has pushed them already

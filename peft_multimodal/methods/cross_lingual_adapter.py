@@ -33,7 +33,7 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..anatomy import Anatomy, Matrix, base_model, describe, is_below, own_modules, token_embeddings
+from ..anatomy import Anatomy, Matrix, base_model, describe, device_of, is_below, own_modules, token_embeddings
 from ..model_card import CardNotes
 from ..registry import register
 from ..tuner import AttachedPart, CallScope, MultimodalConfig, MultimodalLayer, MultimodalTuner
@@ -399,7 +399,7 @@ class LanguageTower(AttachedPart, CrossLingualAdapterLayer, nn.Module):
         if self.disable_adapters:
             raise ValueError("adapter_names=[...] was given while the adapters are disabled.")
         self.scope.open()
-        self.scope.values["adapter_names"] = list(adapter_names)  # type: ignore[assignment]
+        self.scope.values["adapter_names"] = list(adapter_names)
         try:
             yield
         finally:
@@ -638,7 +638,7 @@ def _output_dim(tower: Any, level: str) -> int:
     Raises:
         ValueError: level="tokens", but what stands behind the tower's layers pools another token than the first.
     """
-    device = next(tower.parameters()).device
+    device = device_of(tower)
     last = getattr(tower.config, "eos_token_id", None)
     modules: dict[str, Any] = own_modules(tower)
     size = min(modules[path].num_embeddings for path in token_embeddings(tower))

@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from ..anatomy import device_of
+
 
 class Place(NamedTuple):
     """Where an encoder is: a folder, or a Hub id and its commit."""
@@ -130,5 +132,5 @@ def real_parameters() -> Iterator[None]:
 def follow(encoder: nn.Module, host: nn.Module, keep_dtype: bool) -> None:
     """Move the encoder to the device of a part of the model, and unless it was given as a module to its dtype."""
     reference = next(p for p in host.parameters() if p.is_floating_point())
-    if not reference.is_meta:
-        encoder.to(device=reference.device, dtype=None if keep_dtype else reference.dtype)
+    if (device := device_of(host)).type != "meta":
+        encoder.to(device=device, dtype=None if keep_dtype else reference.dtype)

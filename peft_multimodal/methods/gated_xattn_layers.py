@@ -18,6 +18,7 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
+from ..anatomy import device_of
 from ..tuner import AttachedPart, CallScope, HostedLayer, MultimodalLayer
 from .media import MediaCache, Reading, Sight, text_time
 from .perceiver import (
@@ -545,7 +546,7 @@ class MarkerEmbedding(Wrapper):
     def add(self, adapter_name: str, marker: int) -> None:
         """The row starts as the vocabulary's own; one beyond it as the mean of rows that are spread over it."""
         embedding: Any = self.base_layer
-        device, size = embedding.weight.device, embedding.num_embeddings
+        device, size = device_of(embedding), embedding.num_embeddings
         ids = torch.tensor([marker]) if marker < size else torch.linspace(0, size - 1, min(size, 1024)).long()
         self.markers[adapter_name] = marker
         self.gated_xattn_marker_norm[adapter_name] = nn.Parameter(embedding(ids.to(device)).mean(dim=0))

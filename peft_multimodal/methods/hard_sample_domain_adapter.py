@@ -31,7 +31,18 @@ import torch
 from peft.utils import PeftType
 from torch import Tensor, nn
 
-from ..anatomy import TOWERS, Anatomy, Matrix, base_model, is_below, is_cross, layer_of, own_modules, stack_of
+from ..anatomy import (
+    TOWERS,
+    Anatomy,
+    Matrix,
+    base_model,
+    device_of,
+    is_below,
+    is_cross,
+    layer_of,
+    own_modules,
+    stack_of,
+)
 from ..registry import register
 from ..tuner import AttachedPart, CallScope, MultimodalConfig, MultimodalLayer, MultimodalTuner
 from .blocks import TransformerBlock
@@ -391,7 +402,7 @@ class HardSampleDomainAdapterModel(MultimodalTuner):
             for _, _, part in self.attached_parts():
                 scope: CallScope = part.scope  # type: ignore[attr-defined]
                 scope.open()
-                scope.values["adapter_names"] = list(names)  # type: ignore[assignment]
+                scope.values["adapter_names"] = list(names)
                 stack.callback(scope.close)
             yield
 
@@ -455,13 +466,13 @@ def dual_towers(model: Any, found: Anatomy) -> list[Matrix]:
 @torch.no_grad()
 def pooled_widths(tower: Any, name: str) -> tuple[int, int]:
     """Width of a tower's token states and of its pooled output, measured on an empty picture or two tokens."""
-    reference = next(p for p in tower.parameters() if p.is_floating_point())
+    dtype, device = next(p.dtype for p in tower.parameters() if p.is_floating_point()), device_of(tower)
     if name == "text":
-        inputs = {"input_ids": torch.ones(1, 2, dtype=torch.long, device=reference.device)}
+        inputs = {"input_ids": torch.ones(1, 2, dtype=torch.long, device=device)}
     else:
         size = tower.config.image_size
         height, width = (size, size) if isinstance(size, int) else size
-        inputs = {"pixel_values": reference.new_zeros(1, 3, height, width)}
+        inputs = {"pixel_values": torch.zeros(1, 3, height, width, dtype=dtype, device=device)}
     output = tower(**inputs, return_dict=True)
     pooled = output.get("pooler_output")
     states = output.last_hidden_state

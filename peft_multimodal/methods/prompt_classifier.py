@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
-from ..anatomy import Anatomy, is_below, pixel_readers, token_embeddings
+from ..anatomy import Anatomy, device_of, is_below, pixel_readers, token_embeddings
 from ..tuner import AttachedPart, MultimodalLayer, is_checkpointing
 from .prompt_text import Piece, PrefixStates, PromptReader, Texts, in_eval, join
 
@@ -143,7 +144,7 @@ class PromptedClassifier(AttachedPart, StructuredPromptLayer, nn.Module):
 
     def set_classes(self, names: Sequence[str], groups: Sequence[int] | None) -> None:
         """The checks of [`StructuredPromptModel.set_classes`], then the list."""
-        frame, device = self.reader.tokenizer_frame(), self.reader.embedding.weight.device
+        frame, device = self.reader.tokenizer_frame(), device_of(self.reader.embedding)
         if isinstance(names, str) or not names or not all(isinstance(n, str) and n.strip() for n in names):
             raise ValueError(f"set_classes takes a list of names, got {names!r}.")
         if groups is not None and (len(groups) != len(names) or not all(type(g) is int and g >= 0 for g in groups)):
@@ -289,7 +290,13 @@ class PromptedClassifier(AttachedPart, StructuredPromptLayer, nn.Module):
             return compute()
         context = self.structured_prompt_context[adapter_name] if adapter_name else nn.Module()
         own = [p.detach() for name, p in context.named_parameters() if not name.startswith("attention.")]
-        state = torch.is_autocast_enabled("cpu"), [(id(p), p._version) for p in self._model[0].parameters()]
+        model = self._model[0]
+        switches = [
+            (*m.active_adapters, m.disable_adapters, *m.merged_adapters)
+            for m in model.modules()
+            if isinstance(m, BaseTunerLayer)  # of other methods too
+        ]
+        state = torch.is_autocast_enabled("cpu"), switches, [(id(p), p._version) for p in model.parameters()]
         found = self.kept.get((adapter_name, kind))
         if found is None or found.state != state or not all(map(torch.equal, found.own, own)):
             with torch.inference_mode(False), torch.no_grad():  # so that any later call may use it
@@ -561,14 +568,14 @@ def text_tower(model: Any, found: Anatomy) -> str:
 def widths(model: Any, tower: str, found: Anatomy) -> tuple[int, int, int]:
     """(d_t, d_v, e): of the token embeddings, the patches and the shared space, measured."""
     embedding = model.get_submodule(next(p for p in token_embeddings(model) if is_below(p, tower)))
-    ids = torch.ones(1, 2, dtype=torch.long, device=embedding.weight.device)
+    ids = torch.ones(1, 2, dtype=torch.long, device=device_of(embedding))
     mask = None if ids.is_meta else ids  # what a mask holds would be asked
     text = type(model).get_text_features(model, input_ids=ids, attention_mask=mask, return_dict=True)
     size = getattr(getattr(model.config, "vision_config", None), "image_size", None)
     convolutions = [model.get_submodule(path) for path in pixel_readers(model)]
     if convolutions and isinstance(size, (int, list, tuple)):
         shape = (size, size) if isinstance(size, int) else tuple(size)
-        pixels = convolutions[0].weight.new_zeros(1, 3, *shape)
+        pixels = torch.zeros(1, 3, *shape, dtype=convolutions[0].weight.dtype, device=device_of(convolutions[0]))
         picture = type(model).get_image_features(model, pixel_values=pixels, return_dict=True).last_hidden_state
         patch_width = patches(convolutions, pixels, picture).shape[-1]
     else:

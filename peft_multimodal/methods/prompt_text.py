@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from ..anatomy import device_of
 from ..tuner import CallScope
 
 ATTENTION = "structured_prompt"  # the name under which transformers knows the attention that can continue a prefix
@@ -299,11 +300,11 @@ class PromptReader:
 
     def embed(self, ids: Tensor) -> Tensor:
         """(rows, L) -> (rows, L, d_t): the frozen embeddings of tokens."""
-        return type(self.embedding).forward(self.embedding, ids)
+        return self.embedding.forward(ids)  # not called: `replace` is one of its hooks
 
     def tokens(self, ids: Sequence[int]) -> Piece:
         """A piece of real tokens, one row."""
-        row = torch.tensor([ids], dtype=torch.long, device=self.embedding.weight.device)
+        row = torch.tensor([ids], dtype=torch.long, device=device_of(self.embedding))
         return Piece(self.embed(row), row)
 
     def lead(self) -> Piece:
@@ -384,9 +385,10 @@ class PromptReader:
         self.restore_attention()
         self.reads_padding = False
         width, generator = self.embedding.embedding_dim, torch.Generator().manual_seed(0)
-        spread = self.embedding.weight.detach().float().std().item()
+        some = torch.arange(min(self.embedding.num_embeddings, 1024), device=device_of(self.embedding))
+        spread = self.embed(some).detach().float().std().item()
         given = spread * torch.randn(3, 4, width, generator=generator)
-        begin, other, end = (self.vectors(row[None].to(self.embedding.weight.device)) for row in given)
+        begin, other, end = (self.vectors(row[None].to(device_of(self.embedding))) for row in given)
         tail = self.tokens(frame.tail)
         with torch.no_grad():
             whole = self.features(join(begin, end, tail)).float()

@@ -210,6 +210,11 @@ class StructuredPromptModel(MultimodalTuner):
         "A prompt is read by the text tower beside the names; that is no weight update, so it can't be merged. Keep the "
         "adapter, or get the base model back by unload()."
     )
+    not_beside = {
+        "CROSS_LINGUAL_ADAPTER": "StructuredPrompt's prompts run through the layers of the text tower, whose place "
+        "CrossLingualAdapter takes: no model can have both. Give each a copy of the base model, "
+        "copy.deepcopy(base) before get_peft_model."
+    }
 
     @classmethod
     def match(cls, config: StructuredPromptConfig, model: nn.Module) -> list[Matrix]:
