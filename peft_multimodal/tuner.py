@@ -362,6 +362,12 @@ class MultimodalTuner(BaseTuner):
                 for path in [*anatomy.token_embeddings(model), *anatomy.pixel_readers(model)]
             ]
 
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The model's; None where transformers finds no such one (CLIP). accelerate's FSDP2 asks every model for it."""
+        with suppress(NotImplementedError):
+            return self.model.get_input_embeddings()
+        return None
+
     # --- inputs of a call --------------------------------------------------------------------------------------------
 
     @contextmanager

@@ -135,6 +135,23 @@ class BeyondVocabulary(LogitsProcessor):
         return self.processor(input_ids, wide)[..., :known]
 
 
+class _ForwardWithMedia:
+    """A model's own forward, under a signature that names what the adapter reads too: Trainer drops other columns."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        self.model, self.own = model, model.__dict__.get("forward")
+        written = inspect.signature(model.forward)
+        parameters = list(written.parameters.values())
+        at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+        parameters[at:at] = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in names]
+        self.__signature__ = written.replace(parameters=parameters)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.own is not None:
+            return self.own(*args, **kwargs)
+        return type(self.model).forward(self.model, *args, **kwargs)
+
+
 class MediaReader(AttachedPart, GatedXAttnLayer, nn.Module):
     """Hangs below the model: takes the pictures out of each call's inputs and holds what the layers share.
 
@@ -169,6 +186,8 @@ class MediaReader(AttachedPart, GatedXAttnLayer, nn.Module):
         for name in self._own:
             if hasattr(model, name):
                 model.__dict__[name] = getattr(self, name)
+        self._own["forward"] = model.__dict__.get("forward")
+        model.__dict__["forward"] = _ForwardWithMedia(model, self._inputs)
 
     def host(self) -> nn.Module:
         return self._stack[0]
