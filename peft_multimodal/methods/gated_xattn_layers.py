@@ -152,7 +152,7 @@ class _ForwardWithMedia:
         return type(self.model).forward(self.model, *args, **kwargs)
 
 
-class MediaReader(AttachedPart, GatedXAttnLayer, nn.Module):
+class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
     """Hangs below the model: takes the pictures out of each call's inputs and holds what the layers share.
 
     A call's state is a `Reading` in a scope of the thread, which ends with the call.
@@ -451,7 +451,7 @@ def _past_length(inputs: list[Any]) -> int:
     return next((int(value.get_seq_length()) for value in inputs if isinstance(value, Cache)), 0)
 
 
-class Wrapper(HostedLayer, GatedXAttnLayer, nn.Module):
+class Wrapper(nn.Module, HostedLayer, GatedXAttnLayer):
     """Stands in a frozen module's place. What is asked of it beside a call is answered by the module."""
 
     def __init__(self, base_layer: nn.Module, role: str) -> None:
