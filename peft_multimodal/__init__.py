@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .data import FiniteBatches, ImageTextCollator, LanguageProcessor, QuestionAnswerCollator
     from .evaluation import RetrievalRecall, VQAAccuracy
     from .interleaved import InterleavedProcessor
+    from .training.checkpoints import last_checkpoint
     from .training.contrastive import ContrastiveTrainer
     from .training.distillation import CrossLingualTrainer, DistillationLoss
     from .training.hard_samples import HardSampleBank
@@ -48,6 +49,7 @@ _LAZY = {
     "LanguageProcessor": "data",
     "QuestionAnswerCollator": "data",
     "RetrievalRecall": "evaluation",
+    "last_checkpoint": "training.checkpoints",
     "VQAAccuracy": "evaluation",
     "ImageTextRetrievalTrainer": "training.trainer",
 }
@@ -80,6 +82,7 @@ __all__ = [
     "VQAAccuracy",
     "__version__",
     "describe",
+    "last_checkpoint",
     "load",
     "matched_modules",
     "push_to_hub",

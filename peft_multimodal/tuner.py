@@ -304,6 +304,8 @@ class MultimodalTuner(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
     not_mergeable: str | None = None
     """Why this method's adapters can't be merged and what to do instead; None where they are weight updates."""
+    scalars: tuple[str, ...] = ()
+    """Ends of names of parameters that are one number: 1-D in the model, as FSDP2 shards no scalars, 0-D in the file."""
     owns_token_rows = False
     """Whether an adapter brings the rows of new tokens, so that no embedding has to be saved with it."""
     not_beside: dict[str, str] = {}
@@ -440,6 +442,12 @@ class MultimodalTuner(BaseTuner):
             if not any(isinstance(hook, _InputGradients) for hook in reader._forward_hooks.values()):
                 reader.register_forward_hook(_InputGradients(model))
 
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The model's; None where transformers finds no such one (CLIP). accelerate's FSDP2 asks every model for it."""
+        with suppress(NotImplementedError):
+            return self.model.get_input_embeddings()
+        return None
+
     # --- inputs of a call --------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -549,7 +557,11 @@ class MultimodalTuner(BaseTuner):
         if not state_dict.keys() >= set(keys.values()):
             # PEFT has dropped keys that contain another adapter's name, which may be a part of a module path.
             state_dict = {_WRAPPERS.sub("", key): value for key, value in model.state_dict().items()} | state_dict
-        return {stored: state_dict[key] for stored, key in keys.items()}
+        found = {stored: state_dict[key] for stored, key in keys.items()}
+        for stored, value in found.items():
+            if stored.endswith(cls.scalars) and not hasattr(value, "full_tensor"):  # a shard keeps its dimension
+                found[stored] = value.reshape(())
+        return found
 
     def card_notes(self, adapter_name: str) -> CardNotes:
         """What the adapter's model card should say beyond what its files say."""
@@ -567,7 +579,7 @@ class MultimodalTuner(BaseTuner):
         for key, value in state_dict.items():
             canonical = _PEFT_PREFIX + key.removeprefix(_PEFT_PREFIX)
             if canonical in expected:
-                stored[canonical] = value
+                stored[canonical] = value[None] if canonical.endswith(cls.scalars) and not value.ndim else value
             else:
                 others[key] = value
         problems = [f"missing: {_some(expected.keys() - stored.keys())}"] if expected.keys() - stored.keys() else []

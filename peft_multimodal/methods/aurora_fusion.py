@@ -19,7 +19,7 @@ from ..tuner import AttachedPart, CallScope
 from .aurora_layers import AuroraModeApproxLayer
 
 
-class GatedQueryTransformation(AttachedPart, AuroraModeApproxLayer, nn.Module):
+class GatedQueryTransformation(nn.Module, AttachedPart, AuroraModeApproxLayer):
     """y' = y + tanh(g) ((1 + s_q) q + b_q), q the output of the layer's self-attention block (B x L x d).
 
     Acts on the positions that the layer's cross-attention saw, where it ran at all. 2 d + 1 parameters a branch.
@@ -149,7 +149,7 @@ class ContextBank(nn.Module):
         )
 
 
-class InformativeContext(AttachedPart, AuroraModeApproxLayer, nn.Module):
+class InformativeContext(nn.Module, AttachedPart, AuroraModeApproxLayer):
     """F' = F + gamma softmax(F T^T / sqrt(d)) T on every fused token of a text encoder.
 
     In training, calls of the encoder without a picture fill the bank with their first tokens' states (detached);

@@ -31,7 +31,7 @@ class AuroraModeApproxLayer(MultimodalLayer):
     """Base of everything that this method puts into a model."""
 
 
-class SharedFactors(AttachedPart, AuroraModeApproxLayer, nn.Module):
+class SharedFactors(nn.Module, AttachedPart, AuroraModeApproxLayer):
     """U, V and lambda (or the Tucker core) of every adapter and group. It hangs below the model, is visited by PEFT as
     a layer, and is the one place of these parameters: layers look them up at each call."""
 
@@ -132,7 +132,7 @@ class Slices:
     dropout: float
 
 
-class AuroraMatrixLayer(AuroraModeApproxLayer, nn.Module):
+class AuroraMatrixLayer(nn.Module, AuroraModeApproxLayer):
     """Base of the wrapped layers: P, the factored update and its algebra."""
 
     adapter_layer_names = ("aurora_mode_approx_P_norm",)

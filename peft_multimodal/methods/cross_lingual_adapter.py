@@ -211,7 +211,7 @@ class CrossLingualAdapterLayer(MultimodalLayer):
     """Base of everything that this method puts into a model."""
 
 
-class LanguageTower(AttachedPart, CrossLingualAdapterLayer, nn.Module):
+class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer):
     """Hangs below the text tower and takes its `forward` over: the adapters and the encoders that they share.
 
     A language is an adapter. With the adapters disabled, and for rows named `__base__`, the tower runs as it is.

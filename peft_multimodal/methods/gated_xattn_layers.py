@@ -142,7 +142,24 @@ class BeyondVocabulary(LogitsProcessor):
         return self.processor(input_ids, wide)[..., :known]
 
 
-class MediaReader(AttachedPart, GatedXAttnLayer, nn.Module):
+class _ForwardWithMedia:
+    """A model's own forward, under a signature that names what the adapter reads too: Trainer drops other columns."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        self.model, self.own = model, model.__dict__.get("forward")
+        written = inspect.signature(model.forward)
+        parameters = list(written.parameters.values())
+        at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+        parameters[at:at] = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in names]
+        self.__signature__ = written.replace(parameters=parameters)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.own is not None:
+            return self.own(*args, **kwargs)
+        return type(self.model).forward(self.model, *args, **kwargs)
+
+
+class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
     """Hangs below the model: takes the pictures out of each call's inputs and holds what the layers share.
 
     A call's state is a `Reading` in a scope of the thread, which ends with the call.
@@ -176,6 +193,8 @@ class MediaReader(AttachedPart, GatedXAttnLayer, nn.Module):
         for name in self._own:
             if hasattr(model, name):
                 model.__dict__[name] = getattr(self, name)
+        self._own["forward"] = model.__dict__.get("forward")
+        model.__dict__["forward"] = _ForwardWithMedia(model, self._inputs)
 
     def host(self) -> nn.Module:
         return self._stack[0]
@@ -439,7 +458,7 @@ def _past_length(inputs: list[Any]) -> int:
     return next((int(value.get_seq_length()) for value in inputs if isinstance(value, Cache)), 0)
 
 
-class Wrapper(HostedLayer, GatedXAttnLayer, nn.Module):
+class Wrapper(nn.Module, HostedLayer, GatedXAttnLayer):
     """Stands in a frozen module's place. What is asked of it beside a call is answered by the module."""
 
     def __init__(self, base_layer: nn.Module, role: str) -> None:

@@ -125,7 +125,7 @@ class DomainBranch(nn.Module):
             TransformerBlock(m, config.num_heads, config.ff_mult, config.dropout) for _ in range(config.num_layers)
         )
         self.up = nn.Linear(m, output_width, bias=False)
-        self.scale_norm = nn.Parameter(torch.ones(()))  # s; by its name the optimizer doesn't decay it
+        self.scale_norm = nn.Parameter(torch.ones(1))  # s; by its name the optimizer doesn't decay it
         nn.init.zeros_(self.up.weight)
 
     def read(self, h: Tensor, mask: Tensor | None) -> Tensor:
@@ -147,7 +147,7 @@ class HardSampleDomainAdapterLayer(MultimodalLayer):
     """Base of everything that this method puts into a model."""
 
 
-class DomainPart(AttachedPart, HardSampleDomainAdapterLayer, nn.Module):
+class DomainPart(nn.Module, AttachedPart, HardSampleDomainAdapterLayer):
     """Hangs below a frozen module and takes its `forward` over: the branches of all adapters at this place."""
 
     adapter_layer_names = ("hard_sample_domain_adapter_branch",)
@@ -340,6 +340,7 @@ class HardSampleDomainAdapterModel(MultimodalTuner):
 
     prefix = "hard_sample_domain_adapter_"
     tuner_layer_cls = HardSampleDomainAdapterLayer
+    scalars = (".scale_norm",)
     not_mergeable = (
         "The adapter is a network of its own beside the frozen layers; that is no weight update, so it can't be merged. "
         "Keep the adapter, or get the general model back by unload()."

@@ -60,7 +60,7 @@ class StructuredPromptLayer(MultimodalLayer):
     """Base of what this method puts into a model."""
 
 
-class PromptedClassifier(AttachedPart, StructuredPromptLayer, nn.Module):
+class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
     """Hangs below the text tower and takes the model's `forward` over: pictures in, class logits out.
 
     With the adapters disabled the model is as it was. The class list belongs to the model, not to an adapter, and is

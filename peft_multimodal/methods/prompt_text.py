@@ -300,6 +300,12 @@ class PromptReader:
 
     def embed(self, ids: Tensor) -> Tensor:
         """(rows, L) -> (rows, L, d_t): the frozen embeddings of tokens."""
+        weight = self.embedding.weight
+        if weight.ndim != 2 or hasattr(weight, "full_tensor"):
+            raise RuntimeError(
+                "FSDP has taken the text tower apart, and prompts read its layers more than once in a step, their common "
+                "part alone: set auto_wrap_policy to NO_WRAP (fsdp_auto_wrap_policy in accelerate's config)."
+            )
         return self.embedding.forward(ids)  # not called: `replace` is one of its hooks
 
     def tokens(self, ids: Sequence[int]) -> Piece:

@@ -13,6 +13,7 @@ _WHERE = {
     "similarity_loss": "losses",
     "dual_embeddings": "losses",
     "pair_losses": "losses",
+    "last_checkpoint": "checkpoints",
     "ContrastiveTrainer": "contrastive",
     "CrossLingualTrainer": "distillation",
     "DistillationLoss": "distillation",

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..methods.hard_sample_domain_adapter import HardSampleDomainAdapterConfig
+from .checkpoints import to_resume
 from .hard_samples import (
     FILE,
     HardSampleBank,
@@ -148,10 +148,9 @@ class ContrastiveTrainer(AdapterTrainer):
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         if self.bank is not None:
+            resume_from_checkpoint = to_resume(resume_from_checkpoint, self.args.output_dir)
             if resume_from_checkpoint:
-                folder = resume_from_checkpoint
-                folder = get_last_checkpoint(self.args.output_dir) if folder is True else folder
-                self._resume(Path(folder or ""))
+                self._resume(Path(resume_from_checkpoint))
             self._agree()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -177,10 +176,8 @@ class ContrastiveTrainer(AdapterTrainer):
         if self.bank is not None:
             self.bank.save(output_dir or str(self.args.output_dir))
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.sampler is not None and self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+    def _save_beside(self, folder: Path) -> None:
+        if self.sampler is not None:
             save_arrays(self.sampler.state(), folder / SAMPLER_FILE)
 
     # --- the loss ---

@@ -712,10 +712,15 @@ def logit_scale(model: Any) -> Tensor:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     log_scale, temperature = (getattr(base, name, None) for name in ("logit_scale", "temperature"))
     if isinstance(log_scale, Tensor):
-        return log_scale.float().exp()
+        return _whole(log_scale).float().exp()
     if isinstance(temperature, Tensor):  # ALIGN, TIPSv2
-        return 1 / temperature.float()
+        return 1 / _whole(temperature).float()
     return torch.tensor(LOGIT_SCALE, device=next(base.parameters()).device)
+
+
+def _whole(parameter: Any) -> Tensor:
+    """A scalar's value: under FSDP2, which wants it to have a dimension, a process has a part of it."""
+    return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).squeeze()
 
 
 def _embedded(loader: Iterable[Mapping[str, Any]], model: Any, encode: Any) -> Iterator[tuple[Tensor, Tensor, dict]]:

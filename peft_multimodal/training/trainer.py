@@ -10,13 +10,16 @@ import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data import FiniteBatches
+from .checkpoints import STATE, to_resume
 from .losses import LOGIT_SCALE, retrieval_loss
 
 
 class AdapterTrainer(Trainer):
-    """What the trainers of the package have in common: their own loss, adapters of any name, no NaN in their data."""
+    """What the trainers of the package have in common: their own loss, adapters of any name, no NaN in their data,
+    and exact restarts after a kill."""
 
     loss_is_scaled_for_ga = False  # a mean over its own batch
 
@@ -26,6 +29,20 @@ class AdapterTrainer(Trainer):
         self.data_collator = FiniteBatches(self.data_collator, getattr(self.data_collator, "id_column", None) or "id")
         if self.args.n_gpu > 1:
             raise ValueError("DataParallel isn't supported: start one process a GPU with `accelerate launch`.")
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.train`; True resumes from the newest checkpoint that is complete (see `last_checkpoint`)."""
+        return super().train(to_resume(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            (folder / STATE).unlink(missing_ok=True)  # an older run's would vouch for a save that is killed
+            self._save_beside(folder)
+        super()._save_checkpoint(model, trial)
+
+    def _save_beside(self, folder: Path) -> None:
+        """Write into a checkpoint what transformers knows nothing of, before transformers makes it complete."""
 
     def _load_best_model(self) -> None:
         # transformers looks for an adapter in the checkpoint's root, where PEFT keeps that which is called "default".

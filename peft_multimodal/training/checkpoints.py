@@ -1,0 +1,111 @@
+"""Which checkpoint of a `Trainer` to go on from, after a process was killed at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+STATE = "trainer_state.json"
+_NUMBER = re.compile(r"checkpoint-(\d+)")
+_RANK = re.compile(r"rng_state_(\d+)\.pth")
+# One of each list: of transformers, of FSDP with whole and with sharded states, of DeepSpeed.
+_PARTS = {
+    "weights": (
+        *("adapter_model.safetensors", "*/adapter_model.safetensors", "model*.safetensors"),
+        *("pytorch_model_fsdp.bin", "pytorch_model_fsdp_*", "latest"),
+    ),
+    "optimizer": ("optimizer.pt", "optimizer.bin", "optimizer_*", "latest"),
+    "scheduler": ("scheduler.pt", "latest"),
+    "random numbers": ("rng_state.pth", "rng_state_*.pth"),
+}
+_ZIPPED = (".pt", ".pth", ".bin")  # what torch.save writes: a zip, whose directory is its end
+
+
+def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The newest complete checkpoint in a `Trainer`'s output folder; None where there is none, so training starts anew.
+
+        >>> trainer.train(resume_from_checkpoint=last_checkpoint("out"))
+
+    A save that was killed leaves a folder that lacks files, or has the beginning of one; it is passed over with a
+    warning that says what is wrong. Processes that share a file system find the same checkpoint.
+
+    It tells nothing of an unfinished save into the folder of a finished one, which is what a run leaves that begins
+    anew in an old run's output folder: give that one a folder of its own. The trainers of this package are safe.
+    """
+    folder = Path(output_dir)
+    found = {int(m[1]): p for p in folder.glob("checkpoint-*") if (m := _NUMBER.fullmatch(p.name)) and p.is_dir()}
+    for step in sorted(found, reverse=True):
+        fault = fault_of(found[step])
+        if fault is None:
+            return str(found[step])
+        warnings.warn(f"{found[step]} is passed over: {fault}.", stacklevel=2)
+    return None
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """What keeps training from going on exactly from this checkpoint; None where nothing does.
+
+    Headers and ends of the files are read, not what stands between them.
+    """
+    state = checkpoint / STATE
+    if not state.is_file():
+        return f"it has no {STATE}, which is written last: its save was interrupted"
+    for file in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
+        if not _is_whole(file):
+            return f"{file.relative_to(checkpoint)} is cut off or damaged"
+    step = _read(state).get("global_step")
+    if (match := _NUMBER.fullmatch(checkpoint.name)) and step != int(match[1]):
+        return f"its {STATE} is of step {step}"
+    for part, names in _PARTS.items():
+        if not any(_is_there(path) for name in names for path in checkpoint.glob(name)):
+            return f"it has no {part}: it was saved with save_only_model=True, or its save was interrupted"
+    ranks = sorted(int(m[1]) for p in checkpoint.glob("rng_state_*.pth") if (m := _RANK.fullmatch(p.name)))
+    if ranks and (len(ranks) == 1 or ranks != list(range(len(ranks)))):
+        return f"of several processes only {ranks} saved their random numbers"
+    return None
+
+
+def to_resume(asked: Any, output_dir: str | os.PathLike | None) -> Any:
+    """`resume_from_checkpoint` with True resolved to the newest complete checkpoint.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if asked is not True:
+        return asked
+    found = last_checkpoint(output_dir or ".")
+    if found is None:
+        raise ValueError(f"{output_dir} has no complete checkpoint to resume from: train() without it starts anew.")
+    return found
+
+
+def _is_whole(file: Path) -> bool:
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="np"):
+                return True
+        except (SafetensorError, OSError):
+            return False
+    if file.suffix == ".json":
+        return _read(file) is not None
+    return file.suffix not in _ZIPPED or zipfile.is_zipfile(file)
+
+
+def _is_there(path: Path) -> bool:
+    return (
+        path.is_file() or (path / ".metadata").is_file()
+    )  # torch's distributed checkpoints have it once they are whole
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
