@@ -56,6 +56,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 import peft_multimodal
 from peft_multimodal import matched_modules
 from peft_multimodal.anatomy import is_below
+from peft_multimodal.methods.gated_xattn_layers import ForwardWithMedia
 from peft_multimodal.tuner import AttachedPart
 
 TARGETED = [method for method in METHODS if method not in WHOLE_TOWER | WHOLE_LAYERS | OWN_LAYERS]
@@ -94,7 +95,7 @@ def wrapped(model: PeftModel) -> set[str]:
     """Paths of the wrapped modules, and of those whose `forward` was taken over."""
     modules = list(model.get_base_model().named_modules())
     layers = {path for path, m in modules if isinstance(m, BaseTunerLayer) and hasattr(m, "base_layer")}
-    taken = {path for path, m in modules if "forward" in vars(m)}
+    taken = {path for path, m in modules if not isinstance(vars(m).get("forward"), (type(None), ForwardWithMedia))}
     if taken == {""}:  # the model's own, by a part that hangs below a tower
         taken = {path.rpartition(".")[0] for path, m in modules if isinstance(m, AttachedPart)}
     return layers | taken

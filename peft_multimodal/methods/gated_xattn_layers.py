@@ -142,7 +142,7 @@ class BeyondVocabulary(LogitsProcessor):
         return self.processor(input_ids, wide)[..., :known]
 
 
-class _ForwardWithMedia:
+class ForwardWithMedia:
     """A model's own forward, under a signature that names what the adapter reads too: Trainer drops other columns."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
@@ -194,7 +194,7 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
             if hasattr(model, name):
                 model.__dict__[name] = getattr(self, name)
         self._own["forward"] = model.__dict__.get("forward")
-        model.__dict__["forward"] = _ForwardWithMedia(model, self._inputs)
+        model.__dict__["forward"] = ForwardWithMedia(model, self._inputs)
 
     def host(self) -> nn.Module:
         return self._stack[0]
