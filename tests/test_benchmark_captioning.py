@@ -120,6 +120,8 @@ def reader(folder, item: experiments.Experiment) -> Reader:
         for name, parameter in model.named_parameters():
             if "_gate_norm" in name:
                 parameter.fill_(0.5)
+            elif parameter.requires_grad and not parameter.any():  # what starts at 0 behind open gates
+                parameter.normal_(std=0.1)
     return Reader(model, PageCollator(processor, 4), 3, sees=item.peft is not None)
 
 
@@ -200,6 +202,8 @@ def test_kept_states_are_what_the_encoder_gives(tiny):
         for name, parameter in model.named_parameters():
             if "_gate_norm" in name:
                 parameter.fill_(0.5)
+            elif parameter.requires_grad and not parameter.any():
+                parameter.normal_(std=0.1)
         pixels = torch.randn(1, 1, 3, eyes.config.image_size, eyes.config.image_size)
         states = eyes(pixel_values=pixels[0]).last_hidden_state[None, :, None]
         ids = torch.tensor([[1, marker, 5, 6]])
