@@ -8,13 +8,15 @@ said of them, half of the pages about one topic, every step on pages of all kind
 with the tokenizer's end token for `<end>`, and a prompt of k shots is a page of k training pictures and a test picture, whose caption is missing. Measured are
 
 - the nats of the right answer, the end among them;
-- accuracy among candidates, by the nats that each gains over the bare language model's: the right answer and others of
-  its kind. A concept that nobody has shown can't be named with certainty, but told from others;
+- accuracy among candidates, the right answer and others of its kind: those of questions by their nats, names and sentences,
+  which are rare or long, by the nats that each gains over the bare language model's. A concept that nobody has shown
+  can't be named with certainty, but told from others;
 - CIDEr of the names and sentences that are written, 100 times the library's score as is usual, and the share of the
   written keywords that are the concept's.
 
 Shots are drawn, or the training pictures most like the test picture (`near`). The control asks about another test
-picture. Questions are generated. Prompts of two pictures are asked about each, between the answers to both.
+picture. Answers to questions are generated too, behind one picture and behind two. In prompts of two pictures an answer
+belongs to the picture before it: the same text is read with its pictures in their places and swapped.
 
 | `task` setting | content |
 | --- | --- |
@@ -139,8 +141,9 @@ class TrainingPages(torch.utils.data.IterableDataset):
         pages = {kind: Pages(kind, ["train"], settings["one_topic"]) for kind in settings["kinds"]}
         while True:
             for kind, source in pages.items():
+                size = rng.randint(1, settings["pictures"])  # of a batch, so that little of it is padding
                 for _ in range(settings["pages"]):
-                    chosen = source.choose(rng, rng.randint(1, settings["pictures"]))
+                    chosen = source.choose(rng, size)
                     page = [Shown(kind, c.picture, c.question, c.said(rng)) for c in chosen]
                     if settings["shown"] == "others":
                         page = [replace(s, picture=rng.choice(source.all).picture) for s in page]
@@ -298,8 +301,10 @@ class Exam:
             found.append([*shown, Shown(self.kind, seen.picture, caption.question, caption.answer, order)])
         return found
 
-    def gains(self, reader: Reader) -> Tensor:
-        """Nats of the candidates for the bare language model."""
+    def usual_nats(self, reader: Reader) -> Tensor:
+        """What candidates are ranked by their gain over: their nats for the bare language model, or nothing."""
+        if self.kind == "questions":  # one word each, and some of them no answer to what is asked
+            return torch.zeros(len(self.asked), len(self.candidates[0]))
         return reader.bare_nats([(self.kind, c.question) for c in self.asked], self.candidates)
 
 
@@ -380,26 +385,26 @@ def evaluate(reader: Reader, settings: Mapping[str, Any], split: str) -> tuple[d
         for kind in ("names", "sentences", "keywords", "questions", "animations")
     }
 
-    def ask(name: str, exam: Exam, prompts: list[Prompt], bare: Tensor) -> None:
+    def ask(name: str, exam: Exam, prompts: list[Prompt], usual: Tensor) -> None:
         nats = reader.answer_nats(prompts, exam.candidates)
         own = nats.gather(1, exam.right[:, None])[:, 0]
-        right = (nats - bare).argmin(dim=1) == exam.right
+        right = (nats - usual).argmin(dim=1) == exam.right
         metrics[f"{exam.kind}_nats_{name}"] = own.mean().item()
         metrics[f"{exam.kind}_right_{name}"] = 100 * right.double().mean().item()
         items[f"{exam.kind}_nats_{name}"] = [round(x, 3) for x in own.tolist()]
         items[f"{exam.kind}_right_{name}"] = right.int().tolist()
 
     for kind in ("names", "sentences", "questions"):
-        found, bare = exams[kind], exams[kind].gains(reader)
+        found, usual = exams[kind], exams[kind].usual_nats(reader)
         for k in shots if kind == "names" else sorted({0, SHOTS} & set(shots)):
-            ask(f"{k}", found, found.prompts(k), bare)
+            ask(f"{k}", found, found.prompts(k), usual)
         for k in near if kind == "names" else ():
-            ask(f"near_{k}", found, found.prompts(k, near=True), bare)
+            ask(f"near_{k}", found, found.prompts(k, near=True), usual)
         for k in others if reader.sees else ():
-            ask(f"other_{k}", found, found.prompts(k, others=True), bare)
+            ask(f"other_{k}", found, found.prompts(k, others=True), usual)
     for order in ("ordered", "shuffled", "still") if reader.sees else ("ordered",):
         found = exams["animations"]
-        ask(order, found, found.prompts(2, order=order), found.gains(reader))
+        ask(order, found, found.prompts(2, order=order), found.usual_nats(reader))
 
     for kind, tokens in (("names", 8), ("keywords", 16), ("sentences", 20)):
         for name in settings["written"] if reader.sees else ("own",):
@@ -419,6 +424,11 @@ def evaluate(reader: Reader, settings: Mapping[str, Any], split: str) -> tuple[d
         for place, values in two_pictures(reader, exams[kind]).items():
             metrics[f"{kind}_{place}"] = 100 * sum(values) / len(values)
             items[f"{kind}_{place}"] = values
+    pairs = pairs_of(exams["questions"])
+    answered = reader.write([[_shown(exams["questions"], i) for i in pair] for pair in pairs], 3)
+    for which, name in enumerate(("first", "second")):
+        hits = [a == exams["questions"].asked[pair[which]].answer for a, pair in zip(answered, pairs, strict=True)]
+        metrics[f"vqa_two_{name}"] = 100 * sum(hits) / len(hits)
     items["asked"] = {kind: [c.thing for c in found.asked] for kind, found in exams.items()}
     return metrics, items
 
@@ -436,25 +446,13 @@ def accuracies(answered: Sequence[str], asked: Sequence[Caption]) -> dict[str, f
 
 
 def two_pictures(reader: Reader, exam: Exam) -> dict[str, list[int]]:
-    """Whether the first and the second picture's question gets that picture's answer rather than the other's.
-
-    Both pictures stand in the prompt, in both cases, and only the order in which they are shown differs.
-    """
-    pairs = pairs_of(exam)
-    answers = [[exam.asked[i].answer, exam.asked[j].answer] for i, j in pairs]
-    shown = [[_shown(exam, i), _shown(exam, j)] for i, j in pairs]
-    bare = [reader.bare_nats([(exam.kind, exam.asked[pair[k]].question) for pair in pairs], answers) for k in (0, 1)]
-    first = torch.stack(
-        [
-            reader.first_nats([[replace(a, answer=t), b] for (a, b), t in zip(shown, column, strict=True)])
-            for column in zip(*answers, strict=True)
-        ],
-        dim=1,
-    )
-    second = reader.answer_nats(shown, answers)
+    """Whether the first and the second answer are likelier than in the same text with its two pictures swapped."""
+    pages = [[_shown(exam, i), _shown(exam, j)] for i, j in pairs_of(exam)]
+    swapped = [[replace(a, picture=b.picture), replace(b, picture=a.picture)] for a, b in pages]
+    answers = [[page[1].answer] for page in pages]
+    own, others = ((reader.first_nats(shown), reader.answer_nats(shown, answers)[:, 0]) for shown in (pages, swapped))
     return {
-        "first_of_two": ((first - bare[0]).argmin(dim=1) == 0).int().tolist(),
-        "second_of_two": ((second - bare[1]).argmin(dim=1) == 1).int().tolist(),
+        f"{place}_of_two": (a < b).int().tolist() for place, a, b in zip(("first", "second"), own, others, strict=True)
     }
 
 
@@ -509,17 +507,18 @@ def report(records: Sequence[Record], plots: Path) -> str:
     parts = [
         f"{sizes['names']} unseen emoji concepts, {sizes['sentences']} photos of unseen families, {sizes['questions']} "
         f"questions about test pictures, {sizes['animations']} animations of unseen concepts; mean ± standard deviation "
-        f"over seeds. Right: percent of {settings['candidates']} candidates (chance {chance:.0f}; of questions all 13 "
-        "answers, chance 8), by the nats that each gains over the bare language model's. Nats: of the right answer.\n"
+        f"over seeds. Right: percent of {settings['candidates']} candidates (chance {chance:.0f}), by the nats that each gains "
+        "over the bare language model's; of questions all 13 answers (chance 8), by their nats. Nats: of the right answer.\n"
     ]
     if main:
         parts += ["\nMore shots, names of unseen concepts.\n\n" + more_shots(groups)]
         parts += ["\nThe same pictures, and another test picture in their place.\n\n" + controls(main)]
     parts += [
         f"\nEverything at {SHOTS} shots; written without shots: answers to questions.\n\n" + _table(groups, MEASURES),
-        "\nPrompts of two pictures, each with its answer: percent that get the answer of the picture before them and not "
-        "of the other (chance 50); and animations with their frames in order, shuffled, and the first alone.\n\n"
-        + _table(groups, BINDING),
+        "\nPrompts of two pictures, each with its answer. Names and questions: percent whose first and second answer is "
+        "likelier than with the two pictures swapped (chance 50). Written: percent whose second question is answered "
+        "with the second picture's answer, and with the first's. And animations with their frames in order, shuffled, "
+        "and the first alone.\n\n" + _table(groups, BINDING),
         "\nWhat it costs.\n\n" + costs(groups),
     ]
     if main:
@@ -547,6 +546,8 @@ BINDING = {
     "names_second_of_two": "second",
     "questions_first_of_two": "questions: first",
     "questions_second_of_two": "second",
+    "vqa_two_second": "written: the second’s",
+    "vqa_two_first": "the first’s",
     "animations_right_ordered": "animations right",
     "animations_right_shuffled": "shuffled",
     "animations_right_still": "still",
