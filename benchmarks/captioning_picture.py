@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -19,7 +18,7 @@ from .records import RESULTS, Record, read_records
 from .tasks import captioning
 
 DOCS = Path("docs/captioning.png")
-EACH = {"names": 3, "keywords": 1, "sentences": 2, "questions": 2}
+EACH = {"names": 2, "keywords": 2, "sentences": 2, "questions": captioning.SHOTS + 1}
 """How many prompts of each kind are shown."""
 CONSOLE = Console()
 
@@ -41,33 +40,40 @@ def main() -> None:
 
 
 def draw(record: Record, path: Path) -> None:
-    """A row a prompt: the shots with their captions, and the picture that was asked about with what was written."""
+    """A row a prompt: the shots with their captions, and the picture that was asked about with what was written.
+
+    Questions have no shots and share the last row.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     settings = experiments.load("captioning", record.experiment).settings
-    rows: list[tuple[captioning.Prompt, str]] = []
+    columns = captioning.SHOTS + 1
+    rows: list[list[tuple[captioning.Shown, str | None]]] = []  # what is shown, and what was written of it
     for kind, number in EACH.items():
         exam = captioning.exam(kind, "test", settings["things"], settings["candidates"])
         if [c.thing for c in exam.asked] != record.items["asked"][kind]:
             raise ValueError("The result is of other test pictures than the assets have now: run the task again.")
-        prompts = exam.prompts(0 if kind == "questions" else captioning.SHOTS)
-        step = len(prompts) // number
-        rows += [(prompts[i * step], record.items[f"{kind}_written_own"][i * step]) for i in range(number)]
+        prompts, written = exam.prompts(captioning.SHOTS), record.items[f"{kind}_written_own"]
+        chosen = [i * (len(prompts) // number) for i in range(number)]
+        asked: list[tuple[captioning.Shown, str | None]] = [(prompts[i][-1], written[i]) for i in chosen]
+        if kind == "questions":
+            rows.append(asked)
+        else:
+            rows += [[*((s, None) for s in prompts[i][:-1]), last] for i, last in zip(chosen, asked, strict=True)]
 
-    columns = captioning.SHOTS + 1
     figure, grid = plt.subplots(len(rows), columns, figsize=(2.3 * columns, 2.1 * len(rows)), squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
-    for line, (prompt, written) in zip(grid, rows, strict=True):
-        for axes, shown in zip(line[columns - len(prompt) :], prompt, strict=True):
-            asked = shown is prompt[-1]
+    for line, row in zip(grid, rows, strict=True):
+        for axes, (shown, answer) in zip(line, row, strict=True):
             axes.imshow(picture(shown.kind, shown.picture))
-            said: Any = f"{shown.question} {written if asked else shown.answer}".strip() if asked else shown.answer
-            axes.set_title(_wrapped(said), fontsize=8, color="tab:red" if asked else "black", y=-0.02, va="top")
-            if asked:
+            said = shown.answer if answer is None else f"{shown.question} {answer}".strip()
+            color = "black" if answer is None else "tab:red"
+            axes.set_title(_wrapped(said), fontsize=8, color=color, y=-0.02, va="top")
+            if answer is not None:
                 axes.annotate(
                     f"({_wrapped(shown.answer)})", (0.5, -0.32), xycoords="axes fraction", ha="center", va="top",
                     fontsize=7, color="gray",
