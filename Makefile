@@ -7,7 +7,7 @@ TORCH  ?= torch==2.13.0
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 
-.PHONY: help install quickstart test test-all quality format package benchmark gpu-check clean
+.PHONY: help install quickstart test test-all test-oldest quality format package benchmark gpu-check clean
 
 help:
 	@grep -E '^# make' Makefile | cut -c3-
@@ -31,6 +31,12 @@ test: install
 # every family with every method and behaviour
 test-all: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# the lowest versions of pyproject.toml, in an environment of their own
+test-oldest:
+	$(PYTHON) -m venv build/oldest
+	build/oldest/bin/python -m pip install --quiet torch==2.6.0 transformers==5.0.0 peft==0.21.0 accelerate==1.3.0 ".[test]"
+	cd tests && OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore ../build/oldest/bin/python oldest.py
 
 quality: install
 	$(BIN)/ruff check .
