@@ -442,6 +442,8 @@ def report(records: Sequence[Record], plots: Path) -> str:
         text += (
             "\nBy the share of the training pictures that is learned from, mean ± standard deviation over seeds:\n\n"
             + amounts_table(shares, keys)
+            + "\nDifferences with the 95 % interval, paired bootstrap over test concepts, each one's mean over seeds:\n\n"
+            + shares_differences(shares)
         )
     if new := by_protocol["base_to_new"]:
         text += (
@@ -541,15 +543,45 @@ def difference(a: Sequence[Record], b: Sequence[Record], data: str, shots: Seque
     """The paired difference over these shots, where both have the set."""
     if not shots or not all(data in runs[0].config["task"]["data"] for runs in (a, b)):
         return ""
+    keys = [f"{data}_{k}" for k in shots]
+    return hits_difference(a, b, data, keys, keys)
+
+
+def hits_difference(
+    a: Sequence[Record], b: Sequence[Record], data: str, keys: Sequence[str], others: Sequence[str]
+) -> str:
+    """a's hits at `keys` minus b's at `others`, paired over test concepts."""
+    taken = {b[0].experiment: others, a[0].experiment: keys}
 
     def values(record: Record) -> tuple[Sequence[float], Sequence[Hashable]]:
         hits = record.items["hits"]
-        taken = [hits.get(f"{data}_{k}", hits.get(f"{data}_0")) for k in shots]
-        return [100 * statistics.fmean(map(int, item)) for item in zip(*taken, strict=True)], record.items["concepts"][
-            data
-        ]
+        columns = [hits.get(key, hits.get(f"{data}_0")) for key in taken[record.experiment]]
+        return [100 * statistics.fmean(map(int, item)) for item in zip(*columns, strict=True)], record.items[
+            "concepts"
+        ][data]
 
     return tables.difference(tables.paired(a, b, values))
+
+
+def shares_differences(groups: Groups) -> str:
+    """What the instance part adds with all of the training pictures, and half of them against a probe with all."""
+    rows = []
+    for name in ("structured_prompt/shares", "structured_prompt/feature_shares"):
+        for data in groups[name][0].config["task"]["data"] if name in groups else ():
+            row = [f"{groups[name][0].label}, {data}"]
+            for share, other in (
+                ("100%", "structured_prompt/no_instance_shares"),
+                ("100%", f"{name}_shuffled"),
+                ("100%", "probe/shares"),
+                ("50%", "probe/shares"),
+                ("50%", "probe_from_text/shares"),
+            ):
+                found = groups.get(other)
+                keys = [f"{data}_{share}"], [f"{data}_100%"]
+                row.append(hits_difference(groups[name], found, data, *keys) if found else "")
+            rows.append(row)
+    heads = ["all − no instance part", "all − shuffled pictures", "all − probe, all", "half − probe, all"]
+    return tables.markdown(["", *heads, "half − probe from text, all"], rows)
 
 
 def costs(groups: Groups) -> str:
