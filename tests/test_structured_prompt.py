@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
+import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,11 +17,12 @@ from families import BOS, FAMILIES, PAD, Family, dual, pairs, text_tower, vision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from methods import CLASSES, DUAL, VOCAB, stir, word_tokenizer
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peft_multimodal import StructuredPromptConfig
+from peft_multimodal.methods.prompt_classifier import autocast_dtype
 
 ORDERS = ("GDI", "GID")
 EOS = VOCAB - 1
@@ -284,6 +288,69 @@ def test_what_is_kept_follows_what_it_was_computed_from():
         loss.backward()  # nothing made in inference mode stands in its way
 
 
+def test_what_is_kept_follows_the_precision():
+    model, fresh = prompted().eval(), prompted().eval()
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype=dtype):
+            found = logits(model)
+            fresh.set_classes(CLASSES, word_tokenizer())
+            assert torch.equal(found, logits(fresh))
+    assert torch.equal(logits(model), logits(prompted().eval()))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_precision_is_that_of_the_device(kind: str):
+    assert autocast_dtype(torch.device(kind)) is None
+    torch.set_autocast_enabled(kind, True)
+    try:
+        assert autocast_dtype(torch.device(kind)) == torch.get_autocast_dtype(kind)
+    finally:
+        torch.set_autocast_enabled(kind, False)
+
+
+def sequences_at_once(model: PeftModel, call) -> int:
+    """The most sequences that the text tower reads in one call."""
+    count = []
+    layer = model.get_base_model().text_model.encoder.layers[0]
+    handle = layer.mlp.fc1.register_forward_hook(lambda m, args, out: count.append(len(args[0])))
+    call()
+    handle.remove()
+    return max(count)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("changes", [{}, {"shortlist": 11}, {"num_instance": 0}, {"mode": "feature"}])
+def test_eval_reads_no_more_than_a_chunk_a_picture(order: str, changes: dict):
+    names = [f"w{i}" for i in range(4, 20)]
+    model = prompted(names=names, order=order, chunk_size=3, **changes).eval()
+    captions = word_tokenizer()(names, padding=True, return_tensors="pt")
+    captions.pop("token_type_ids", None)
+    for x in (pictures(1), pictures(3)):
+        for m in (model, without_reuse(copy.deepcopy(model))):
+            m.set_classes(names, word_tokenizer())
+            for call in (lambda: logits(m, x), lambda: m(pixel_values=x), lambda: m(pixel_values=x, **captions)):  # noqa: B023
+                assert sequences_at_once(m, call) <= 3 * len(x)
+        assert sequences_at_once(model, lambda: model.zero_shot_logits(x, "a w12 {}")) <= 64  # noqa: B023
+
+
+def bytes_of(states) -> int:
+    return sum(t.untyped_storage().nbytes() for layer in states.layers for t in layer)
+
+
+def test_what_a_class_costs_is_known_and_training_keeps_nothing():
+    """2 n d_t P numbers a class: keys and values of n layers for the P tokens of the longest [SOS] G D_c."""
+    names = [f"w{i} w{i + 1}" for i in range(4, 20)]
+    model = prompted(names=names, chunk_size=5).eval()
+    logits(model)
+    part = part_of(model)
+    text = model.get_base_model().config.text_config
+    P = 1 + 4 + 2 + 2
+    a_class = 2 * text.num_hidden_layers * text.hidden_size * P * 4
+    assert bytes_of(part.kept["default", "prefixes"].value) == len(names) * a_class
+    model.train()(pixel_values=pictures(), labels=LABELS).loss.backward()
+    assert not part.kept
+
+
 def test_two_threads_read_different_pictures():
     model, found = prompted().eval(), {}
     expected = [logits(model, pictures(seed=s)) for s in range(4)]
@@ -297,6 +364,28 @@ def test_two_threads_read_different_pictures():
     [t.join() for t in threads]
     for s in range(4):
         close(found[s], expected[s])
+
+
+def test_attention_without_reuse_says_so():
+    def build(family: str, attention: str) -> PeftModel:
+        base = TOWERS[family].build()
+        base.set_attn_implementation(attention)
+        return get_peft_model(base, StructuredPromptConfig(general_init=None, attention_dim=16, num_heads=2))
+
+    model = build("clip", "eager")
+    with pytest.warns(UserWarning, match="attention is 'eager'.*attn_implementation='sdpa'") as found:
+        model.set_classes(CLASSES, word_tokenizer())
+    assert [warning.filename for warning in found] == [__file__]
+    assert not part_of(model).reader.reuses_prefix()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.set_classes(CLASSES[:2], word_tokenizer())  # once
+        build("clip", "sdpa").set_classes(CLASSES, word_tokenizer())
+        build("vision_text_dual_encoder", "eager").set_classes(CLASSES, word_tokenizer())  # would have no reuse anyway
+    model.set_classes(CLASSES, word_tokenizer())
+    assert model.get_base_model().text_model.config._attn_implementation == "eager"
+    stir(model.eval())
+    close(logits(model), oracle(model, pictures(), CLASSES))
 
 
 # ------------------------------------------------------------------------------------------------- the instance part
@@ -340,6 +429,29 @@ def test_it_looks_at_patches(family: str, mode: str):
     assert weights.std(dim=-1).min() > 0
     with pytest.raises(ValueError, match="num_instance=0"):
         prompted(num_instance=0).instance_attention(pictures())
+
+
+def test_patches_that_fill_a_picture_up_are_not_looked_at():
+    """Towers for pictures of any shape (SigLIP 2, NaFlex) take patches, padded to the largest picture's."""
+    vision = hf.Siglip2VisionConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, intermediate_size=64, patch_size=4, num_patches=16)  # fmt: skip
+    text = hf.Siglip2TextConfig(**text_tower(32), projection_size=32)
+    base = dual(hf.Siglip2Model, hf.Siglip2Config(text_config=text, vision_config=vision), "siglip2", pairs()).build()
+    small = {"general_init": None, "attention_dim": 16, "num_heads": 2}
+    pixels = torch.randn(1, 6, 48, generator=torch.Generator().manual_seed(1))
+    alone = {"pixel_attention_mask": torch.ones(1, 6), "spatial_shapes": torch.tensor([[2, 3]])}
+    padding = torch.zeros(1, 4)
+    padded = {**alone, "pixel_attention_mask": torch.cat([alone["pixel_attention_mask"], padding], dim=1)}
+    for mode in ("prompt", "feature"):
+        model = stir(get_peft_model(copy.deepcopy(base), StructuredPromptConfig(**small, mode=mode))).eval()
+        model.set_classes(CLASSES, word_tokenizer())
+        filled = F.pad(pixels, (0, 0, 0, 4))
+        with torch.no_grad():
+            close(model(pixel_values=filled, **padded).logits, model(pixel_values=pixels, **alone).logits)
+        weights = model.instance_attention(filled, **padded)
+        assert not weights[..., 6:].any()
+        torch.testing.assert_close(weights[..., :6], model.instance_attention(pixels, **alone))
+        if mode == "prompt":
+            assert model.shortlist_recall(filled, **padded) == model.shortlist_recall(pixels, **alone)
 
 
 def test_no_gradient_reaches_the_towers():
@@ -443,6 +555,30 @@ def test_zero_shot_logits_are_the_base_models_own(family: str):
         model.zero_shot_logits(pictures(), "a photo")
 
 
+def test_the_base_model_is_what_was_there_before_any_training():
+    """Neither modules that are trained beside the adapter nor another method's adapters belong to it."""
+    template = "a w12 {}"
+    plain = prompted("clip").eval()
+    expected, hand = plain.zero_shot_logits(pictures(), template), part_of(plain).templated(template, 8)
+    torch.manual_seed(0)
+    beside = get_peft_model(TOWERS["clip"].build(), LoraConfig(target_modules=["q_proj", "v_proj"]), "other")
+    config = StructuredPromptConfig(modules_to_save=["text_projection", "visual_projection"], text_anchor=0.5)
+    model = get_peft_model(beside.get_base_model(), config)
+    model.set_classes(CLASSES, word_tokenizer())
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "modules_to_save" in name or "lora_" in name:
+                p.add_(torch.randn_like(p))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    part = part_of(model.eval())
+    before = logits(model)
+    close(model.zero_shot_logits(pictures(), template), expected)
+    torch.testing.assert_close(part.templated(template, 8), hand)
+    torch.testing.assert_close(part.hand_written(part.texts, 8), part_of(plain).hand_written(part.texts, 8))
+    close(logits(model), before)
+    assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
 @pytest.mark.parametrize("family", ["clip", "clip_eos", "siglip", "vision_text_dual_encoder"])
 @pytest.mark.parametrize("left", [False, True])
 def test_captions_of_a_batch_are_read_as_classes_are(family: str, left: bool):
@@ -501,7 +637,18 @@ def test_shortlist(family: str, order: str):
 
 
 BAD_LISTS = {
-    "takes a list of names": ([], "w4", ["w4", ""], ["w4", 3], [" "]),
+    "takes a list of names": (
+        [],
+        "w4",
+        ["w4", ""],
+        ["w4", 3],
+        [" "],
+        np.array([]),
+        np.array([["w4"]]),
+        {"w4", "w5"},
+        {"w4": 0},
+        None,
+    ),
     "Class 'w6' is there twice": (["w6", "w5", "w6"],),
     "Class 'w99' is there twice: the tokenizer reads 'w98' alike": (["w98", "w99"],),
     r"Class 'w5( w5)+' is 60 tokens.* has room for 52": (["w4", " ".join(["w5"] * 60)],),
@@ -515,6 +662,24 @@ def test_bad_class_lists(message: str, names):
     with pytest.raises(ValueError, match=message):
         model.set_classes(names, word_tokenizer())
     assert torch.equal(logits(model), expected), "a refused list leaves the old one in place"
+
+
+def test_names_groups_and_labels_of_other_kinds():
+    model = prompted().eval()
+    expected = logits(model)
+    for names in (np.array(CLASSES), tuple(CLASSES), dict.fromkeys(CLASSES).keys().__iter__()):
+        model.set_classes(names, word_tokenizer())
+        assert torch.equal(logits(model), expected)
+    with torch.no_grad():
+        losses = [
+            model(pixel_values=pictures(), labels=LABELS.to(d)).loss for d in (torch.int64, torch.int32, torch.uint8)
+        ]
+    assert losses[0] == losses[1] == losses[2]
+    model = prompted(groups=[1, 0, 1, 2], domain="per_group", num_domains=3).eval()
+    expected = logits(model)
+    for groups in (np.array([1, 0, 1, 2]), torch.tensor([1, 0, 1, 2])):
+        model.set_classes(CLASSES, word_tokenizer(), groups)
+        assert torch.equal(logits(model), expected)
 
 
 @pytest.mark.parametrize("groups", [[0], [0, 1, 2, 0.5], [0, 1, -1, 0], None, [0, 1, 3, 0]])
@@ -535,6 +700,8 @@ def test_words_that_do_not_fit():
     ("changes", "message"),
     [
         ({"pixel_values": None}, "no pixel_values"),
+        ({"pixel_values": pictures(0)}, "The batch is empty"),
+        ({"pixel_values": pictures(0), "labels": LABELS[:0]}, "The batch is empty"),
         ({"labels": torch.tensor([0, 4, 1])}, "Label 4 is no place in the list of 4 classes"),
         ({"labels": torch.tensor([0, -1, 1])}, "Label -1 is no place"),
         ({"labels": torch.tensor([0, 1])}, "one class number a picture"),
@@ -577,6 +744,12 @@ class Shapes(torch.utils.data.Dataset):
         return {"pixel_values": self.x[i], "labels": int(self.y[i])}
 
 
+def entropy(model: PeftModel) -> float:
+    """Of the attention over the patches, as a share of what looking everywhere alike has."""
+    weights = model.eval().instance_attention(Shapes(1).x)
+    return float(-(weights * weights.log()).sum(dim=-1).mean()) / math.log(weights.shape[-1])
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_stock_trainer(order: str, tmp_path):
     model = prompted(names=["w4", "w5"], trained=False, order=order)
@@ -593,12 +766,12 @@ def test_stock_trainer(order: str, tmp_path):
     )
     accuracy = lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())}  # noqa: E731
     trainer = hf.Trainer(model, arguments, train_dataset=Shapes(), eval_dataset=Shapes(1), compute_metrics=accuracy)
-    before = trainer.evaluate()
+    attention = part_of(model).structured_prompt_context["default"].attention
+    before, looked = trainer.evaluate(), entropy(model)
     trainer.train()
     after = trainer.evaluate()
     assert after["eval_loss"] < before["eval_loss"]
     assert after["eval_accuracy"] > 0.9
-    attention = part_of(model).structured_prompt_context["default"].attention
-    assert attention.gate_norm.abs() > 0.1
-    assert attention.out.weight.norm() > 0.1
+    assert (attention.gate_norm * attention.out.weight).norm() > 0.1  # 0 at the start
+    assert entropy(model) < looked - 0.01 < 1
     assert trainer.predict(Shapes(1)).predictions.shape == (16, 2)

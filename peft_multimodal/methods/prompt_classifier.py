@@ -8,13 +8,15 @@ pieces in `prompt_text.py`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
@@ -145,9 +147,14 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
     def set_classes(self, names: Sequence[str], groups: Sequence[int] | None) -> None:
         """The checks of [`StructuredPromptModel.set_classes`], then the list."""
         frame, device = self.reader.tokenizer_frame(), device_of(self.reader.embedding)
-        if isinstance(names, str) or not names or not all(isinstance(n, str) and n.strip() for n in names):
+        names, groups = in_order(names), None if groups is None else in_order(groups)
+        if not isinstance(names, list) or not names or not all(isinstance(n, str) and n.strip() for n in names):
             raise ValueError(f"set_classes takes a list of names, got {names!r}.")
-        if groups is not None and (len(groups) != len(names) or not all(type(g) is int and g >= 0 for g in groups)):
+        if groups is not None and (
+            not isinstance(groups, list)
+            or len(groups) != len(names)
+            or not all(type(g) is int and g >= 0 for g in groups)
+        ):
             raise ValueError(f"groups must be a number for each of the {len(names)} names, got {groups!r}.")
         words = frame.words(self.tokenizer, names)
         seen: dict[tuple[int, ...], str] = {}
@@ -156,7 +163,7 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
                 alike = "" if other == name else f": the tokenizer reads {other!r} alike"
                 raise ValueError(f"Class {name!r} is there twice{alike}. Classes of one name can't be told apart.")
             seen[tuple(ids)] = name
-        number = None if groups is None else torch.tensor(list(groups), device=device)
+        number = None if groups is None else torch.tensor(groups, device=device)
         texts = Texts.of_lists(words, frame.pad, device, groups=number, names=tuple(names))
         for adapter_name in self.active_adapters:
             if adapter_name in self.configs:
@@ -248,7 +255,8 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
         pieces = (
             [self.reader.lead(), self.reader.words(part), self.reader.tail()] for part in texts.chunks(chunk_size)
         )
-        return torch.cat([self.reader.features(join(*piece)) for piece in pieces])
+        with base_alone(self._model[0]):
+            return torch.cat([self.reader.features(join(*piece)) for piece in pieces])
 
     def templated(self, template: str, chunk_size: int) -> Tensor:
         """(C, e): the base model's features of the class list in a template, "a photo of a {}"."""
@@ -291,12 +299,9 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
         context = self.structured_prompt_context[adapter_name] if adapter_name else nn.Module()
         own = [p.detach() for name, p in context.named_parameters() if not name.startswith("attention.")]
         model = self._model[0]
-        switches = [
-            (*m.active_adapters, m.disable_adapters, *m.merged_adapters)
-            for m in model.modules()
-            if isinstance(m, BaseTunerLayer)  # of other methods too
-        ]
-        state = torch.is_autocast_enabled("cpu"), switches, [(id(p), p._version) for p in model.parameters()]
+        switches = [(*m.active_adapters, m.disable_adapters, *m.merged_adapters) for m in switched(model)]
+        precision = autocast_dtype(device_of(self.reader.embedding))
+        state = precision, switches, [(id(p), p._version) for p in model.parameters()]
         found = self.kept.get((adapter_name, kind))
         if found is None or found.state != state or not all(map(torch.equal, found.own, own)):
             with torch.inference_mode(False), torch.no_grad():  # so that any later call may use it
@@ -330,21 +335,28 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
 
     # --- logits ---
 
-    def instance(self, adapter_name: str, Z: Tensor) -> Tensor | None:
+    def instance(self, adapter_name: str, Z: Tensor, real: Tensor | None = None) -> Tensor | None:
         """I(x) (B, M_i, d_t) of the patches Z (B, S, d_v); None where the prompt doesn't look at the picture."""
         context = self.structured_prompt_context[adapter_name]
-        return context.attention(context.instance, Z) if self.configs[adapter_name].looks() else None
+        return context.attention(context.instance, Z, real) if self.configs[adapter_name].looks() else None
 
     def cosines(
-        self, adapter_name: str, v: Tensor, Z: Tensor, texts: Texts, hand: Tensor | None = None
+        self,
+        adapter_name: str,
+        v: Tensor,
+        Z: Tensor,
+        texts: Texts,
+        hand: Tensor | None = None,
+        real: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """v(x) . w_c(x), (B, C), and the mean of 1 - w_c(x) . hand_c where `hand` (C, e) is given.
 
         Args:
             v: The pictures' embeddings (B, e), of norm 1.
             Z: Their patches (B, S, d_v).
+            real: (B, S), 0 at patches that fill a picture up; None where there are none.
         """
-        config, instance = self.configs[adapter_name], self.instance(adapter_name, Z)
+        config, instance = self.configs[adapter_name], self.instance(adapter_name, Z, real)
         known = self.known(adapter_name, texts, instance)
         again = self.trains() and (len(texts) > config.chunk_size or is_checkpointing(self._model[0]))
         found = []
@@ -354,7 +366,7 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
             mine = (
                 known if known is None or by_picture else known[rows] if isinstance(known, Tensor) else known.rows(rows)
             )
-            part = (adapter_name, v, Z, texts.rows(rows), instance, mine, None if hand is None else hand[rows])
+            part = (adapter_name, v, Z, real, texts.rows(rows), instance, mine, None if hand is None else hand[rows])
             # Recomputed in the backward pass, so that what is held for it doesn't grow with the class count.
             found.append(
                 checkpoint(self._chunk, *part, use_reentrant=False, preserve_rng_state=False)
@@ -365,29 +377,42 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
         return torch.cat([cos for cos, _ in found], dim=1), off
 
     def _chunk(
-        self, adapter_name: str, v: Tensor, Z: Tensor, texts: Texts, instance: Tensor | None, known: Any, hand: Any
+        self,
+        adapter_name: str,
+        v: Tensor,
+        Z: Tensor,
+        real: Tensor | None,
+        texts: Texts,
+        instance: Tensor | None,
+        known: Any,
+        hand: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         w = self.features(adapter_name, texts, instance, known)
         if self.configs[adapter_name].mode == "feature":
-            w = F.normalize(self.structured_prompt_context[adapter_name].attention(w[0], Z), dim=-1)
+            w = F.normalize(self.structured_prompt_context[adapter_name].attention(w[0], Z, real), dim=-1)
         off = None if hand is None else (1 - (w * hand).sum(dim=-1)).mean(dim=0).sum()
         return (w.to(v.dtype) @ v[..., None])[..., 0], off
 
-    def shortlisted(self, adapter_name: str, v: Tensor, Z: Tensor, texts: Texts) -> Tensor:
+    def shortlisted(self, adapter_name: str, v: Tensor, Z: Tensor, texts: Texts, real: Tensor | None = None) -> Tensor:
         """(B, C): v(x) . w_c(x) for the classes that static prompts rank first; the others' static ones, held below."""
-        config, instance = self.configs[adapter_name], self.instance(adapter_name, Z)
+        config, instance = self.configs[adapter_name], self.instance(adapter_name, Z, real)
         assert instance is not None
         cos = v @ self.static(adapter_name, texts).to(v.dtype).T
         top = cos.topk(min(config.shortlist or 0, len(texts)), dim=1).indices  # (B, k)
-        known, k = self.known(adapter_name, texts, instance), top.shape[1]
-        if config.order == "GID":
-            w = self.reader.continued(known, self.ending(adapter_name, texts.rows(top.flatten()), instance))
-        else:
-            if known is None:
-                known = self.reader.prefix(*self.beginning(adapter_name, texts, instance))
-            ending = self.ending(adapter_name, texts, instance).repeat_each(k)
-            w = self.reader.continued(known.rows(top.flatten()), ending)
-        best = (w.reshape(len(v), k, -1).to(v.dtype) @ v[..., None])[..., 0]
+        known = self.known(adapter_name, texts, instance)
+        if known is None and self.reader.reuses_prefix():
+            known = self._prefixes(adapter_name, texts, instance)
+        found = []
+        for chosen in top.split(config.chunk_size, dim=1):
+            classes = chosen.flatten()
+            own, times = texts.rows(classes), chosen.shape[1]
+            if config.order == "GID":
+                w = self.reader.continued(known, self.ending(adapter_name, own, instance))
+            else:
+                begun = self.reader.prefix(*self.beginning(adapter_name, own, instance)) if known is None else known.rows(classes)  # fmt: skip
+                w = self.reader.continued(begun, self.ending(adapter_name, own, instance).repeat_each(times))
+            found.append((w.reshape(len(v), times, -1).to(v.dtype) @ v[..., None])[..., 0])
+        best = torch.cat(found, dim=1)
         return torch.minimum(cos, best.amin(dim=1, keepdim=True)).scatter(1, top, best)
 
     def static(self, adapter_name: str, texts: Texts) -> Tensor:
@@ -400,6 +425,8 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
         """v (B, e), of norm 1, and the patches Z (B, S, d_v) without CLS and its like; no gradient goes through Z."""
         if pixel_values is None:
             raise ValueError("The batch has no pixel_values: the classifier needs pictures.")
+        if not len(pixel_values):
+            raise ValueError("The batch is empty: pixel_values holds no picture.")
         model = self._model[0]
         with in_eval(model):
             out = model.get_image_features(pixel_values=pixel_values, return_dict=True, **image_inputs)
@@ -421,6 +448,8 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
     ) -> Any:
         """Stands in for the model's `forward`: [`StructuredPromptModel`] says what it takes and gives."""
         active = self.live_adapters()
+        if self._model[0].training and self.trains() and not torch.compiler.is_compiling():
+            self.kept.clear()  # nothing of it would outlive a step, and it may be large
         if not active:
             return self._base(input_ids, pixel_values, *args, labels=labels, return_loss=return_loss, return_dict=return_dict, **kwargs)  # fmt: skip
         if len(active) > 1 or args:
@@ -448,18 +477,18 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
         if unread := kwargs.keys() - self.image_inputs:
             raise TypeError(f"Nothing reads {sorted(unread)} while an adapter of this method is active.")
         v, Z = self.look(pixel_values, **kwargs)
-        hand = None
+        real, hand = kwargs.get("pixel_attention_mask"), None
         if config.text_anchor and (labels is not None or return_loss):
             captions = input_ids is not None
             hand = self.hand_written(texts, config.chunk_size) if captions else self.templated(config.anchor_template, config.chunk_size)  # fmt: skip
         if config.shortlist is not None and shortlist:
-            cos, off = self.shortlisted(adapter_name, v, Z, texts), None
+            cos, off = self.shortlisted(adapter_name, v, Z, texts, real), None
         else:
-            cos, off = self.cosines(adapter_name, v, Z, texts, hand)
+            cos, off = self.cosines(adapter_name, v, Z, texts, hand, real)
         logits = scaled(model, cos)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits.float(), labels)
+            loss = F.cross_entropy(logits.float(), labels.long())
         elif return_loss:
             loss = pair_loss(model, logits)
         if off is not None and loss is not None:
@@ -487,6 +516,14 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
         return forward(**named, **given)
 
 
+def in_order(values: Any) -> Any:
+    """The values of a list, a tuple, an array or their like as a list; anything else as it is."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    return (
+        values if isinstance(values, (str, bytes, Mapping, Set)) or not isinstance(values, Iterable) else list(values)
+    )
+
+
 def check_labels(labels: Tensor, pixel_values: Tensor | None, classes: int) -> None:
     if (
         labels.ndim != 1
@@ -503,7 +540,30 @@ def check_labels(labels: Tensor, pixel_values: Tensor | None, classes: int) -> N
         raise ValueError(f"Label {high if high >= classes else low} is no place in the list of {classes} classes.")
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """In what a device computes now; None without autocast, in what the weights are."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 # --- the dual encoder ------------------------------------------------------------------------------------------------
+
+
+def switched(model: nn.Module) -> list[Any]:
+    """Whatever PEFT switches in a model: layers of any method, and modules that are trained beside one."""
+    return [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+
+
+@contextmanager
+def base_alone(model: nn.Module) -> Iterator[None]:
+    """The model without anything that was trained on it. No `requires_grad` changes, as it would by PEFT's own switch."""
+    live = [m for m in switched(model) if not m.disable_adapters]
+    for m in live:
+        m._disable_adapters = True
+    try:
+        yield
+    finally:
+        for m in live:
+            m._disable_adapters = False
 
 
 def scaled(model: Any, cos: Tensor) -> Tensor:

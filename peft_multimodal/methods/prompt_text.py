@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -402,31 +403,38 @@ class PromptReader:
             keep = torch.arange(padded.ids.shape[1], device=padded.ids.device) < padded.ids.shape[1] - 1
             moved = self.features(Piece(padded.embeds, padded.ids, keep[None])).float() - whole
             self.reads_padding = bool(moved.norm() > (1e-3 if self.embedding.weight.dtype == torch.float32 else 5e-2))
-            if self.reads_padding or not self._take_attention():
+            if self.reads_padding:
                 return
             # As near to the whole sequence as can be told from one with another prefix.
             apart = (self.features(join(other, end, tail)).float() - whole).norm()
+            self._take_attention()
             try:
                 states = self.states(begin)
                 exact = len(states) > 0 and (self.continued(states, join(end, tail))[0].float() - whole).norm()
             except (TypeError, IndexError):  # a tower without position_ids; one that hands nothing to its attention
                 exact = apart
-            if not bool(exact < 0.05 * apart):
+            reusable = bool(exact < 0.05 * apart)
+            others = [own for _, own in self._own_attention if own != "sdpa"]
+            if others or not reusable:
                 self.restore_attention()
+            if others and reusable:
+                warnings.warn(
+                    f"The text tower's attention is {others[0]!r}: what prompts have in common is read anew for each of "
+                    "them. With attn_implementation='sdpa' it is read once, and the results are the same.",
+                    stacklevel=4,  # where set_classes or set_tokenizer is called
+                )
 
     def reuses_prefix(self) -> bool:
         return bool(self._own_attention) and all(c._attn_implementation == ATTENTION for c, _ in self._own_attention)
 
-    def _take_attention(self) -> bool:
-        """Let the tower's attention go through `attend`, which without a prefix is what it was."""
+    def _take_attention(self) -> None:
+        """Let the tower's attention go through `attend`, which without a prefix is the library's "sdpa"."""
         found: list[Any] = [m.config for m in self.tower.modules() if hasattr(m, "config")]
         configs = {id(config): config for config in found}.values()
-        if any(config._attn_implementation not in ("sdpa", ATTENTION) for config in configs):
-            return False  # (two models may have one config)
-        self._own_attention = [(config, "sdpa") for config in configs]
+        own = [config._attn_implementation for config in configs]  # ATTENTION where two models have one config
+        self._own_attention = [(c, "sdpa" if name == ATTENTION else name) for c, name in zip(configs, own, strict=True)]
         for config in configs:
             config._attn_implementation = ATTENTION
-        return True
 
     def restore_attention(self) -> None:
         for config, own in self._own_attention:

@@ -35,7 +35,16 @@ from ..anatomy import Matrix, base_model, describe, is_below, token_embeddings
 from ..model_card import CardNotes
 from ..registry import register
 from ..tuner import MultimodalConfig, MultimodalTuner
-from .prompt_classifier import CHUNK, WORDS, PromptedClassifier, StructuredPromptLayer, scaled, text_tower, widths
+from .prompt_classifier import (
+    CHUNK,
+    WORDS,
+    PromptedClassifier,
+    StructuredPromptLayer,
+    base_alone,
+    scaled,
+    text_tower,
+    widths,
+)
 
 
 @dataclass
@@ -144,21 +153,24 @@ class VisualAttention(nn.Module):
         nn.init.zeros_(self.out.weight)
         self.gate_norm = nn.Parameter(torch.ones(1))  # g; Trainer gives names in `_norm` no weight decay
 
-    def weights(self, X: Tensor, Z: Tensor) -> Tensor:
-        """(B, heads, n, S): how each row of X (n, width) looks at the patches Z (B, S, d_v)."""
-        return self._weights(X, self.norm_patches(Z))
+    def weights(self, X: Tensor, Z: Tensor, real: Tensor | None = None) -> Tensor:
+        """(B, heads, n, S): how each row of X (n, width) looks at the patches Z (B, S, d_v), as far as they are real (B, S)."""
+        return self._weights(X, self.norm_patches(Z), real)
 
-    def _weights(self, X: Tensor, Z: Tensor) -> Tensor:
+    def _weights(self, X: Tensor, Z: Tensor, real: Tensor | None) -> Tensor:
         q = self.query(self.norm_query(X)).unflatten(-1, (self.heads, -1))
         k = self.key(Z).unflatten(-1, (self.heads, -1))
-        return (torch.einsum("nhd,bshd->bhns", q, k) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+        scores = torch.einsum("nhd,bshd->bhns", q, k) / math.sqrt(q.shape[-1])
+        if real is not None:
+            scores = scores.masked_fill(~real.bool()[:, None, None], float("-inf"))
+        return scores.softmax(dim=-1)
 
-    def forward(self, X: Tensor, Z: Tensor) -> Tensor:
-        """X (n, width) and Z (B, S, d_v) -> (B, n, width)."""
+    def forward(self, X: Tensor, Z: Tensor, real: Tensor | None = None) -> Tensor:
+        """X (n, width), Z (B, S, d_v) and which of its patches are real (B, S) -> (B, n, width)."""
         Z = self.norm_patches(Z.to(self.gate_norm.dtype))
         X = X.to(self.gate_norm.dtype)
         v = self.value(Z).unflatten(-1, (self.heads, -1))
-        seen = torch.einsum("bhns,bshd->bnhd", self._weights(X, Z).to(v.dtype), v)
+        seen = torch.einsum("bhns,bshd->bnhd", self._weights(X, Z, real).to(v.dtype), v)
         return X + self.gate_norm * self.out(seen.flatten(2))
 
 
@@ -294,7 +306,8 @@ class StructuredPromptModel(MultimodalTuner):
     def zero_shot_logits(self, pixel_values: Tensor, template: str = "a photo of a {}", **image_inputs: Any) -> Tensor:
         """(B, C): the base model's own logits for the class list in a template, which has {} for the name."""
         part: Any = self.classifier()
-        v, _ = part.look(pixel_values, **image_inputs)
+        with base_alone(self.model):
+            v, _ = part.look(pixel_values, **image_inputs)
         return scaled(self.model, v @ part.templated(template, CHUNK).to(v.dtype).T)
 
     @torch.no_grad()
@@ -312,7 +325,7 @@ class StructuredPromptModel(MultimodalTuner):
         _, Z = part.look(pixel_values, **image_inputs)
         texts = None if config.looks() else part.fitting(part.listed(), adapter_name)
         X = context.instance if texts is None else part._features(adapter_name, texts, None)
-        return context.attention.weights(X, Z)
+        return context.attention.weights(X, Z, image_inputs.get("pixel_attention_mask"))
 
     @torch.no_grad()
     def shortlist_recall(
@@ -323,7 +336,8 @@ class StructuredPromptModel(MultimodalTuner):
         (adapter_name,) = part.live_adapters()
         texts = part.fitting(part.listed(), adapter_name)
         v, Z = part.look(pixel_values, **image_inputs)
-        winner = part.cosines(adapter_name, v, Z, texts)[0].argmax(dim=1, keepdim=True)
+        real = image_inputs.get("pixel_attention_mask")
+        winner = part.cosines(adapter_name, v, Z, texts, real=real)[0].argmax(dim=1, keepdim=True)
         order = (v @ part.static(adapter_name, texts).to(v.dtype).T).argsort(dim=1, descending=True)
         place = (order == winner).int().argmax(dim=1)
         return {k: 100 * (place < k).double().mean().item() for k in ks}
