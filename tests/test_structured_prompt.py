@@ -602,6 +602,24 @@ def test_captions_of_a_batch_are_read_as_classes_are(family: str, left: bool):
     torch.testing.assert_close(out.loss, loss)
 
 
+def test_what_the_base_makes_of_the_template_is_kept_in_training(monkeypatch: pytest.MonkeyPatch):
+    """Its texts are read once for all steps, and again after the base has changed."""
+    model = prompted(text_anchor=0.5, anchor_template="a w12 {}")
+    part, calls = model.base_model.classifier(), []
+    own = part.hand_written
+    monkeypatch.setattr(part, "hand_written", lambda *a: calls.append(a) or own(*a))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()
+    for _ in range(3):
+        model(pixel_values=pictures(2), labels=torch.tensor([0, 1])).loss.backward()
+        optimizer.step()
+    assert len(calls) == 1
+    with torch.no_grad():
+        model.get_base_model().text_projection.weight.mul_(2)
+    model(pixel_values=pictures(2), labels=torch.tensor([0, 1])).loss.backward()
+    assert len(calls) == 2
+
+
 def test_text_anchor():
     plain, anchored = prompted(), prompted(text_anchor=0.5, anchor_template="a w12 {}", chunk_size=3)
     part, x = part_of(plain), pictures()

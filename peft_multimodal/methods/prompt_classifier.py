@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 CHUNK = 64  # texts at a time where no config says
 # {field of the config: the context that starts from its words}
+BASE = ""  # in an adapter's place, of what the base model alone makes
 WORDS = {"general_init": "general", "domain_init": "domain", "instance_init": "instance"}
 
 
@@ -272,7 +273,7 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
                     raise ValueError(f"{text!r} is {len(ids)} tokens; the text tower has room for {room}. Shorten it.")
             return self.hand_written(Texts.of_lists(words, frame.pad, texts.words.device), chunk_size)
 
-        return self.keep("", template, features)
+        return self.keep(BASE, template, features)
 
     def listed(self) -> Texts:
         """The class list.
@@ -293,15 +294,16 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
         return torch.is_grad_enabled() and any(p.requires_grad for p in self._model[0].parameters())
 
     def keep(self, adapter_name: str, kind: str, compute: Callable[[], Any]) -> Any:
-        """`compute()`, or what it gave since the adapter, the model and the class list last changed."""
-        if self.trains() or torch.compiler.is_compiling():
+        """`compute()`, or what it gave since the adapter, the model and the class list last changed; `BASE`: no adapter's."""
+        of_base, model = adapter_name == BASE, self._model[0]
+        if torch.compiler.is_compiling() or (self.trains() and not of_base):
             return compute()
-        context = self.structured_prompt_context[adapter_name] if adapter_name else nn.Module()
+        context = nn.Module() if of_base else self.structured_prompt_context[adapter_name]
         own = [p.detach() for name, p in context.named_parameters() if not name.startswith("attention.")]
-        model = self._model[0]
         switches = [(*m.active_adapters, m.disable_adapters, *m.merged_adapters) for m in switched(model)]
         precision = autocast_dtype(device_of(self.reader.embedding))
-        state = precision, switches, [(id(p), p._version) for p in model.parameters()]
+        aside = trained_beside(model) if of_base else set()  # changes with every step
+        state = precision, switches, [(id(p), p._version) for p in model.parameters() if id(p) not in aside]
         found = self.kept.get((adapter_name, kind))
         if found is None or found.state != state or not all(map(torch.equal, found.own, own)):
             with torch.inference_mode(False), torch.no_grad():  # so that any later call may use it
@@ -449,7 +451,9 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
         """Stands in for the model's `forward`: [`StructuredPromptModel`] says what it takes and gives."""
         active = self.live_adapters()
         if self._model[0].training and self.trains() and not torch.compiler.is_compiling():
-            self.kept.clear()  # nothing of it would outlive a step, and it may be large
+            self.kept = {
+                key: found for key, found in self.kept.items() if key[0] == BASE
+            }  # the rest ends with the step
         if not active:
             return self._base(input_ids, pixel_values, *args, labels=labels, return_loss=return_loss, return_dict=return_dict, **kwargs)  # fmt: skip
         if len(active) > 1 or args:
@@ -551,6 +555,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def switched(model: nn.Module) -> list[Any]:
     """Whatever PEFT switches in a model: layers of any method, and modules that are trained beside one."""
     return [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+
+
+def trained_beside(model: nn.Module) -> set[int]:
+    """Identities of the parameters that adapters, and modules trained beside them, have put into a model."""
+    parts = (getattr(m, name, None) for m in switched(model) for name in m.adapter_layer_names)
+    return {id(p) for part in parts if isinstance(part, nn.Module) for p in part.parameters()}
 
 
 @contextmanager
