@@ -625,7 +625,7 @@ class _WithoutBase(dict[str, Tensor]):
         self._of_model = of_model
 
     def update(self, other: Any) -> None:  # type: ignore[override]
-        super().update({key: value for key, value in other.items() if key not in self._of_model})
+        super().update({k: v for k, v in other.items() if _WRAPPERS.sub("", k) not in self._of_model})
 
 
 def tuner_of(config: Any) -> type:
