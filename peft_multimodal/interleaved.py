@@ -78,7 +78,7 @@ class InterleavedProcessor:
             images: The pictures of each text, one for each of its markers; a video is a list of frames. None where
                 texts have none, or where they come as `vision_features`.
             padding_side: "left" or "right"; by default the tokenizer's.
-            kwargs: For the tokenizer: truncation, max_length, ...
+            kwargs: For the tokenizer: truncation, max_length, ... Pictures whose markers are cut off are left out.
 
         Returns:
             input_ids and attention_mask int64 (B, L). With pictures pixel_values: (B, T, C, H, W), or with a video among
@@ -86,7 +86,8 @@ class InterleavedProcessor:
             videos of fewer frames are filled up with zeros.
 
         Raises:
-            ValueError: a text has not as many markers as pictures, or the tokenizer can't pad.
+            ValueError: a text has not as many markers as pictures, the tokenizer can't pad, or makes several rows of a
+                text.
             TypeError: a text is no string, or a picture no PIL image.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
@@ -99,8 +100,10 @@ class InterleavedProcessor:
         sides = {} if padding_side is None else {"padding_side": padding_side}
         found = self.tokenizer(texts, **{"padding": True, "return_tensors": "pt", **sides, **kwargs})
         batch = {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"]}
-        if images is not None and any(len(row) for row in images):
-            batch |= self._pixels(images)
+        if images is not None:
+            images = self._left_by_truncation(images, found["input_ids"])
+            if any(images):
+                batch |= self._pixels(images)
         return BatchEncoding(batch)
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -129,6 +132,16 @@ class InterleavedProcessor:
         for index, (text, row) in enumerate(zip(texts, images, strict=True)):
             if (markers := text.count(self.media_token)) != len(row):
                 raise ValueError(f"Text {index} has {markers} markers {self.media_token!r} but {len(row)} pictures.")
+
+    def _left_by_truncation(self, images: Sequence[Sequence[Visual]], input_ids: Any) -> list[list[Visual]]:
+        """The pictures whose markers are still in the text."""
+        rows = input_ids.tolist() if hasattr(input_ids, "tolist") else input_ids
+        if len(rows) != len(images):
+            raise ValueError(f"The tokenizer made {len(rows)} rows of {len(images)} texts: whose pictures are whose?")
+        kept = [row.count(self.media_token_id) for row in rows]
+        if self.tokenizer.truncation_side == "left":
+            return [list(row)[len(row) - n :] for row, n in zip(images, kept, strict=True)]
+        return [list(row)[:n] for row, n in zip(images, kept, strict=True)]
 
     def _pixels(self, images: Sequence[Sequence[Visual]]) -> dict[str, Tensor]:
         if self.image_processor is None:

@@ -307,7 +307,7 @@ class MultimodalTuner(BaseTuner):
     scalars: tuple[str, ...] = ()
     """Ends of names of parameters that are one number: 1-D in the model, as FSDP2 shards no scalars, 0-D in the file."""
     owns_token_rows = False
-    """Whether an adapter brings the rows of new tokens, so that no embedding has to be saved with it."""
+    """Whether an adapter brings the rows of new tokens, so that no embedding is ever saved with it."""
     not_beside: dict[str, str] = {}
     """{PEFT type of another method: why no model can have both, and what to do instead}."""
 
@@ -561,7 +561,7 @@ class MultimodalTuner(BaseTuner):
         for stored, value in found.items():
             if stored.endswith(cls.scalars) and not hasattr(value, "full_tensor"):  # a shard keeps its dimension
                 found[stored] = value.reshape(())
-        return found
+        return _WithoutBase(found, state_dict) if cls.owns_token_rows else found
 
     def card_notes(self, adapter_name: str) -> CardNotes:
         """What the adapter's model card should say beyond what its files say."""
@@ -612,6 +612,20 @@ class MultimodalTuner(BaseTuner):
             model.base_model.unload()
         else:
             model.delete_adapter(adapter_name)
+
+
+class _WithoutBase(dict[str, Tensor]):
+    """An adapter's tensors, to which PEFT adds the base's embeddings where the base was resized.
+
+    Parts that are saved whole (`modules_to_save`) come under names of the file's, the embeddings under the model's.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], of_model: Collection[str]) -> None:
+        super().__init__(tensors)
+        self._of_model = of_model
+
+    def update(self, other: Any) -> None:  # type: ignore[override]
+        super().update({k: v for k, v in other.items() if _WRAPPERS.sub("", k) not in self._of_model})
 
 
 def tuner_of(config: Any) -> type:

@@ -70,6 +70,19 @@ LMS = {
             vocab_size=VOCAB, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
         ),
     ),
+    # Queries, keys and values are fused head by head, or factorised.
+    "gpt_neox": tiny(hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig(**text_tower(WIDTH))),
+    "bloom": tiny(hf.BloomForCausalLM, hf.BloomConfig(vocab_size=VOCAB, hidden_size=WIDTH, n_layer=2, n_head=4)),
+    "falcon": tiny(hf.FalconForCausalLM, hf.FalconConfig(**text_tower(WIDTH))),
+    "persimmon": tiny(hf.PersimmonForCausalLM, hf.PersimmonConfig(**text_tower(WIDTH))),
+    "deepseek_v3": tiny(
+        hf.DeepseekV3ForCausalLM,
+        hf.DeepseekV3Config(
+            **{**text_tower(WIDTH), "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2},
+            **{"num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 12, "qk_rope_head_dim": 4},
+            **{"qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+        ),
+    ),
 }
 llama = LMS["llama"]
 
@@ -571,6 +584,27 @@ def test_saving_asks_no_hub(tmp_path: Path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("whole", [None, ["lm_head"]], ids=["alone", "beside the head"])
+def test_the_stock_trainer_saves_no_resized_base(whole: list[str] | None, tmp_path: Path):
+    llama().save_pretrained(tmp_path / "base")
+    base = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(VOCAB + 8)
+    model = wrap(base, modules_to_save=whole)
+    arguments = hf.TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to="none")
+    hf.Trainer(model, arguments).save_model(str(tmp_path / "adapter"))
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    own = set(type(model.base_model).checkpoint_keys(model, "default"))
+    assert set(saved) == own | {f"base_model.model.{name}.weight" for name in whole or ()}
+
+
+def test_markers_are_no_targets():
+    model, inputs = wrap(media_token_id=VOCAB + 3), batch(VOCAB + 3)
+    labels = inputs["input_ids"]
+    expected = model(**inputs, labels=labels).loss
+    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+    torch.testing.assert_close(model(**inputs, labels=labels, shift_labels=shifted).loss, expected)
+
+
 # ---------------------------------------------------------------------------------------------------------- generation
 
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -700,6 +734,87 @@ def test_logits_processors_meet_a_marker_beyond_the_vocabulary(options: dict, wa
             parameter.copy_(own[name])
     expected = generate(inside, batch(), **WAYS[way], **options)
     assert generate(beyond, batch(VOCAB + 3), **WAYS[way], **options) == expected
+
+
+@pytest.mark.parametrize("negative", [None, [[1, 6, 7], [9, 4, 5], [8, 8, 6]]], ids=["last token", "own prompt"])
+def test_guidance_reads_its_own_text_without_pictures(negative: list | None):
+    model, inputs, scale = wrap(), batch(), 1.5
+    prompt = None if negative is None else torch.tensor(negative)
+    found = generate(model, inputs, guidance_scale=scale, negative_prompt_ids=prompt)
+    ids, other = inputs["input_ids"], inputs["input_ids"][:, -1:] if prompt is None else prompt
+    for _ in range(6):
+        seen = logits(model, input_ids=ids, vision_features=inputs["vision_features"])[:, -1].log_softmax(-1)
+        unseen = logits(model, input_ids=other)[:, -1].log_softmax(-1)
+        scores = scale * (seen - unseen) + unseen
+        scores[:, [2, M]] = -torch.inf  # the end and the marker
+        token = scores.argmax(dim=-1, keepdim=True)
+        ids, other = torch.cat([ids, token], dim=1), torch.cat([other, token], dim=1)
+    assert ids[:, 8:].tolist() == found
+    with pytest.raises(ValueError, match="negative_prompt_ids has markers"):
+        model.generate(**inputs, guidance_scale=scale, negative_prompt_ids=inputs["input_ids"])
+
+
+@pytest.mark.parametrize("marker", [M, VOCAB + 3])
+def test_assisted_decoding_is_refused(marker: int):
+    model, inputs = wrap(media_token_id=marker), batch(marker)
+    inputs = {k: v[:1] for k, v in inputs.items()}
+    for options in ({"assistant_model": llama()}, {"prompt_lookup_num_tokens": 2}):
+        with pytest.raises(ValueError, match="assistant_model=, prompt_lookup_num_tokens="):
+            model.generate(**inputs, **options)
+    text = {**inputs, "input_ids": inputs["input_ids"].masked_fill(inputs["input_ids"] == marker, 5)}
+    del text["vision_features"]
+    with model.disable_adapter():
+        assert generate(model, text, prompt_lookup_num_tokens=2) == generate(model, text)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("call", ["generate", "forward"])
+def test_a_call_that_failed_can_be_made_again(call: str, error: type[BaseException]):
+    model, x = wrap(), torch.randn(1, 2, 1, 4, D)
+    turn, more = torch.tensor([[1, 5, M, 6]]), torch.tensor([[M, 8, 9]])
+    media, past = MediaCache(), hf.DynamicCache(config=model.config)
+
+    def fail(*_):
+        raise error("stop")
+
+    def begin(**past):
+        return logits(model, input_ids=turn, vision_features=x[:, :1], media=media, **past)
+
+    def go_on():
+        mask = torch.ones(1, 7, dtype=torch.long)
+        inputs = {"input_ids": more, "attention_mask": mask, "past_key_values": copy.deepcopy(past), "media": media}
+        inputs["vision_features"] = x[:, 1:]
+        return written(model, inputs)[1][:, 0] if call == "generate" else logits(model, **inputs)[:, -1]
+
+    def interrupted(function):
+        hook = model.get_base_model().lm_head.register_forward_hook(fail)
+        with pytest.raises(error, match="stop"):
+            function()
+        hook.remove()
+
+    interrupted(begin)
+    begin(past_key_values=past)
+    interrupted(go_on)
+    found = go_on()
+    assert media.numbers.tolist() == [[1, 2]]
+    whole = logits(model, input_ids=torch.cat([turn, more], dim=1), vision_features=x)[:, -1]
+    torch.testing.assert_close(found, whole, atol=1e-4, rtol=1e-4)
+
+
+def test_pictures_that_another_adapter_has_read_are_an_error():
+    model, inputs, media = wrap(), batch(), MediaCache()
+    model.add_adapter("other", config())
+    logits(model, **inputs, media=media)
+    text = {k: v for k, v in inputs.items() if k != "vision_features"}
+    again = logits(model, **text, media=media)
+    model.set_adapter("other")
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"media holds pictures as another adapter than 'other' has read them"):
+            call(**text, media=media)
+    with pytest.raises(ValueError, match="another adapter than 'default'"):
+        wrap()(**text, media=media.repeat_interleave(1))
+    model.set_adapter("default")
+    torch.testing.assert_close(logits(model, **text, media=media), again)
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole text", "new text"])
@@ -1040,6 +1155,34 @@ def test_vision_encoders(name: str, given: bool, tmp_path: Path):
             assert distance(logits(loaded, **inputs), out) <= 1e-6
 
 
+PATCHES = {**vision_tower(D), "image_size": 32}
+
+
+def test_an_encoder_that_hides_patches_is_refused():
+    encoder = tiny(hf.ViTMAEModel, hf.ViTMAEConfig(**PATCHES, mask_ratio=0.5))()
+    base = llama()
+    before = trace(base)
+    with pytest.raises(ValueError, match=r"\(ViTMAEModel\) gives other features each time .*mask_ratio to 0"):
+        get_peft_model(base, config(vision_hidden_size=None).with_vision_encoder(encoder))
+    assert trace(base) == before
+    encoder.config.mask_ratio = 0.0
+    get_peft_model(base, config(vision_hidden_size=None).with_vision_encoder(encoder))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_encoder_of_padded_patches_is_refused(alone: bool):
+    vision = {**vision_tower(D), "num_patches": 16}
+    if alone:
+        encoder = tiny(hf.Siglip2VisionModel, hf.Siglip2VisionConfig(**vision))()
+    else:
+        encoder = tiny(hf.Siglip2Model, hf.Siglip2Config(text_config=text_tower(32), vision_config=vision))()
+    base = llama()
+    before = trace(base)
+    with pytest.raises(ValueError, match=r"\(Siglip2VisionModel\) needs pixel_attention_mask, spatial_shapes"):
+        get_peft_model(base, config(vision_hidden_size=None).with_vision_encoder(encoder))
+    assert trace(base) == before
+
+
 def test_videos(tmp_path: Path):
     model = stir(get_peft_model(llama(), config(vision_encoder=str(dinov2(tmp_path)), vision_hidden_size=None)).eval())
     video = torch.randn(3, 2, 4, 3, 16, 16)  # more frames than are learned
@@ -1161,6 +1304,22 @@ def test_processor_of_videos():
     )
     assert found["pixel_values"].shape == (2, 2, 2, 3, 16, 16)
     assert found["frame_mask"].tolist() == [[[True, False], [True, True]], [[True, False], [False, False]]]
+
+
+@pytest.mark.parametrize(("side", "kept"), [("left", [1, 2]), ("right", [0])])
+def test_pictures_are_cut_off_with_their_markers(side: str, kept: list[int]):
+    made, pictures = processor(), [picture(10), picture(100), picture(200)]
+    made.tokenizer.truncation_side = side
+    texts = ["<image> w4 w5 <image> w6 <image>", "w4 w5 w6"]
+    found = made(texts, images=[pictures, []], truncation=True, max_length=3)
+    expected = made.image_processor([pictures[i] for i in kept], return_tensors="pt")["pixel_values"]
+    assert (found["input_ids"] == VOCAB).sum(dim=1).tolist() == [len(kept), 0]
+    assert torch.equal(found["pixel_values"][0], expected)
+    if side == "left":
+        assert "pixel_values" not in made(["<image> w4"], images=[pictures[:1]], truncation=True, max_length=1)
+    several = {"truncation": True, "max_length": 3, "return_overflowing_tokens": True}
+    with pytest.raises(ValueError, match=r"made 2 rows of 1 texts"):
+        made(texts[:1], images=[pictures], **several)
 
 
 @pytest.mark.parametrize(
@@ -1318,5 +1477,18 @@ def test_models_without_a_decoder_of_their_own_are_refused(name: str):
     base = FAMILIES[name].build()
     before = trace(base)
     with pytest.raises(ValueError, match=r"Use a decoder-only language model"):
+        get_peft_model(base, config())
+    assert trace(base) == before
+
+
+@pytest.mark.parametrize("name", ["mamba", "rwkv"])
+def test_models_without_attention_are_refused(name: str):
+    sizes = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 2}
+    base = {
+        "mamba": lambda: tiny(hf.MambaForCausalLM, hf.MambaConfig(**sizes, state_size=4))(),
+        "rwkv": lambda: tiny(hf.RwkvForCausalLM, hf.RwkvConfig(**sizes, attention_hidden_size=WIDTH))(),
+    }[name]()
+    before = trace(base)
+    with pytest.raises(ValueError, match=r"keeps a recurrent state .* Use a decoder-only language model"):
         get_peft_model(base, config())
     assert trace(base) == before

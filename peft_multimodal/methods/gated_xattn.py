@@ -30,7 +30,18 @@ from typing import Any, NamedTuple
 from peft.utils import PeftType
 from torch import nn
 
-from ..anatomy import Anatomy, Matrix, base_model, describe, is_below, layer_of, own_modules, token_embeddings, unwrap
+from ..anatomy import (
+    Anatomy,
+    Matrix,
+    base_model,
+    describe,
+    is_below,
+    layer_of,
+    own_modules,
+    stack_of,
+    token_embeddings,
+    unwrap,
+)
 from ..registry import register
 from ..tuner import MultimodalConfig, MultimodalTuner
 from .frozen_encoder import follow
@@ -155,8 +166,16 @@ def find_decoder(model: Any, found: Anatomy) -> Decoder:
     if not towers:
         raise ValueError(f"GatedXAttn stands before the layers of a decoder; {found.model_class} has none. {instead}")
     root = towers[0].path
-    queries = [m for m in found.matrices if m.tower == "decoder" and m.letter in ("q", "qkv")]
-    lists = {layer.rpartition(".")[0] for m in queries if (layer := layer_of(m.module))}
+    if not towers[0].attentions and getattr(model, "_is_stateful", False):
+        raise ValueError(
+            f"{found.model_class} keeps a recurrent state in place of attention's keys and values, by which GatedXAttn "
+            f"knows where in its text generation is. {instead}"
+        )
+    numbered = [m for m in found.matrices if m.tower == "decoder" and layer_of(m.module)]
+    # Attention tells the layers from other lists. Not every family's is known: some fuse q, k and v head by head, or
+    # factorise them; their layers are then the only list there is.
+    queries = [m for m in numbered if m.letter in ("q", "qkv")]
+    lists = {stack_of(m.module) for m in queries or numbered}
     embeddings = [e for e in token_embeddings(model) if is_below(e, root)]
     if len(towers) > 1 or any(t.name == "text" for t in found.towers) or len(lists) != 1 or not embeddings:
         raise ValueError(
@@ -168,7 +187,7 @@ def find_decoder(model: Any, found: Anatomy) -> Decoder:
     layers = [path for path in modules if path.rpartition(".")[0] == stack and path.rpartition(".")[2].isdigit()]
     primary = unwrap(model.get_input_embeddings())
     embedding = next((e for e in embeddings if modules[e] is primary), embeddings[0])
-    width: Any = towers[0].hidden_size
+    width: Any = towers[0].hidden_size or model.config.get_text_config().hidden_size
     return Decoder(stack.rpartition(".")[0], layers, embedding, width)
 
 

@@ -6,7 +6,9 @@ The equations stand in `gated_xattn.py`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -142,6 +144,17 @@ class BeyondVocabulary(LogitsProcessor):
         return self.processor(input_ids, wide)[..., :known]
 
 
+class WithoutPictures(LogitsProcessor):
+    """Guidance, whose second pass of the model reads a text of its own, which has no pictures."""
+
+    def __init__(self, processor: LogitsProcessor, reader: MediaReader) -> None:
+        self.processor, self.reader = processor, reader
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        with self.reader.without_pictures():
+            return self.processor(input_ids, scores)
+
+
 class ForwardWithMedia:
     """A model's own forward, under a signature that names what the adapter reads too: Trainer drops other columns."""
 
@@ -167,6 +180,7 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
 
     role = ""
     adapter_layer_names = ("gated_xattn_resampler", "gated_xattn_shared")
+    _STANDS_IN = ("generate", "_get_logits_processor", "_get_candidate_generator")  # for the model's own
     gated_xattn_resampler: Any  # {adapter: Resampler}
     gated_xattn_shared: Any  # {adapter: GatedBlock}, of adapters with share_blocks
 
@@ -178,6 +192,7 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
         self.encoders = nn.ModuleDict()
         self.encoder_of: dict[str, str] = {}
         self.configs: dict[str, GatedXAttnConfig] = {}
+        self.identity: dict[str, str] = {}  # by which a MediaCache knows its adapter, whatever the adapter is called
         self.scope = CallScope()
         self._model, self._stack = (model,), (stack,)  # tuples are not registered
         names = list(inspect.signature(model.forward).parameters)
@@ -189,7 +204,7 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
             model.register_forward_hook(self._after, always_call=True),
             stack.register_forward_pre_hook(self._before_stack, with_kwargs=True),
         ]
-        self._own = {name: model.__dict__.get(name) for name in ("generate", "_get_logits_processor")}
+        self._own = {name: model.__dict__.get(name) for name in self._STANDS_IN}
         for name in self._own:
             if hasattr(model, name):
                 model.__dict__[name] = getattr(self, name)
@@ -217,6 +232,7 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
                 self.encoders[key] = encoder
             self.encoder_of[adapter_name] = key
         self.configs[adapter_name] = config
+        self.identity[adapter_name] = uuid.uuid4().hex
         self.gated_xattn_resampler[adapter_name] = make_resampler(config)
         if config.share_blocks:
             assert config.vision_hidden_size is not None
@@ -227,6 +243,7 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
         super().delete_adapter(adapter_name)
         self.encoder_of.pop(adapter_name, None)
         self.configs.pop(adapter_name, None)
+        self.identity.pop(adapter_name, None)
         for key in set(self.encoders) - set(self.encoder_of.values()):
             del self.encoders[key]
 
@@ -252,9 +269,12 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
                 "A call with past_key_values goes on with a text whose pictures it doesn't know. Pass the same "
                 "media=MediaCache() to this and to the calls before."
             )
-        if kwargs.get("labels") is not None:  # a marker is never a target, and may lie beyond the vocabulary
-            marker = self.configs[adapter].media_token_id
-            kwargs["labels"] = kwargs["labels"].masked_fill(kwargs["labels"] == marker, -100)
+        marker = self.configs[adapter].media_token_id
+        for name in ("labels", "shift_labels"):
+            if kwargs.get(name) is not None:  # a marker is never a target, and may lie beyond the vocabulary
+                kwargs[name] = kwargs[name].masked_fill(kwargs[name] == marker, -100)
+        if self.scope.is_open:
+            self.scope.seen.undo()  # an interrupt in an earlier call has passed over its end
         reading = self.read(adapter, ids, given, goes_on=past > 0)
         self.scope.open()
         self.scope.seen = reading
@@ -262,6 +282,8 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
 
     def _after(self, model: nn.Module, args: tuple, output: Any) -> None:
         if self.scope.is_open and not self.scope.seen.generating:
+            if output is None:  # the call failed
+                self.scope.seen.undo()
             self.scope.close()
 
     def _before_stack(self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -286,6 +308,9 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
                 "or the same media=MediaCache() as to the calls before."
             )
         marker: Any = self.configs[adapter].media_token_id
+        other = kwargs.get("negative_prompt_ids")
+        if other is not None and bool((other == marker).any()):
+            raise ValueError("negative_prompt_ids has markers, but guidance reads that text without pictures.")
         kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), NoMarkers(marker)])
         with torch.no_grad():
             reading = self.read(adapter, ids, given, goes_on)
@@ -294,8 +319,30 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
         self.scope.seen = reading
         try:
             return own(**kwargs)
+        except BaseException:
+            reading.undo()
+            raise
         finally:
             self.scope.close()
+
+    @contextmanager
+    def without_pictures(self) -> Iterator[None]:
+        """For passes in the midst of `generate` that read another text."""
+        reading: Reading = self.scope.seen
+        self.scope.seen = Reading(MediaCache(), None, reading.attend, generating=True)
+        try:
+            yield
+        finally:
+            self.scope.seen = reading
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the model's, which `generate` calls where tokens are proposed and then checked."""
+        if self._acting({}) is not None:
+            raise ValueError(
+                "Assisted decoding isn't supported beside GatedXAttn: what proposes tokens knows no pictures, nor the "
+                "marker. Leave out assistant_model=, prompt_lookup_num_tokens= and the like."
+            )
+        return self._models_own("_get_candidate_generator")(*args, **kwargs)
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """Stands in for the model's, which `generate` calls: its processors meet the marker's id in the text."""
@@ -304,9 +351,12 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
         if adapter is None:
             return found
         marker: Any = self.configs[adapter].media_token_id
-        return LogitsProcessorList(
-            BeyondVocabulary(processor, marker) if _looks_up_ids(processor) else processor for processor in found
-        )
+        return LogitsProcessorList(self._fitted(processor, marker) for processor in found)
+
+    def _fitted(self, processor: Any, marker: int) -> Any:
+        if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+            return WithoutPictures(processor, self)
+        return BeyondVocabulary(processor, marker) if _looks_up_ids(processor) else processor
 
     def _take(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The pictures among a call's inputs, taken out of them."""
@@ -336,13 +386,19 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
             goes_on: Whether the text follows on one whose pictures are in `media`.
 
         Raises:
-            ValueError: a row has more markers than pictures, or a shape is wrong.
+            ValueError: a row has more markers than pictures, a shape is wrong, or `media` is another adapter's.
         """
         config = self.configs[adapter]
         media = given.get("media")
         if media is not None and not isinstance(media, MediaCache):
             raise ValueError(f"media must be a MediaCache, got {type(media).__name__}.")
         media = MediaCache() if media is None else media
+        if media.places and media.adapter not in (None, self.identity[adapter]):
+            raise ValueError(
+                f"media holds pictures as another adapter than {adapter!r} has read them. Take one MediaCache for each "
+                "adapter, and give it the pictures."
+            )
+        known_places = media.places
         pictures = self._pictures(adapter, given)
         if ids is None:
             if pictures is not None or media.latents is not None:
@@ -359,7 +415,8 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
         if pictures is not None:
             self._append(media, adapter, pictures, given.get("frame_mask"), new)
         keeps = "media" in given and not torch.is_grad_enabled()
-        return Reading(media, text_time(marks, known if goes_on else None), config.attend, keeps=keeps)
+        times = text_time(marks, known if goes_on else None)
+        return Reading(media, times, config.attend, keeps=keeps, known=known_places)
 
     def _check_counts(self, new: Tensor, given: int, known: Tensor) -> None:
         if torch.compiler.is_compiling():
@@ -425,6 +482,7 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
                 latents = found.new_zeros(b, most, *found.shape[1:])
                 latents[own.to(found.device)] = found
         media.append(latents, counts)
+        media.adapter = self.identity[adapter]
 
     def tokens(self, adapter: str, pictures: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         """Pixels (N, F, C, H, W) or features (N, F, S, D) of N pictures or videos -> tokens (N, R, D)."""
@@ -448,9 +506,8 @@ def _flat(mask: Tensor | None) -> Tensor | None:
 
 
 def _looks_up_ids(processor: Any) -> bool:
-    """Whether it may look up ids among scores: not with inputs of its own, nor by asking a model for other scores."""
-    own_inputs = len(inspect.signature(processor.__call__).parameters) > 2
-    return not own_inputs and not isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+    """Whether it may look up ids among scores: not with inputs of its own."""
+    return len(inspect.signature(processor.__call__).parameters) <= 2
 
 
 def _past_length(inputs: list[Any]) -> int:

@@ -41,7 +41,10 @@ class MediaCache:
     Attributes:
         latents: (B, T, R, D), or None before the first picture.
         numbers: (B, T), the number j >= 1 of each picture in its conversation; 0 where a row has none in this place.
+        adapter: Which adapter has read them; to another they would mean nothing.
     """
+
+    adapter: str | None = None
 
     def __init__(self) -> None:
         self.latents: Tensor | None = None
@@ -67,12 +70,26 @@ class MediaCache:
             self.latents = torch.cat([self.latents, latents], dim=1)
             self.numbers = torch.cat([self.numbers, numbers], dim=1)
 
+    @property
+    def places(self) -> int:
+        """T."""
+        return 0 if self.latents is None else self.latents.shape[1]
+
+    def cut(self, places: int) -> None:
+        """Forget all but the first `places` of the T."""
+        if not places:
+            self.latents, self.numbers, self._kept = None, None, {}
+        elif self.latents is not None and self.numbers is not None:
+            self.latents, self.numbers = self.latents[:, :places], self.numbers[:, :places]
+            self._kept = {key: (k[:, :places], v[:, :places]) for key, (k, v) in self._kept.items()}
+
     def repeat_interleave(self, times: int) -> MediaCache:
         """For several continuations of each row, such as answers that are compared: a cache whose rows are repeated.
 
         `past_key_values.batch_repeat_interleave(times)` does the same to the text's.
         """
         found = MediaCache()
+        found.adapter = self.adapter
         if self.latents is not None and self.numbers is not None:
             found.latents, found.numbers = (x.repeat_interleave(times, dim=0) for x in (self.latents, self.numbers))
         found._kept = {
@@ -256,6 +273,7 @@ class Reading:
         keeps: Then what is made of the pictures is kept for later forward passes, in this call or with this `media`.
         start: Place of the first token of `times` in its sequence.
         offset: Place of the first token of the running forward pass.
+        known: How many places `media` had before the call.
     """
 
     media: MediaCache
@@ -265,9 +283,14 @@ class Reading:
     keeps: bool = False
     start: int = 0
     offset: int = 0
+    known: int = 0
     is_missed: bool = False  # whether a layer has found that there are no pictures
     _sight: tuple[Any, Sight | None] = (None, None)
     _picked: dict[Any, KeysValues] = field(default_factory=dict)
+
+    def undo(self) -> None:
+        """After a call that failed: its pictures are taken out of `media`, so that it can be made again."""
+        self.media.cut(self.known)
 
     def sight(self, y: Tensor) -> Sight | None:
         """How the tokens of a stream (rows, L, d) read their pictures; rows are B or, of beams, a multiple of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,8 @@ def load_vision_encoder(config: GatedXAttnConfig, present: nn.ModuleDict | None 
     `vision_encoder_type`.
 
     Raises:
-        ValueError: it can't be read, sees nothing, or is not the one that the adapter was trained on.
+        ValueError: it can't be read, sees nothing, needs more than pixels, shows a picture differently from time to time,
+            or is not the one that the adapter was trained on.
     """
     if not config.has_encoder:
         return None
@@ -35,7 +37,7 @@ def load_vision_encoder(config: GatedXAttnConfig, present: nn.ModuleDict | None 
         encoder = _vision_tower(encoder, config)
     encoder = encoder.requires_grad_(False).eval()
     model_type = getattr(getattr(encoder, "config", None), "model_type", None)
-    width = _width(encoder)
+    width = _width(encoder, config)
     if config.vision_hidden_size not in (None, width) and not config.is_loaded:
         raise ValueError(
             f"vision_hidden_size={config.vision_hidden_size}, but {_name(config)} gives features of width {width}. Leave it out."
@@ -77,16 +79,37 @@ def frame_features(encoder: nn.Module, pixels: Tensor) -> Tensor:
 
 def _vision_tower(model: nn.Module, config: GatedXAttnConfig) -> nn.Module:
     towers = [t for t in describe(model).towers if t.name == "vision"]
+    tower = model.get_submodule(towers[0].path) if len(towers) == 1 else model
+    needed = [
+        p.name
+        for p in inspect.signature(tower.forward).parameters.values()
+        if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty and p.name != "pixel_values"
+    ]
+    if needed and "input_ids" not in needed:
+        raise ValueError(
+            f"{_name(config)} ({type(tower).__name__}) needs {', '.join(needed)}, as it reads pictures of any size, cut into "
+            "patches and padded. GatedXAttn's vision encoder reads pixel_values (N, C, H, W) alone: CLIP, SigLIP, DINOv2, "
+            "ViT, ResNet, ... Or encode the pictures yourself and pass vision_features."
+        )
     if len(towers) != 1:
         raise ValueError(f"{_name(config)} ({type(model).__name__}) has {len(towers)} vision towers; one is needed.")
-    return model.get_submodule(towers[0].path)
+    return tower
 
 
-def _width(encoder: Any) -> int:
-    """D, measured on a picture of the encoder's size."""
+def _width(encoder: Any, config: GatedXAttnConfig) -> int:
+    """D, measured on a picture of the encoder's size, which it sees twice."""
     size = getattr(encoder.config, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-    return frame_features(encoder, torch.zeros(1, 1, 3, height, width)).shape[-1]
+    picture = torch.linspace(-1, 1, 3 * height * width).view(1, 1, 3, height, width)
+    features = frame_features(encoder, picture.expand(-1, 2, -1, -1, -1))
+    one, two = features[0].float().mean(dim=1)  # in any order, which the resampler doesn't know
+    if (one - two).norm() > torch.finfo(features.dtype).eps ** 0.5 * one.norm():
+        cure = " Set its config.mask_ratio to 0 and pass it by with_vision_encoder(module)."
+        raise ValueError(
+            f"{_name(config)} ({type(encoder).__name__}) gives other features each time that it sees the same picture, as "
+            "pretraining by masked patches does." + (cure if hasattr(encoder.config, "mask_ratio") else "")
+        )
+    return features.shape[-1]
 
 
 def _name(config: GatedXAttnConfig) -> str:
