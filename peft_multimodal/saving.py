@@ -222,7 +222,7 @@ def _finish_card(model: PeftModel, folder: Path, name: str, notes: CardNotes | N
     languages = given.languages or [language for note in known for language in note.languages]
     if not given.classes:
         given = replace(given, classes=known[0].classes, groups=known[0].groups)
-    write_card(folder, name, replace(given, languages=languages))
+    write_card(folder, name, replace(given, languages=languages), next(iter(configs.values()))._local_base)
 
 
 def load(model: nn.Module, name_or_path: str | os.PathLike, **kwargs: Any) -> PeftModel:

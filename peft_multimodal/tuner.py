@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from . import anatomy
 from ._version import __version__
 from .anatomy import Anatomy, Matrix
-from .model_card import CardNotes, write_card
+from .model_card import CardNotes, is_hub_id, write_card
 
 FORMAT_VERSION = 1  # of the adapter's files; raised when an older version of the package couldn't read them
 
@@ -72,6 +72,7 @@ class MultimodalConfig(PeftConfig):
         super().__post_init__()
         self.is_loaded = False
         self.has_weights = False  # of a loaded one: they have been found to fit
+        self._local_base: str | None = None  # the base, if it was in a folder as seen where the model was wrapped
         self._card: tuple[str, CardNotes] | None = None  # the adapter's name and what its model knows for the card
         self.package_version = self.package_version or __version__
         if isinstance(self.towers, str):
@@ -118,7 +119,7 @@ class MultimodalConfig(PeftConfig):
             adapter_name, notes = self._card
             folder = Path(save_directory)
             root = folder if adapter_name == "default" else folder.parent
-            write_card(root, root.name, notes)
+            write_card(root, root.name, notes, self._local_base)
 
     def check(self, name: str, expected: str, accepts: Callable[[Any], Any]) -> None:
         """Raise the one message for a bad field unless `accepts(value)`."""
@@ -392,6 +393,8 @@ class MultimodalTuner(BaseTuner):
         matrices = self.match(peft_config, self.model)
         self._check_reach(matrices)
         self.check_model(peft_config, matrices, found)
+        base = peft_config.base_model_name_or_path or getattr(self.model, "name_or_path", None)
+        peft_config._local_base = None if is_hub_id(base) else base
         adapted = {m.tower for m in matrices}
         peft_config.base_signature = {
             "model_class": found.model_class,

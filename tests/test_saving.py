@@ -41,6 +41,20 @@ def test_save_and_load(method: str, tmp_path: Path):
         assert distance(run(family, load(family.build(), path)), run(family, model)) <= 1e-6
 
 
+@pytest.mark.parametrize("by", [save, PeftModel.save_pretrained])
+def test_a_relative_base_is_local_from_everywhere(by: Callable, tmp_path: Path, monkeypatch):
+    """Seen from another directory its path looks like a repository's id."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    FAMILY.build().save_pretrained("models/base")
+    model = wrap(FAMILY, "aurora_mode_approx", base=type(FAMILY.build()).from_pretrained("models/base"))
+    monkeypatch.chdir("elsewhere")
+    by(model, "adapter")
+    card = Path("adapter/README.md").read_text()
+    assert "a local BlipForImageTextRetrieval" in card
+    assert "models/base" not in card
+
+
 def test_keywords_reach_peft(tmp_path: Path):
     model = wrap(FAMILY, "aurora_mode_approx")
     model.add_adapter("other", METHODS["aurora_mode_approx"](FAMILY))
