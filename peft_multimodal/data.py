@@ -8,11 +8,12 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -170,17 +171,29 @@ class FiniteBatches:
         """The collator's batch.
 
         Raises:
-            ValueError: a tensor of it, masks aside, holds NaN or infinite values.
+            ValueError: a tensor or array in it, masks aside, holds NaN or infinite values.
         """
         names = [row.get(self.id_column) if isinstance(row, Mapping) else None for row in rows]  # a collator may pop
         batch = self.collator(rows)
-        for field, value in batch.items() if isinstance(batch, Mapping) else ():
-            floats = isinstance(value, Tensor) and value.is_floating_point() and "mask" not in field
-            if floats and not bool(value.isfinite().all()):
+        for field, value in _floats(batch):
+            if not bool(value.isfinite().all()):
                 raise ValueError(
                     f"{field!r} holds NaN or infinite values{_whose(value, names)}. Repair or leave them out."
                 )
         return batch
+
+
+def _floats(value: Any, field: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The floating-point tensors and arrays of a batch, however deep, but for masks; each with its place ("frames.0")."""
+    if isinstance(value, (Mapping, list, tuple)):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, inner in items:
+            if "mask" not in str(key):
+                yield from _floats(inner, f"{field}.{key}" if field else str(key))
+    elif isinstance(value, Tensor) and value.is_floating_point():
+        yield field or "the batch", value
+    elif isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating):
+        yield field or "the batch", torch.from_numpy(value.astype(np.float64))
 
 
 def _whose(value: Tensor, names: list[Any]) -> str:

@@ -32,7 +32,7 @@ from .methods import (
     HardSampleDomainAdapterConfig,
     StructuredPromptConfig,
 )
-from .saving import AdapterError, check_files, find_adapter
+from .saving import UNCLEAR, AdapterError, check_files, find_adapter
 from .tuner import FORMAT_VERSION, MultimodalConfig, MultimodalLayer, matched_modules
 
 PACKAGE = "peft-multimodal"
@@ -169,23 +169,42 @@ def _model(report: Report, model: nn.Module | str | Path) -> nn.Module | None:
     name = str(model)
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a model's own code says to its config
         report.problem(
             f"{name!r} is no model that transformers can read: {_one_line(error)}",
             "Name a folder with a config.json or a Hub id; a private one needs `hf auth login`.",
         )
         return None
-    class_name = (config.architectures or [None])[0]
-    model_class: Any = getattr(transformers, class_name or "", None)
+    model_class = _class_of(report, config)
     try:
         with torch.device("meta"), _quietly():
-            return model_class(config) if model_class is not None else transformers.AutoModel.from_config(config)
-    except Exception as error:  # whatever a model's own code says to its config
+            if model_class is None:
+                return transformers.AutoModel.from_config(config, trust_remote_code=False)
+            return model_class(config)
+    except Exception as error:  # as above
         report.problem(
-            f"{class_name or config.model_type} can't be built from the config of {name!r}: {_one_line(error)}",
+            f"{model_class.__name__ if model_class else config.model_type} can't be built from the config of {name!r}: "
+            f"{_one_line(error)}",
             f"transformers is {transformers.__version__}; the config was written by {config.transformers_version}.",
         )
         return None
+
+
+def _class_of(report: Report, config: Any) -> Any:
+    """The model's class; None where the config names none, and what its `model_type` stands for has to do."""
+    named = config.architectures
+    if not named:
+        return None
+    name = named[0] if isinstance(named, (list, tuple)) else named
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
+    report.warning(
+        f"The config's architectures name {name!r}, which is no model class of transformers {transformers.__version__}; what "
+        f"is looked at is the plain model of type {config.model_type!r}.",
+        "Upgrade transformers, or correct architectures; a class of your own: peft_multimodal.doctor.examine(model).",
+    )
+    return None
 
 
 def _empty_twin(model: nn.Module) -> Any:
@@ -216,8 +235,8 @@ def _adapter(report: Report, model: nn.Module | None, name: str | Path, kwargs: 
         with _quietly():
             config = PeftConfig.from_pretrained(str(name), **kwargs)
     except AdapterError as error:
-        return report.problem(str(error))
-    except (ValueError, TypeError, KeyError) as error:
+        return report.problem(error.what, error.way_out)
+    except (ValueError, *UNCLEAR) as error:
         return report.problem(
             f"The config of {str(name)!r} is refused: {_one_line(error)}", "Correct the value, or save it again."
         )
@@ -242,7 +261,7 @@ def _adapter(report: Report, model: nn.Module | None, name: str | Path, kwargs: 
             loaded = PeftModel.from_pretrained(
                 _empty_twin(model), str(name), low_cpu_mem_usage=True, is_trainable=True, **kwargs
             )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, *UNCLEAR) as error:
         base_name = report.adapter["base_model_name_or_path"]
         return report.problem(
             f"The adapter doesn't fit: {_one_line(error)}",
@@ -294,7 +313,7 @@ def _newer(then: str | None, now: str | None) -> bool:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager

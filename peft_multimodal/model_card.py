@@ -91,25 +91,27 @@ def stored_adapters(folder: Path) -> list[StoredAdapter]:
     return found
 
 
-def write_card(folder: Path, name: str, notes: CardNotes | None = None) -> None:
+def write_card(folder: Path, name: str, notes: CardNotes | None = None, local_base: str | None = None) -> None:
     """Write or renew the folder's README.md.
 
     Args:
         folder: With the adapter's files.
         name: What the snippet calls the place: the repository's id, or the folder.
         notes: What the files don't say.
+        local_base: A base that is known to be in a folder: seen from another one its path may look like a Hub id.
     """
     adapters, notes, file = stored_adapters(folder), notes or CardNotes(), folder / CARD
     if not adapters:
         return
     card = ModelCard(file.read_text(encoding="utf-8") if file.is_file() else "", ignore_metadata_errors=True)
     base = adapters[0].config.get("base_model_name_or_path")
-    _set_metadata(card.data, adapters, base if _is_hub_id(base) else None, notes)
+    local = base == local_base or not is_hub_id(base)
+    _set_metadata(card.data, adapters, None if local else base, notes)
     before, _, rest = card.text.partition(BEGIN)
     ours, _, after = rest.partition(END)
     # What was measured once stays when the adapter is saved again.
     metrics = _metrics(notes) or "".join(re.findall(r"## Metrics\n.*", ours, re.DOTALL)).strip()
-    block = "\n\n".join(filter(None, (BEGIN, *_body(adapters, base, name, notes), metrics, END)))
+    block = "\n\n".join(filter(None, (BEGIN, *_body(adapters, base, local, name, notes), metrics, END)))
     if ours:
         card.text = before + block + after
     elif not card.text.strip() or _OTHERS_TEMPLATE in card.text:
@@ -131,7 +133,7 @@ def _set_metadata(data: Any, adapters: list[StoredAdapter], base: str | None, no
     if notes.license:
         data.license = notes.license
     if notes.metrics and notes.dataset:
-        kind = "other" if not _is_hub_id(notes.dataset) else notes.dataset
+        kind = "other" if not is_hub_id(notes.dataset) else notes.dataset
         data.model_name = data.model_name or adapters[0].method
         data.eval_results = [
             EvalResult("other", kind, notes.dataset, re.sub(r"\W+", "_", name).lower(), value, metric_name=name)
@@ -139,11 +141,11 @@ def _set_metadata(data: Any, adapters: list[StoredAdapter], base: str | None, no
         ]
 
 
-def _body(adapters: list[StoredAdapter], base: str | None, name: str, notes: CardNotes) -> list[str]:
+def _body(adapters: list[StoredAdapter], base: str | None, local: bool, name: str, notes: CardNotes) -> list[str]:
     first = adapters[0]
-    what = f"`{base}`" if _is_hub_id(base) else f"a local {first.base_class}"
+    what = f"a local {first.base_class}" if local else f"`{base}`"
     title = f"{len(adapters)} adapters" if len(adapters) > 1 else first.method
-    facts = [("base model", f"{what} ({first.base_class})" if _is_hub_id(base) else what)]
+    facts = [("base model", what if local else f"{what} ({first.base_class})")]
     for adapter in adapters:
         of = f"`{adapter.subfolder}`: " if len(adapters) > 1 else ""
         facts.append(("method", of + adapter.method))
@@ -152,7 +154,7 @@ def _body(adapters: list[StoredAdapter], base: str | None, name: str, notes: Car
         facts.append(("towers", of + sizes))
         facts.append(("parameters", f"{of}{adapter.parameters:,} ({adapter.size:,} bytes)"))
         encoders = [adapter.config.get(key) for key in ("encoder", "vision_encoder")]
-        facts += [("frozen encoder", f"{of}`{e}`" if _is_hub_id(e) else f"{of}a local model") for e in encoders if e]
+        facts += [("frozen encoder", f"{of}`{e}`" if is_hub_id(e) else f"{of}a local model") for e in encoders if e]
     if notes.languages:
         facts.append(("languages", ", ".join(notes.languages)))
     if notes.classes:
@@ -161,7 +163,7 @@ def _body(adapters: list[StoredAdapter], base: str | None, name: str, notes: Car
         f"# {title} for {what}",
         "An adapter for a vision-language model, of the package `peft-multimodal`, in PEFT's format.",
         _table(("", ""), facts),
-        f"## Use\n\n`pip install peft-multimodal`\n\n```python\n{_snippet(adapters, base, name, notes)}\n```",
+        f"## Use\n\n`pip install peft-multimodal`\n\n```python\n{_snippet(adapters, base, local, name, notes)}\n```",
     ]
 
 
@@ -173,11 +175,10 @@ def _metrics(notes: CardNotes) -> str:
     return f"## Metrics\n\n{on}{_table(('metric', 'value'), rows)}"
 
 
-def _snippet(adapters: list[StoredAdapter], base: str | None, name: str, notes: CardNotes) -> str:
+def _snippet(adapters: list[StoredAdapter], base: str | None, local: bool, name: str, notes: CardNotes) -> str:
     """Code that loads the adapters. What is printed into it is quoted: no name ends its string."""
     first = adapters[0]
     base_class = first.base_class if first.base_class.isidentifier() else "AutoModel"
-    local = not _is_hub_id(base)
     given = _quoted(Path(base).name if base and local else base or "path/to/the/base/model")
     has_classes = first.config.get("peft_type") == "STRUCTURED_PROMPT"
     imports = [base_class, *(["AutoTokenizer"] if has_classes else [])]
@@ -217,7 +218,8 @@ def _cell(text: str) -> str:
     return re.sub(r"\s+", " ", text).replace("|", "\\|").replace("`", "'").replace("<", "&lt;")
 
 
-def _is_hub_id(name: Any) -> bool:
+def is_hub_id(name: Any) -> bool:
+    """Whether a name can be a repository's, and is no path of a file or folder here."""
     if not isinstance(name, str) or not name or Path(name).exists():
         return False
     try:

@@ -31,32 +31,63 @@ from .model_card import CARD, CardNotes, write_card
 from .tuner import MultimodalConfig, card_notes, tuner_of
 
 # What PEFT, torch and Python say of values that make no sense.
-_UNCLEAR = (TypeError, KeyError, AttributeError, IndexError, RuntimeError, ArithmeticError, MemoryError, AssertionError)
+UNCLEAR = (TypeError, KeyError, AttributeError, IndexError, RuntimeError, ArithmeticError, MemoryError, AssertionError)
 
 
 class AdapterError(ValueError):
-    """The adapter's files can't be used; the message says why and what to do."""
+    """The adapter's files can't be used; the message says why and what to do.
+
+    Args:
+        what: What was found.
+        way_out: What to do.
+    """
+
+    def __init__(self, what: str, way_out: str) -> None:
+        super().__init__(what, way_out)
+        self.what, self.way_out = what, way_out
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.way_out}"
 
 
 def save(model: PeftModel, folder: str | os.PathLike, notes: CardNotes | None = None, **kwargs: Any) -> Path:
     """`model.save_pretrained(folder)`, written aside and renamed: an interrupted save leaves the old files as they were.
 
     Where an adapter brings the rows of new tokens itself, PEFT's look at the embeddings (and on the Hub, for how large
-    they were) is left out.
+    they were) is left out. What else the folder holds stays. On Linux the whole folder is exchanged in one step, unless
+    this process stands in it: then, and elsewhere, its files are replaced one by one.
 
     Args:
         notes: What the model card shall say of metrics, languages and classes. The rest it takes from the files.
-        kwargs: Passed on to `PeftModel.save_pretrained`.
+        kwargs: Passed on to `PeftModel.save_pretrained`; it is safetensors that are written.
+
+    Raises:
+        NotADirectoryError: `folder` is a file.
+        ValueError: `safe_serialization=False` was asked for.
     """
+    _check_options(kwargs)
     folder = Path(folder)
-    return _save(model, folder, folder.name, notes, **kwargs)
+    _save(model, folder, Path(os.path.abspath(folder)).name, notes, **kwargs)
+    return folder
 
 
-def _save(model: PeftModel, folder: Path, name: str, notes: CardNotes | None, **kwargs: Any) -> Path:
+def _check_options(options: dict[str, Any]) -> None:
+    if not options.get("safe_serialization", True):
+        raise ValueError(
+            "safe_serialization=False: adapters are saved and loaded as safetensors alone, and an older adapter_model.safetensors "
+            "would stay beside the new file. Leave it out."
+        )
+
+
+def _save(model: PeftModel, folder: Path, name: str, notes: CardNotes | None, **kwargs: Any) -> None:
+    folder = folder.resolve()  # a link stays, and what it leads to is replaced
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file. Name a folder for the adapter.")
     if any(getattr(tuner_of(config), "owns_token_rows", False) for config in model.peft_config.values()):
         kwargs.setdefault("save_embedding_layers", False)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    beside = folder if folder.is_mount() else folder.parent  # on the same disk
+    beside.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=beside))
     try:
         if (folder / CARD).is_file():
             shutil.copy(folder / CARD, aside)  # what its reader has written stays
@@ -64,7 +95,6 @@ def _save(model: PeftModel, folder: Path, name: str, notes: CardNotes | None, **
         _finish_card(model, aside, name, notes)
         aside.chmod(0o755)
         _put_in_place(aside, folder)
-        return folder
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -78,36 +108,65 @@ def _put_in_place(aside: Path, folder: Path) -> None:
         except OSError:  # another process has just made it
             if not folder.exists():
                 raise
-    others = [p for p in folder.rglob("*") if p.is_file() and not (aside / p.relative_to(folder)).exists()]
-    if _exchange(aside, folder, others):
+    if _exchange(aside, folder):
         return
     # File by file, the config last: an adapter without a config is no adapter.
     files = sorted((p for p in aside.rglob("*") if p.is_file()), key=lambda p: p.name == CONFIG_NAME)
-    for file in files:
-        target = folder / file.relative_to(aside)
+    targets = {file: folder / file.relative_to(aside) for file in files}
+    for target in targets.values():  # what stands in the way is found before anything is replaced
         target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            raise IsADirectoryError(f"{target} is a folder, and the adapter has a file of this name. Move it away.")
+    for file, target in targets.items():
         os.replace(file, target)
 
 
-def _exchange(aside: Path, folder: Path, others: list[Path]) -> bool:
-    """Let two folders change places in one step, `others` of the second's files staying; False where Linux can't.
+def _exchange(aside: Path, folder: Path) -> bool:
+    """Let two folders change places in one step, what else is in the second staying; False where that can't be.
 
     Whoever dies at any moment leaves the old adapter or the new one, and two who save at once leave the later one's.
     """
     exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
-    if exchange is None or folder.is_symlink() or folder.is_mount():
+    if exchange is None or folder.is_mount() or _stands_in(folder):
         return False
     try:
-        for file in others:
-            place = aside / file.relative_to(folder)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):  # another process has taken it away
-                os.link(file, place)
-        shutil.copymode(folder, aside)
+        _carry_over(folder, aside)
     except OSError:
         return False
     at_here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return exchange(at_here, os.fsencode(aside), at_here, os.fsencode(folder), swap) == 0
+    if exchange(at_here, os.fsencode(aside), at_here, os.fsencode(folder), swap) != 0:
+        return False
+    _carry_over(aside, folder)  # what another process has put there in between
+    os.utime(folder)
+    return True
+
+
+def _stands_in(folder: Path) -> bool:
+    try:
+        return Path.cwd().is_relative_to(folder)
+    except FileNotFoundError:  # it has been deleted
+        return False
+
+
+def _carry_over(source: Path, target: Path) -> None:
+    """Give `target` what `source` has beside it: the same files and links, and folders like its own.
+
+    Raises:
+        OSError: it can't have them.
+    """
+    for entry in os.scandir(source):
+        place = target / entry.name
+        with suppress(FileNotFoundError):  # another process has taken it away
+            if entry.is_dir(follow_symlinks=False) and not os.path.ismount(entry):
+                place.mkdir(exist_ok=True)
+                _carry_over(Path(entry), place)
+            elif not os.path.lexists(place):
+                os.link(entry, place, follow_symlinks=False)
+            elif place.is_dir() and not place.is_symlink():
+                raise FileExistsError(f"{entry.path} is a link, a file or another disk, {place} a folder")
+    owner = source.stat()
+    os.chown(target, owner.st_uid, owner.st_gid)
+    shutil.copystat(source, target)
 
 
 def push_to_hub(
@@ -134,6 +193,7 @@ def push_to_hub(
         revision: Branch; made if it isn't there.
         kwargs: Passed on to `PeftModel.save_pretrained`.
     """
+    _check_options(kwargs)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
@@ -162,7 +222,7 @@ def _finish_card(model: PeftModel, folder: Path, name: str, notes: CardNotes | N
     languages = given.languages or [language for note in known for language in note.languages]
     if not given.classes:
         given = replace(given, classes=known[0].classes, groups=known[0].groups)
-    write_card(folder, name, replace(given, languages=languages))
+    write_card(folder, name, replace(given, languages=languages), next(iter(configs.values()))._local_base)
 
 
 def load(model: nn.Module, name_or_path: str | os.PathLike, **kwargs: Any) -> PeftModel:
@@ -193,12 +253,12 @@ def load(model: nn.Module, name_or_path: str | os.PathLike, **kwargs: Any) -> Pe
         kwargs.setdefault("low_cpu_mem_usage", True)
     try:
         return PeftModel.from_pretrained(model, str(name_or_path), **kwargs)
-    except _UNCLEAR as error:
+    except UNCLEAR as error:
         if not ours:
             raise
         raise AdapterError(
-            f"The adapter in {folder} can't be built: {type(error).__name__}: {error}. Restore its {CONFIG_NAME} from where it "
-            "was saved."
+            f"The adapter in {folder} can't be built: {type(error).__name__}: {error}.",
+            f"Restore its {CONFIG_NAME} from where it was saved.",
         ) from error
 
 
@@ -208,14 +268,30 @@ def find_adapter(name_or_path: str | os.PathLike, **kwargs: Any) -> Path:
     Raises:
         AdapterError: there is none.
     """
-    folder = Path(name_or_path, kwargs.get("subfolder") or "")
+    root, subfolder = Path(name_or_path), kwargs.get("subfolder")
+    folder = root / (subfolder or "")
     if folder.is_dir():
         return folder
+    if root.is_file():
+        raise AdapterError(f"{root} is a file, and an adapter is a folder.", f"Name the folder: {root.parent}")
+    if root.is_dir():
+        there = _subfolders(root)
+        raise AdapterError(
+            f"The folder {root} has no subfolder {subfolder!r}.",
+            f"There are adapters in {', '.join(there)}." if there else "Leave the subfolder out, or check its name.",
+        )
     weights = _download(str(name_or_path), SAFETENSORS_WEIGHTS_NAME, kwargs)
     config = _download(str(name_or_path), CONFIG_NAME, kwargs)
     if config is None:
-        raise AdapterError(f"{_place(str(name_or_path), kwargs)} on the Hub has no {CONFIG_NAME}: it is no adapter.")
+        raise AdapterError(
+            f"{_place(str(name_or_path), kwargs)} on the Hub has no {CONFIG_NAME}: it is no adapter.",
+            "Check the name and the revision; of several adapters in one repository name one as the subfolder.",
+        )
     return Path(weights or config).parent
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_NAME}"))
 
 
 def _download(name: str, file: str, kwargs: dict[str, Any]) -> str | None:
@@ -224,18 +300,21 @@ def _download(name: str, file: str, kwargs: dict[str, Any]) -> str | None:
     try:
         return hf_hub_download(name, file, **{key: kwargs[key] for key in asked if key in kwargs})
     except HFValidationError:
-        raise AdapterError(f"There is no folder {name!r}, and it is no repository's id.") from None
+        raise AdapterError(
+            f"There is no folder {name!r}, and it is no repository's id.",
+            "Check the path; repositories are called 'owner/name'.",
+        ) from None
     except LocalEntryNotFoundError as error:
         raise AdapterError(
-            f"{_place(name, kwargs)} is no folder and isn't in the cache, and the Hub can't be asked ({_first_line(error)}). "
-            "Download it once while online, or name a folder."
+            f"{_place(name, kwargs)} is no folder and isn't in the cache, and the Hub can't be asked ({_first_line(error)}).",
+            "Download it once while online, or name a folder.",
         ) from error
     except EntryNotFoundError:
         return None
     except HfHubHTTPError as error:
         raise AdapterError(
-            f"{_place(name, kwargs)} is no folder, and the Hub doesn't give it: {_first_line(error)} Check the name and the "
-            "revision; a private repository needs token=... or `hf auth login`."
+            f"{_place(name, kwargs)} is no folder, and the Hub doesn't give it: {_first_line(error)}",
+            "Check the name and the revision; a private repository needs token=... or `hf auth login`.",
         ) from error
 
 
@@ -251,32 +330,49 @@ def _first_line(error: BaseException) -> str:
 def check_files(folder: Path) -> dict[str, Any]:
     """Raise AdapterError unless the folder holds a readable adapter; returns what its config holds."""
     config_file, weights_file = folder / CONFIG_NAME, folder / SAFETENSORS_WEIGHTS_NAME
+    restore = "Restore it from where the adapter was saved."
     if not config_file.is_file():
-        raise AdapterError(f"{folder} has no {CONFIG_NAME}: it is no adapter folder, or its save was interrupted.")
+        if there := _subfolders(folder):
+            raise AdapterError(
+                f"{folder} has no {CONFIG_NAME}, but there are adapters in its subfolders: {', '.join(there)}.",
+                f"Name one: subfolder={there[0]!r}, or --subfolder {there[0]} on the command line.",
+            )
+        raise AdapterError(
+            f"{folder} has no {CONFIG_NAME}: it is no adapter folder, or its save was interrupted.",
+            "Name the folder that an adapter was saved to, or save it again.",
+        )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, a number of thousands of digits
-        raise AdapterError(
-            f"{config_file} is no JSON file ({error}). Restore it from where the adapter was saved."
-        ) from None
+        raise AdapterError(f"{config_file} is no JSON file ({error}).", restore) from None
     if not isinstance(config, dict):
-        raise AdapterError(f"{config_file} must hold a JSON object, not a {type(config).__name__}.")
+        raise AdapterError(f"{config_file} must hold a JSON object, not a {type(config).__name__}.", restore)
     kind = config.get("peft_type")
     if kind is None:
         raise AdapterError(
             f"{config_file} has no peft_type, so it doesn't say which method it is of: it was written by another library, "
-            "or by hand. Save the adapter with PEFT, or convert it."
+            "or by hand.",
+            "Save the adapter with PEFT, or convert it.",
         )
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise AdapterError(
-            f"{config_file} names the method {kind!r}, which neither PEFT nor this package knows. Import the package that "
-            "defines it, or upgrade peft and peft-multimodal."
+            f"{config_file} names the method {kind!r}, which neither PEFT nor this package knows.",
+            "Import the package that defines it, or upgrade peft and peft-multimodal.",
         )
     if not weights_file.is_file():
-        raise AdapterError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; other formats are not loaded.")
+        others = sorted(
+            file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.safetensors") for file in folder.glob(pattern)
+        )
+        raise AdapterError(
+            f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; other formats are not loaded.",
+            f"There is {', '.join(others)}: if you trust where it is from, load it by PEFT's PeftModel.from_pretrained and save "
+            "it again, or rename it if it is the file."
+            if others
+            else "Save or download the adapter again.",
+        )
     try:
         with safe_open(weights_file, framework="pt") as tensors:
             list(tensors.keys())
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{weights_file} is damaged or truncated ({error}). Save or download it again.") from None
+        raise AdapterError(f"{weights_file} is damaged or truncated ({error}).", "Save or download it again.") from None
     return config

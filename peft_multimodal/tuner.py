@@ -32,11 +32,14 @@ from torch import Tensor, nn
 from . import anatomy
 from ._version import __version__
 from .anatomy import Anatomy, Matrix
-from .model_card import CardNotes, write_card
+from .model_card import CardNotes, is_hub_id, write_card
 
 FORMAT_VERSION = 1  # of the adapter's files; raised when an older version of the package couldn't read them
 
 _PEFT_PREFIX = "base_model.model."
+_SIGNATURE = 'a dictionary with {tower: [attentions, width]} as "towers" and {role: [[first, last], ...]} as "roles", as it was saved'
+# Folders that stand beside the files of an adapter: with its own name for a folder, another one's would lie among them.
+_COMPANIONS = ("encoder", "tokenizer")
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
 
 
@@ -69,6 +72,7 @@ class MultimodalConfig(PeftConfig):
         super().__post_init__()
         self.is_loaded = False
         self.has_weights = False  # of a loaded one: they have been found to fit
+        self._local_base: str | None = None  # the base, if it was in a folder as seen where the model was wrapped
         self._card: tuple[str, CardNotes] | None = None  # the adapter's name and what its model knows for the card
         self.package_version = self.package_version or __version__
         if isinstance(self.towers, str):
@@ -90,7 +94,7 @@ class MultimodalConfig(PeftConfig):
             "set together with layers_to_transform",
             lambda v: not v or self.layers_to_transform is not None,
         )
-        self.check("base_signature", "a dictionary", lambda v: v is None or isinstance(v, dict))
+        self.check("base_signature", _SIGNATURE, lambda v: v is None or _is_signature(v))
         if type(self.format_version) is not int or self.format_version < 1:
             raise ValueError(f"format_version must be a positive integer, got {self.format_version!r}")
         if self.format_version > FORMAT_VERSION:
@@ -115,7 +119,7 @@ class MultimodalConfig(PeftConfig):
             adapter_name, notes = self._card
             folder = Path(save_directory)
             root = folder if adapter_name == "default" else folder.parent
-            write_card(root, root.name, notes)
+            write_card(root, root.name, notes, self._local_base)
 
     def check(self, name: str, expected: str, accepts: Callable[[Any], Any]) -> None:
         """Raise the one message for a bad field unless `accepts(value)`."""
@@ -364,8 +368,9 @@ class MultimodalTuner(BaseTuner):
         found = anatomy.describe(model)
         candidates = cls.candidates(config, model, found)
         wanted = config.towers or None
-        if config.is_loaded and (roles := _unfold(config.base_signature)):
-            return [m for m in candidates if m.role in roles]  # names may have changed since, roles have not
+        roles = (config.base_signature or {}).get("roles") if config.is_loaded else None
+        if roles:
+            return [m for m in candidates if _is_among(m, roles)]  # names may have changed since, roles have not
         if config.target_modules is None:
             selected = cls.default_targets(config, candidates)
         elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
@@ -388,6 +393,8 @@ class MultimodalTuner(BaseTuner):
         matrices = self.match(peft_config, self.model)
         self._check_reach(matrices)
         self.check_model(peft_config, matrices, found)
+        base = peft_config.base_model_name_or_path or getattr(self.model, "name_or_path", None)
+        peft_config._local_base = None if is_hub_id(base) else base
         adapted = {m.tower for m in matrices}
         peft_config.base_signature = {
             "model_class": found.model_class,
@@ -638,15 +645,15 @@ def tuner_of(config: Any) -> type:
 def check_adapter_name(name: str) -> None:
     """Adapters' names are keys of torch's containers, parts of parameters' names, and names of folders."""
     taken = hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name)
-    if taken or not re.fullmatch(r"[^\s./\\:\x00]+", name):
-        why = (
-            "torch's containers have an attribute of this name"
-            if taken
-            else "it holds a dot, slash, colon or space, or is empty"
-        )
+    if taken or name in _COMPANIONS or not re.fullmatch(r"[^\s./\\:\x00]+", name):
+        why = "it holds a dot, slash, colon or space, or is empty"
+        if taken:
+            why = "torch's containers have an attribute of this name"
+        elif name in _COMPANIONS:
+            why = "a folder of this name stands beside an adapter's files"
         raise ValueError(
             f"adapter_name={name!r} can't be used: {why}. Adapters are called by letters, digits, - and _, such as "
-            f"{re.sub('[^A-Za-z0-9_-]+', '-', name).strip('-') + ('-1' if taken else '') or 'default'!r}."
+            f"{re.sub('[^A-Za-z0-9_-]+', '-', name).strip('-') + ('-1' if taken or name in _COMPANIONS else '') or 'default'!r}."
         )
 
 
@@ -724,9 +731,26 @@ def _fold(matrices: list[Matrix]) -> dict[str, list[list[int]]]:
     return folded
 
 
-def _unfold(signature: dict[str, Any] | None) -> set[str]:
-    folded = (signature or {}).get("roles") or {}
-    return {f"{stem}.{i}" for stem, spans in folded.items() for low, high in spans for i in range(low, high + 1)}
+def _is_among(matrix: Matrix, folded: dict[str, list[list[int]]]) -> bool:
+    """Roles that come from a file are not unfolded: it may name more than memory holds."""
+    stem, _, number = matrix.role.rpartition(".")
+    return any(first <= int(number) <= last for first, last in folded.get(stem, ()))
+
+
+def _is_signature(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    towers, roles = (value.get(name) or {} for name in ("towers", "roles"))
+    return (
+        isinstance(towers, dict)
+        and all(_are_two_integers(size) for size in towers.values())
+        and isinstance(roles, dict)
+        and all(isinstance(spans, list) and all(map(_are_two_integers, spans)) for spans in roles.values())
+    )
+
+
+def _are_two_integers(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(type(i) is int for i in value)
 
 
 def _in_layers(config: Any, path: str) -> bool:

@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from accelerate import dispatch_model
 from families import FAMILIES, Family
-from methods import CASES, NOT_IDENTITY, adapter, distance, gradients, run, silent, stir, wrap
+from methods import CASES, NOT_IDENTITY, adapter, distance, gradients, ready, run, silent, stir, wrap
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -43,6 +43,19 @@ def test_float16(family: Family, method: str, mode: str):
             output, lost = run(family, exact), distance(run(family, bare), base)
     assert output.dtype == torch.float16 or mode == "autocast"
     assert distance(output, expected) <= 5 * lost + 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@cases("clip", "siglip", "blip_retrieval", "llava", unmarked=("clip", "llava"))
+def test_gradients_under_autocast(family: Family, method: str, dtype: torch.dtype):
+    model = ready(wrap(family, method))
+    with torch.autocast("cpu", dtype):
+        loss = family.loss(model)
+    loss.backward()
+    for name, parameter in adapter(model).items():
+        if not silent(family, name):
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
 
 
 # --------------------------------------------------------------------------------------------------------- quantised

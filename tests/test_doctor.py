@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES
 from methods import CASES, METHODS, home, wrap
 from peft import LoraConfig, get_peft_model
@@ -50,7 +52,7 @@ def problem(base: Any, folder: Any) -> Any:
     report = examine(base, folder)
     assert not report.healthy
     (found,) = [f for f in report.findings if f.level == "problem"]
-    assert found.way_out or "." in found.what
+    assert found.way_out
     return found
 
 
@@ -132,6 +134,10 @@ def test_a_model_without_towers():
         ({"r": -1}, "AuroraModeApproxConfig.r must be an integer >= 1"),
         ({"r": 3}, "The adapter doesn't fit: .*has shape"),
         ({"use_gqt": True}, "doesn't fit"),
+        (
+            {"base_signature": {"towers": {"vision": 3}, "roles": 5}},
+            "base_signature must be a dictionary with {tower: ",
+        ),
     ],
 )
 def test_a_config_that_is_wrong(fields: dict, message: str, clip: Path, adapter: Path):
@@ -159,6 +165,52 @@ def test_weights_that_are_wrong(damage: str, clip: Path, adapter: Path):
     expected = {"missing": "missing: ", "extra": "not of this adapter: vision.q.77", "nan": "holds NaN",
                 "truncated": "damaged or truncated", "none": "has no adapter_model.safetensors"}  # fmt: skip
     assert expected[damage] in problem(clip, adapter).what
+
+
+def test_folders_that_are_no_adapters(clip: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory):
+    def found(place: Path, **kwargs: str) -> tuple[str, str]:
+        (finding,) = examine(clip, place, **kwargs).findings
+        assert finding.level == "problem"
+        return finding.what, finding.way_out
+
+    folder = tmp_path_factory.mktemp("folders")
+    assert found(folder) == (
+        f"{folder} has no adapter_config.json: it is no adapter folder, or its save was interrupted.",
+        "Name the folder that an adapter was saved to, or save it again.",
+    )
+    file = adapter / "adapter_model.safetensors"
+    assert found(file) == (f"{file} is a file, and an adapter is a folder.", f"Name the folder: {adapter}")
+    assert found(adapter, subfolder="nope")[0] == f"The folder {adapter} has no subfolder 'nope'."
+    for name in ("ja", "zh"):
+        shutil.copytree(adapter, folder / name)
+    assert found(folder, subfolder="nope")[1] == "There are adapters in ja, zh."
+    assert found(folder)[0].endswith("but there are adapters in its subfolders: ja, zh.")
+    assert found(folder)[1] == "Name one: subfolder='ja', or --subfolder ja on the command line."
+    file.rename(adapter / "adapter_model.bin")
+    assert found(adapter)[0].endswith("has no adapter_model.safetensors; other formats are not loaded.")
+    assert found(adapter)[1].startswith("There is adapter_model.bin: ")
+
+
+@pytest.mark.parametrize("config", [{"model_type": ["clip"]}, {"model_type": "clip", "text_config": 5}, [], 3])
+def test_a_base_config_that_makes_no_sense(config: Any, tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "is no model that transformers can read" in problem(tmp_path, None).what
+
+
+@pytest.mark.parametrize("named", [["pipeline"], ["CLIPTokenizer"], ["MyOwnCLIP"], [5], [[]], "CLIP"])
+def test_a_class_that_is_no_model(named: Any, clip: Path, tmp_path: Path, monkeypatch):
+    """It is not called, and another one isn't taken for it without a word."""
+    called: list[Any] = []
+    monkeypatch.setattr(transformers, "pipeline", lambda *a, **k: called.append(a))
+    written = json.loads((clip / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**written, "architectures": named}))
+    report = examine(tmp_path)
+    (found,) = report.findings
+    assert (found.level, report.model, called) == ("warning", "CLIPModel", [])
+    assert (
+        f"architectures name {(named if isinstance(named, str) else named[0])!r}, which is no model class" in found.what
+    )
+    assert found.way_out
 
 
 def test_another_base(adapter: Path, tmp_path: Path):

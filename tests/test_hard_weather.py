@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -33,6 +34,7 @@ TESTS = str(Path(__file__).parent)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAMES = [method for method in METHODS if "-" not in method]
 CLIP = FAMILIES["clip"]
+NAN = float("nan")
 
 # --------------------------------------------------------------------------------------------------------- fuzzed files
 
@@ -95,6 +97,15 @@ VALUES = st.recursive(
     ),
     max_leaves=6,
 )
+SPANS = st.lists(st.lists(st.sampled_from([0, 1, -1, 10**12, 2**63, "a", None]), min_size=1, max_size=3), max_size=3)
+SIGNATURES = st.fixed_dictionaries(
+    {},
+    optional={
+        "model_class": VALUES,
+        "towers": VALUES | st.dictionaries(st.sampled_from(["vision", "text"]), VALUES | st.lists(st.integers())),
+        "roles": VALUES | st.dictionaries(st.sampled_from(["vision.q", "text.k", "decoder"]), VALUES | SPANS),
+    },
+)
 
 
 @st.composite
@@ -116,6 +127,8 @@ def configs(draw: st.DrawFn, written: dict[str, Any]) -> bytes:
             changed.pop(field, None)
         else:
             changed[field] = draw(VALUES)
+    if kind == 3:
+        changed["base_signature"] = draw(SIGNATURES)
     return json.dumps(changed).encode("utf-8", "surrogatepass")
 
 
@@ -192,6 +205,24 @@ def test_fuzzed_files(method: str, which: str, tmp_path: Path):
     said = [message for message in refusals if message is not None]
     assert len(said) >= 80
     assert min(map(len, said)) > 20
+
+
+@pytest.mark.parametrize("which", ["one more span", "the only span"])
+def test_a_span_of_roles_is_not_written_out(which: str, tmp_path: Path):
+    """A file of one kilobyte can name more roles than memory holds."""
+    folder = save(wrap(CLIP, "aurora_mode_approx"), tmp_path / "adapter")
+    written = json.loads((folder / CONFIG).read_text())
+    for spans in written["base_signature"]["roles"].values():
+        spans[:] = [[0, 10**12]] if which == "the only span" else [*spans, [10**6, 10**12]]
+    (folder / CONFIG).write_text(json.dumps(written))
+    base = CLIP.build()
+
+    def with_little_memory() -> None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
+        load(base, folder)
+
+    assert result(in_a_child(with_little_memory)) == 0
 
 
 def test_the_watch_sees(tmp_path: Path):
@@ -288,7 +319,8 @@ def test_two_processes_save_to_one_folder(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "name", ["a.b", "a/b", "../out", "", " ", "a b", "C:", "a\\b", "keys", "items", "forward", "\x00"]
+    "name",
+    ["a.b", "a/b", "../out", "", " ", "a b", "C:", "a\\b", "keys", "items", "forward", "\x00", "encoder", "tokenizer"],
 )
 @pytest.mark.parametrize("method", NAMES)
 def test_names_that_can_be_no_adapters(method: str, name: str, tmp_path: Path):
@@ -419,6 +451,37 @@ def test_samples_without_ids_and_batches_without_rows():
         FiniteBatches(collate)([good, bad])
     with pytest.raises(ValueError, match=r"in a batch of the samples \[7, None\]"):
         FiniteBatches(lambda rows: {"x": bad["x"].sum()})([{"id": 7}, {}])
+
+
+@pytest.mark.parametrize(
+    ("batch", "field", "whose"),
+    [
+        ({"media": {"pixel_values": torch.tensor([1.0, NAN])}}, "media.pixel_values", " in 1 of 2 samples: 'b'."),
+        ({"frames": [torch.ones(2), (torch.tensor([NAN, 1.0]),)]}, "frames.1.0", " in 1 of 2 samples: 'a'."),
+        ((torch.ones(2), torch.tensor(NAN)), "1", r", in a batch of the samples \['a', 'b'\]."),
+        (torch.tensor([1.0, NAN]), "the batch", " in 1 of 2 samples: 'b'."),
+        ({"x": np.array([1.0, NAN], dtype=np.float16)}, "x", " in 1 of 2 samples: 'b'."),
+        (hf.BatchFeature({"x": {"y": [np.array([[NAN], [1.0]])]}}), "x.y.0", " in 1 of 2 samples: 'a'."),
+    ],
+)
+def test_batches_are_looked_through(batch: Any, field: str, whose: str):
+    with pytest.raises(ValueError, match=f"^'{field}' holds NaN or infinite values{whose}"):
+        FiniteBatches(lambda rows: batch)([{"id": "a"}, {"id": "b"}])
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {
+            "attention_mask": {"x": torch.tensor(NAN)},
+            "masks": [np.array(NAN)],
+            "x": [{"bool_masked_pos": torch.tensor(NAN)}],
+        },
+        {"x": [], "text": ["nan"], "ids": np.array([1]), "names": np.array(["a"], dtype=object), "y": None},
+    ],
+)
+def test_batches_that_are_in_order_pass(batch: Any):
+    assert FiniteBatches(lambda rows: batch)([]) is batch
 
 
 @pytest.mark.parametrize("trainer", ["ContrastiveTrainer", "ImageTextRetrievalTrainer"])

@@ -1,6 +1,7 @@
 """Two processes on a CPU under DDP, FSDP2 and FSDP1; and what many would exchange.
 
-    torchrun --nproc-per-node=2 tests/test_processes.py FOLDER    # what each process does
+    torchrun --nproc-per-node=2 tests/test_processes.py FOLDER           # what each process does
+    accelerate launch ... tests/test_processes.py FOLDER CASE            # one of DDP's cases alone
 
 Every method takes the same two steps on the same batches under each of them; what one way gives, the others have to.
 """
@@ -165,16 +166,19 @@ def some_without_pictures(method: str, folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     """A folder, and what each of two processes found that were started with torchrun."""
-    folder = tmp_path_factory.mktemp("two")
+    return started(["torch.distributed.run", "--nproc-per-node=2", "--master-port"], tmp_path_factory.mktemp("two"))
+
+
+def started(launcher: list[str], folder: Path, *case: str) -> Launched:
+    """By a module and its options, of which the last is the port."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    torchrun = ["torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", *torchrun, __file__, str(folder)],
+        [sys.executable, "-W", "ignore", "-m", *launcher, str(port), __file__, str(folder), *case],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -207,6 +211,18 @@ def test_ddp(name: str, launched: Launched, tmp_path: Path):
         assert banks[0]["visits"].sum() == 8
         for key, array in banks[0].items():
             np.testing.assert_array_equal(banks[1][key], array, err_msg=key)
+
+
+def test_accelerate_launch(launched: Launched, tmp_path: Path):
+    """accelerate starts several processes by --multi_gpu alone (or by MPI); that they are on CPUs is the script's word."""
+    options = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    launcher = ["accelerate.commands.launch", *options, "--main_process_port"]
+    _, found = started(launcher, tmp_path, "aurora_mode_approx")
+    for mine, theirs in zip(found, launched[1], strict=True):
+        expected = theirs["ddp"]["aurora_mode_approx"]
+        assert mine["wrappers"] == ["DistributedDataParallel"]
+        for key in ("losses", "resumed", "eval_loss"):
+            assert mine[key] == pytest.approx(expected[key], rel=1e-5), key
 
 
 def test_some_processes_have_no_pictures(launched: Launched):
@@ -323,7 +339,11 @@ if __name__ == "__main__":
     gc.collect()
     gc.freeze()
     into = Path(sys.argv[1])
-    result = {"ddp": ddp(into / "ddp")}  # first: accelerate remembers in its environment that it has sharded
-    with fsdp_on_a_cpu():
-        result |= {"fsdp2": fsdp2(into / "fsdp2"), "fsdp1": fsdp1(into / "fsdp1")}
+    result: dict[str, Any]
+    if case := sys.argv[2:]:
+        result = trained(case[0], into / case[0], ddp_find_unused_parameters=False)
+    else:
+        result = {"ddp": ddp(into / "ddp")}  # first: accelerate remembers in its environment that it has sharded
+        with fsdp_on_a_cpu():
+            result |= {"fsdp2": fsdp2(into / "fsdp2"), "fsdp1": fsdp1(into / "fsdp1")}
     (into / f"found-{os.environ['RANK']}.json").write_text(json.dumps(result))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +39,20 @@ def test_save_and_load(method: str, tmp_path: Path):
     assert content(folder) == content(tmp_path / "stock" / "adapter")
     for path in (folder, str(folder)):
         assert distance(run(family, load(family.build(), path)), run(family, model)) <= 1e-6
+
+
+@pytest.mark.parametrize("by", [save, PeftModel.save_pretrained])
+def test_a_relative_base_is_local_from_everywhere(by: Callable, tmp_path: Path, monkeypatch):
+    """Seen from another directory its path looks like a repository's id."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    FAMILY.build().save_pretrained("models/base")
+    model = wrap(FAMILY, "aurora_mode_approx", base=type(FAMILY.build()).from_pretrained("models/base"))
+    monkeypatch.chdir("elsewhere")
+    by(model, "adapter")
+    card = Path("adapter/README.md").read_text()
+    assert "a local BlipForImageTextRetrieval" in card
+    assert "models/base" not in card
 
 
 def test_keywords_reach_peft(tmp_path: Path):
@@ -94,6 +111,136 @@ def test_the_config_is_replaced_last(tmp_path: Path, monkeypatch):
     save(model, tmp_path)
     assert set(replaced) == FILES
     assert replaced[-1] == "adapter_config.json"
+
+
+WAYS = pytest.mark.parametrize("way", ["exchanged", "one by one"])
+
+
+@pytest.fixture
+def by_files(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    def use(way: str) -> None:
+        if way == "one by one":
+            monkeypatch.setattr(peft_multimodal.saving, "_exchange", lambda *folders: False)
+
+    return use
+
+
+def inventory(folder: Path) -> dict[str, Any]:
+    """What a folder holds but for the adapter's own files: kinds, modes, contents, where links lead."""
+    found: dict[str, Any] = {}
+    for path in [folder, *folder.rglob("*")]:
+        if path.name not in FILES:
+            inside = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+            found[str(path.relative_to(folder))] = (oct(path.lstat().st_mode), inside)
+    return found
+
+
+@WAYS
+def test_what_else_is_in_the_folder_stays_as_it_is(way: str, by_files: Callable, tmp_path: Path):
+    folder, model = tmp_path / "adapter", wrap(FAMILY, "aurora_mode_approx")
+    model.add_adapter("other", METHODS["aurora_mode_approx"](FAMILY))
+    save(model, folder)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "picture").write_text("1")
+    (folder / "empty").mkdir()
+    (folder / "private").mkdir()
+    (folder / "private" / "notes.txt").write_text("mine")
+    (folder / "link").symlink_to(tmp_path / "data")
+    (folder / "dangling").symlink_to("nowhere")
+    (folder / "private" / "notes.txt").chmod(0o600)
+    (folder / "private").chmod(0o700)
+    (folder / "other").chmod(0o750)
+    folder.chmod(0o710)
+    before = inventory(folder)
+    stir(model, seed=7)
+    by_files(way)
+    save(model, folder)
+    assert inventory(folder) == before
+    assert (tmp_path / "data" / "picture").read_text() == "1"
+    assert {p.name for p in tmp_path.iterdir()} == {"adapter", "data"}
+    assert distance(run(FAMILY, load(FAMILY.build(), folder)), run(FAMILY, model)) <= 1e-6
+
+
+@WAYS
+def test_a_file_is_no_folder(way: str, by_files: Callable, tmp_path: Path):
+    by_files(way)
+    model = wrap(FAMILY, "aurora_mode_approx")
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(NotADirectoryError, match=r"file is a file\. Name a folder"):
+        save(model, tmp_path / "file")
+    assert content(tmp_path) == {"file": b"precious"}
+    save(model, tmp_path / "adapter")
+    (tmp_path / "adapter" / WEIGHTS).unlink()
+    (tmp_path / "adapter" / WEIGHTS).mkdir()
+    before = content(tmp_path)
+    with pytest.raises(IsADirectoryError, match=r"adapter_model\.safetensors is a folder"):
+        save(model, tmp_path / "adapter")
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("target", ["adapter", "nowhere"])
+def test_through_a_link(target: str, tmp_path: Path):
+    model = wrap(FAMILY, "aurora_mode_approx")
+    save(model, tmp_path / "there" / "adapter")
+    (tmp_path / "link").symlink_to(tmp_path / "there" / target)
+    stir(model, seed=7)
+    assert save(model, tmp_path / "link") == tmp_path / "link"
+    assert (tmp_path / "link").is_symlink()
+    assert distance(run(FAMILY, load(FAMILY.build(), tmp_path / "there" / target)), run(FAMILY, model)) <= 1e-6
+
+
+@pytest.mark.parametrize("place", [".", "..", "../../adapter"])
+def test_the_process_stands_in_the_folder(place: str, tmp_path: Path, monkeypatch):
+    folder, model = tmp_path / "adapter", wrap(FAMILY, "aurora_mode_approx")
+    save(model, folder)
+    (folder / "below").mkdir()
+    here = folder if place == "." else folder / "below"
+    monkeypatch.chdir(here)
+    stir(model, seed=7)
+    save(model, place)
+    assert Path.cwd() == here
+    assert sorted(os.listdir(folder)) == sorted([*FILES, "below"])
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+    assert "# AuroraModeApprox" in (folder / "README.md").read_text()
+    assert distance(run(FAMILY, load(FAMILY.build(), folder)), run(FAMILY, model)) <= 1e-6
+
+
+def test_onto_another_disk(tmp_path: Path, monkeypatch):
+    """Nothing can be renamed from beside a mounted folder into it."""
+    model, made = wrap(FAMILY, "aurora_mode_approx"), []
+    real = peft_multimodal.saving.tempfile.mkdtemp
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
+    monkeypatch.setattr(peft_multimodal.saving.tempfile, "mkdtemp", lambda **k: (made.append(k["dir"]), real(**k))[1])
+    save(model, tmp_path)
+    assert made == [tmp_path]
+    assert set(content(tmp_path)) == FILES
+
+
+def test_what_another_process_writes_meanwhile_stays(tmp_path: Path, monkeypatch):
+    model = wrap(FAMILY, "aurora_mode_approx")
+    save(model, tmp_path / "adapter")
+    carry = peft_multimodal.saving._carry_over
+
+    def and_then(source: Path, target: Path) -> None:
+        carry(source, target)
+        if source == tmp_path / "adapter":
+            (source / "late").mkdir()
+            (source / "late" / "log.txt").write_text("mine")
+
+    monkeypatch.setattr(peft_multimodal.saving, "_carry_over", and_then)
+    save(model, tmp_path / "adapter")
+    assert set(content(tmp_path)) == {"adapter/late/log.txt", *(f"adapter/{name}" for name in FILES)}
+
+
+def test_other_formats_are_not_written(tmp_path: Path):
+    """They would lie beside the old weights, which are those that load."""
+    model = wrap(FAMILY, "aurora_mode_approx")
+    save(model, tmp_path)
+    before = content(tmp_path)
+    for publish in (save, peft_multimodal.push_to_hub):
+        with pytest.raises(ValueError, match=r"safe_serialization=False: .* safetensors alone"):
+            publish(model, str(tmp_path), safe_serialization=False)
+    assert content(tmp_path) == before
 
 
 # ------------------------------------------------------------------------------------------------------ damaged files

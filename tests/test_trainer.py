@@ -207,6 +207,15 @@ def test_what_lies_in_an_output_folder(checkpoints: Path, tmp_path: Path):
         assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
 
 
+@pytest.mark.parametrize("state", ["[]", "3", '"x"', "null"])
+def test_a_state_that_is_none(state: str, checkpoints: Path, tmp_path: Path):
+    for name in ("checkpoint-1", "checkpoint-2"):
+        shutil.copytree(checkpoints / name, tmp_path / name)
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text(state)
+    with pytest.warns(UserWarning, match=r"checkpoint-2 is passed over: trainer_state.json is cut off or damaged"):
+        assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
 def test_every_rank_has_its_random_numbers(checkpoints: Path, tmp_path: Path):
     folder = tmp_path / "checkpoint-2"
     shutil.copytree(checkpoints / "checkpoint-2", folder)

@@ -60,7 +60,10 @@ def fault_of(checkpoint: Path) -> str | None:
     for file in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
         if not _is_whole(file):
             return f"{file.relative_to(checkpoint)} is cut off or damaged"
-    step = _read(state).get("global_step")
+    written = _read(state)
+    if not isinstance(written, dict):
+        return f"{STATE} is cut off or damaged"
+    step = written.get("global_step")
     if (match := _NUMBER.fullmatch(checkpoint.name)) and step != int(match[1]):
         return f"its {STATE} is of step {step}"
     for part, names in _PARTS.items():
