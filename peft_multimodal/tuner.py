@@ -440,14 +440,37 @@ class MultimodalTuner(BaseTuner):
         check_adapter_name(adapter_name)
         config = self.peft_config[adapter_name]
         written = config.target_modules
+        had_it = any(layer.has_adapter(adapter_name) for layer in self._own_layers())
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            if not had_it:
+                self._take_back(adapter_name)
+            raise
         finally:
             config.target_modules = written  # PEFT writes "all-linear" out into names, which a rename would break
         for path in [*anatomy.token_embeddings(model), *anatomy.pixel_readers(model)]:
             reader = model.get_submodule(path)
             if not any(isinstance(hook, _InputGradients) for hook in reader._forward_hooks.values()):
                 reader.register_forward_hook(_InputGradients(model))
+
+    def _own_layers(self) -> list[MultimodalLayer]:
+        return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
+
+    def _take_back(self, adapter_name: str) -> None:
+        """After a failure in the midst of an injection, such as no memory: the model is what it was before."""
+        for layer in self._own_layers():
+            layer.delete_adapter(adapter_name)
+        if any(name != adapter_name and tuner_of(c) is type(self) for name, c in self.peft_config.items()):
+            return  # the layers are the other adapters', too
+        for parent, name, part in reversed(list(self.attached_parts())):
+            part.remove_hooks()
+            delattr(parent, name)
+        for parent in list(self.model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, self.tuner_layer_cls):
+                    setattr(parent, name, child.get_base_layer())
+        self.drop_traces(self.model)
 
     def get_input_embeddings(self) -> nn.Module | None:
         """The model's; None where transformers finds no such one (CLIP). accelerate's FSDP2 asks every model for it."""

@@ -29,6 +29,7 @@ from test_contract import Rows, trainer_for
 
 import peft_multimodal
 from peft_multimodal import FiniteBatches, load, save
+from peft_multimodal.tuner import tuner_of
 
 TESTS = str(Path(__file__).parent)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -168,6 +169,38 @@ def weights(draw: st.DrawFn, written: bytes) -> bytes:
             break
     text = json.dumps(header).encode("utf-8", "surrogatepass")
     return struct.pack("<Q", len(text)) + text + data
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_an_injection_that_fails_in_its_midst(method: str, monkeypatch: pytest.MonkeyPatch):
+    """Such as for want of memory, after the first layer or part was made: model and other adapters are what they were."""
+    family = home(method)
+    model = family.build()
+    before, output, left = list(model.state_dict()), run(family, model), trace(model)
+    config = METHODS[method](family)
+    tuner = tuner_of(config)
+    own = tuner._create_and_replace
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        own(*args, **kwargs)
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuner, "_create_and_replace", fails)
+        with pytest.raises(RuntimeError, match="no memory"):
+            get_peft_model(model, config)
+    assert list(model.state_dict()) == before
+    assert trace(model) == left
+    assert torch.equal(run(family, model), output)
+
+    wrapped = wrap(family, method, base=model)
+    before, output = list(wrapped.state_dict()), run(family, wrapped)
+    with monkeypatch.context() as patch:
+        patch.setattr(tuner, "_create_and_replace", fails)
+        with pytest.raises(RuntimeError, match="no memory"):
+            wrapped.add_adapter("other", METHODS[method](family))
+    assert list(wrapped.state_dict()) == before
+    assert torch.equal(run(family, wrapped), output)
 
 
 @pytest.mark.parametrize("which", [CONFIG, WEIGHTS])
