@@ -145,7 +145,7 @@ def peak(classes: int, chunk_size: int) -> int:
 def peak_here(classes: int, chunk_size: int) -> int:
     torch.set_num_threads(1)
     model = classifier(GDI, classes, chunk_size).train()
-    train_step(classifier(GDI, 2, 1).train())  # what the first step of a process takes for good
+    train_step(classifier(GDI, PICTURES, 1).train())  # what the first step of a process takes for good
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     train_step(model)
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
