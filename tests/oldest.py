@@ -29,7 +29,7 @@ def works(name: str, method: str, folder: Path) -> None:
     model.save_pretrained(folder)
     assert distance(run(family, PeftModel.from_pretrained(family.build(), folder)), output) <= 1e-5
     with model.disable_adapter():
-        assert distance(run(family, model), expected) == 0
+        assert distance(run(family, model), expected) <= 1e-6  # torch 2.6 rounds SigLIP's attention anew in every call
 
 
 def trains(method: str, folder: Path) -> None:
