@@ -236,7 +236,7 @@ def test_fuzzed_files(method: str, which: str, tmp_path: Path):
     assert torch.equal(run(family, model), output)
     assert None in refusals, "what is right is still loaded"
     said = [message for message in refusals if message is not None]
-    assert len(said) >= 80
+    assert len(said) >= 60  # of 200
     assert min(map(len, said)) > 20
 
 
