@@ -369,9 +369,10 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
                 known if known is None or by_picture else known[rows] if isinstance(known, Tensor) else known.rows(rows)
             )
             part = (adapter_name, v, Z, real, texts.rows(rows), instance, mine, None if hand is None else hand[rows])
-            # Recomputed in the backward pass, so that what is held for it doesn't grow with the class count.
+            # Recomputed in the backward pass, so that what is held for it doesn't grow with the class count; notes on
+            # each saved tensor, to check the second run by, would.
             found.append(
-                checkpoint(self._chunk, *part, use_reentrant=False, preserve_rng_state=False)
+                checkpoint(self._chunk, *part, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
                 if again
                 else self._chunk(*part)
             )
