@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from peft_multimodal import StructuredPromptConfig
 from peft_multimodal.methods.prompt_classifier import autocast_dtype
+from peft_multimodal.methods.prompt_text import continue_prefix
 
 ORDERS = ("GDI", "GID")
 EOS = VOCAB - 1
@@ -224,14 +225,14 @@ def tokens_read(model: PeftModel, call) -> int:
 
 
 def test_each_token_is_read_once():
-    """M_g 4, M_d 2, M_i 4; names of 2, 1, 3 and 1 words; 3 pictures."""
-    common, pairs = 1 + 4 + 2, 3 * 4 * (4 + 1)
+    """M_g 4, M_d 2, M_i 4; names of 2, 1, 3 and 1 words; 3 pictures. What is common is filled up to the others' width."""
+    common, filling, pairs = 1 + 4 + 2, 2, 3 * 4 * (4 + 1)
     model = prompted().eval()
-    assert tokens_read(model, lambda: logits(model)) == common + 4 * 3 + pairs
+    assert tokens_read(model, lambda: logits(model)) == common + filling + 4 * 3 + pairs
     assert tokens_read(model, lambda: logits(model)) == pairs
-    assert tokens_read(model.train(), lambda: model(pixel_values=pictures())) == common + 4 * 3 + pairs
+    assert tokens_read(model.train(), lambda: model(pixel_values=pictures())) == common + filling + 4 * 3 + pairs
     model = prompted(order="GID").eval()
-    assert tokens_read(model, lambda: logits(model)) == (1 + 4) + 3 * 4 + 3 * 4 * (2 + 3 + 1)
+    assert tokens_read(model, lambda: logits(model)) == (1 + 4) + 3 + 3 * 4 + 3 * 4 * (2 + 3 + 1)
     assert tokens_read(without_reuse(model), lambda: logits(model)) == 3 * 4 * (1 + 4 + 4 + 2 + 3 + 1)
     model = prompted(domain="per_class", num_domains=4).eval()
     assert tokens_read(model, lambda: logits(model)) == (1 + 4) + 4 * (2 + 3) + pairs
@@ -239,6 +240,30 @@ def test_each_token_is_read_once():
         model = prompted(**changes).eval()
         assert tokens_read(model, lambda m=model: logits(m)) == common + 4 * (3 + 1)
         assert tokens_read(model, lambda m=model: logits(m)) == 0
+
+
+@given(st.integers(1, 3), st.integers(1, 7), st.integers(1, 4), st.integers(0, 5), st.booleans())
+def test_continued_attention_is_that_of_whole_sequences(
+    prefixes: int, times: int, length: int, begun: int, padded: bool
+):
+    """However many continuations lie side by side, each sees its prefix and itself."""
+    generator = torch.Generator().manual_seed(prefixes + 10 * times + 100 * length)
+    draw = lambda rows, tokens: torch.randn(rows, tokens, 2, 4, generator=generator).transpose(1, 2)  # noqa: E731
+    query, key, value = (draw(prefixes * times, length) for _ in range(3))
+    keys, values = draw(prefixes, begun), draw(prefixes, begun)
+    keep = torch.arange(begun) < torch.arange(prefixes)[:, None] + 1 if padded else None
+    expected = torch.empty_like(query)
+    for row in range(prefixes * times):
+        seen = slice(None) if keep is None else keep[row // times]
+        K, V = keys[row // times][:, seen], values[row // times][:, seen]
+        for j in range(length):
+            k, v = torch.cat([K, key[row, :, : j + 1]], 1), torch.cat([V, value[row, :, : j + 1]], 1)
+            weights = (k @ query[row, :, j, :, None] * 0.5).softmax(1)
+            expected[row, :, j] = (weights * v).sum(1)
+    for together in range(1, times + 1):
+        if times % together == 0:
+            actual = continue_prefix(query, key, value, keys, values, keep, together, 0.5)
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 def held_for_backward(classes: int, **changes) -> int:
@@ -321,7 +346,8 @@ def sequences_at_once(model: PeftModel, call) -> int:
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("changes", [{}, {"shortlist": 11}, {"num_instance": 0}, {"mode": "feature"}])
 def test_eval_reads_no_more_than_a_chunk_a_picture(order: str, changes: dict):
-    names = [f"w{i}" for i in range(4, 20)]
+    names = [f"w{i}" for i in range(4, 44)]
+    common = 7  # one sequence of so many tokens, folded into rows of a token
     model = prompted(names=names, order=order, chunk_size=3, **changes).eval()
     captions = word_tokenizer()(names, padding=True, return_tensors="pt")
     captions.pop("token_type_ids", None)
@@ -329,7 +355,7 @@ def test_eval_reads_no_more_than_a_chunk_a_picture(order: str, changes: dict):
         for m in (model, without_reuse(copy.deepcopy(model))):
             m.set_classes(names, word_tokenizer())
             for call in (lambda: logits(m, x), lambda: m(pixel_values=x), lambda: m(pixel_values=x, **captions)):  # noqa: B023
-                assert sequences_at_once(m, call) <= 3 * len(x)
+                assert sequences_at_once(m, call) <= 3 * len(x) + common
         assert sequences_at_once(model, lambda: model.zero_shot_logits(x, "a w12 {}")) <= 64  # noqa: B023
 
 

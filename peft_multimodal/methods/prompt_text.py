@@ -21,7 +21,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from ..anatomy import device_of
 from ..tuner import CallScope
 
 ATTENTION = "structured_prompt"  # the name under which transformers knows the attention that can continue a prefix
+WIDEST = 128  # tokens of continuations side by side: more are masked in vain, fewer repeat their prefix more often
 
 
 # --- sequences -------------------------------------------------------------------------------------------------------
@@ -212,49 +213,95 @@ AttentionInterface.register(ATTENTION, attend)
 AttentionMaskInterface.register(ATTENTION, prefix_mask)
 
 
-class Continue:
-    """Attention of sequences that continue prefixes: row g n + i of a call continues prefix g. Padding stands behind.
+class Begin:
+    """Attention of a prefix; notes each layer's keys and values."""
 
-    The n continuations of a prefix are its queries side by side, so that its keys and values are never repeated.
-
-    Args:
-        prefix: None for sequences that continue nothing.
-        times: n.
-        note: Where each layer's keys and values are put.
-    """
-
-    def __init__(
-        self, prefix: PrefixStates | None, times: int, note: list[tuple[Tensor, Tensor]] | None = None
-    ) -> None:
-        self.layers = None if prefix is None else iter(prefix.layers)
-        self.keep = None if prefix is None else prefix.keep
-        self.shape = (0 if prefix is None else len(prefix), times)
+    def __init__(self, note: list[tuple[Tensor, Tensor]]) -> None:
         self.note = note
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """(rows, heads, P, d_h) each, of one layer."""
+        self.note.append((key, value))
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+
+
+class BeginAlike:
+    """Attention of what prefixes have in common and of how each goes on, in one call: a small one costs as much as a
+    larger one, for the weights are read. Notes each layer's keys and values of the former and of the latter.
+
+    Args:
+        front: So many rows of the call lie in front, and hold what is common one behind the other.
+        length: Its tokens; what is left of these rows is filling.
+    """
+
+    def __init__(
+        self, front: int, length: int, note: list[tuple[Tensor, Tensor]], own_note: list[tuple[Tensor, Tensor]]
+    ) -> None:
+        self.front, self.length, self.note, self.own_note = front, length, note, own_note
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """(front + C, heads, L, d_h) each, of one layer."""
+        L, filling = query.shape[2], self.front * query.shape[2] - self.length
+        q, k, v = (in_one(x[: self.front], self.front)[:, :, : self.length] for x in (query, key, value))
+        begun = in_many(F.pad(Begin(self.note)(q, k, v, scaling), (0, 0, 0, filling)), L)
+        query, key, value = (x[self.front :] for x in (query, key, value))
+        self.own_note.append((key, value))
+        return torch.cat([begun, continue_prefix(query, key, value, k, v, None, 1, scaling)])
+
+
+class Continue:
+    """Attention of sequences that continue prefixes: row g n + i of a call continues prefix g. Padding stands behind."""
+
+    def __init__(self, prefix: PrefixStates) -> None:
+        self.layers, self.keep = iter(prefix.layers), prefix.keep
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """(G n, heads, L, d_h) each, of one layer."""
-        if self.note is not None:
-            self.note.append((key, value))
-        if self.layers is None:
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-        keys, values = next(self.layers)  # (G, heads, P, d_h)
-        L, P = query.shape[2], keys.shape[2]
-        before = self._aside(query) @ keys.mT  # (G, heads, n L, P)
-        if self.keep is not None:
-            before = before.masked_fill(~self.keep[:, None, None], float("-inf"))
-        own = (query @ key.mT).masked_fill(~query.new_ones(L, L, dtype=torch.bool).tril(), float("-inf"))
-        scores = torch.cat([self._apart(before, L), own], dim=-1) * scaling
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
-        before, own = weights.split([P, L], dim=-1)
-        return self._apart(self._aside(before) @ values, L) + own @ value
+        keys, values = next(self.layers)
+        times, widest = len(query) // len(keys), max(WIDEST // query.shape[2], 1)
+        together = next(n for n in range(min(times, widest), 0, -1) if times % n == 0)
+        return continue_prefix(query, key, value, keys, values, self.keep, together, scaling)
 
-    def _aside(self, x: Tensor) -> Tensor:
-        """(G n, heads, L, d) -> (G, heads, n L, d)"""
-        return x.unflatten(0, self.shape).transpose(1, 2).flatten(2, 3)
 
-    def _apart(self, x: Tensor, L: int) -> Tensor:
-        """(G, heads, n L, d) -> (G n, heads, L, d)"""
-        return x.unflatten(2, (self.shape[1], L)).transpose(1, 2).flatten(0, 1)
+def continue_prefix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    keep: Tensor | None,
+    together: int,
+    scaling: float,
+) -> Tensor:
+    """h (G n, heads, L, d_h) of n continuations of each of G prefixes.
+
+    Args:
+        keys: Of the prefixes (G, heads, P, d_h), like `values`.
+        keep: (G, P), False at their padding.
+        together: So many continuations of a prefix are one sequence to the attention, behind one copy of the prefix; a
+            mask keeps them apart, as long as they are finite.
+    """
+    P, L = keys.shape[2], query.shape[2]
+    copies = len(query) // len(keys) // together
+    q, k, v = (in_one(x, together) for x in (query, key, value))
+    place = torch.arange(together * L, device=query.device)
+    own = (place[:, None] // L == place // L) & (place[:, None] >= place)
+    mask = F.pad(own, (P, 0), value=True)
+    if keep is not None:
+        mask = mask & F.pad(keep, (0, together * L), value=True).repeat_interleave(copies, dim=0)[:, None, None]
+    k = torch.cat([keys.to(k.dtype).repeat_interleave(copies, dim=0), k], dim=2)
+    v = torch.cat([values.to(v.dtype).repeat_interleave(copies, dim=0), v], dim=2)
+    return in_many(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling), L)
+
+
+def in_one(x: Tensor, together: int) -> Tensor:
+    """(rows, heads, L, d) -> (rows / together, heads, together L, d)"""
+    return x.transpose(1, 2).unflatten(0, (-1, together)).flatten(1, 2).transpose(1, 2)
+
+
+def in_many(x: Tensor, L: int) -> Tensor:
+    """(rows, heads, n L, d) -> (rows n, heads, L, d)"""
+    return x.transpose(1, 2).unflatten(1, (-1, L)).flatten(0, 1).transpose(1, 2)
 
 
 # --- the tower -------------------------------------------------------------------------------------------------------
@@ -347,29 +394,40 @@ class PromptReader:
             return common if own is None else join(common, own)
         if own is None or not common.ids.shape[1]:
             return self.states(join(common, own) if own is not None else common)
-        return self.states(own, self.states(common))
+        return self.states_alike(common, own)
 
-    def states(self, text: Piece, after: PrefixStates | None = None) -> PrefixStates:
-        """What the layers keep of sequences, which all continue `after`, of one row."""
+    def states(self, text: Piece) -> PrefixStates:
+        """What the layers keep of sequences."""
         note: list[tuple[Tensor, Tensor]] = []
-        if after is None:
-            self._run(text, prompt_prefix=Continue(None, 1, note))
-            return PrefixStates(tuple(note), text.keep)
-        self._run(text, position_ids=self._places(after, text), prompt_prefix=Continue(after, len(text), note))
-        return after.extended(note, text)
+        self._run(text, prompt_prefix=Begin(note))
+        return PrefixStates(tuple(note), text.keep)
+
+    def states_alike(self, common: Piece, own: Piece) -> PrefixStates:
+        """What the layers keep of sequences that begin with `common`, one row, and go on with a row of `own` each."""
+        P, L = common.ids.shape[1], own.ids.shape[1]
+        front = -(-P // L)
+        filled = join(common, self.vectors(common.embeds.new_zeros(1, front * L - P, common.embeds.shape[2])))
+        embeds = torch.cat([filled.embeds.unflatten(1, (front, L))[0], own.embeds])
+        ids = torch.cat([filled.ids.unflatten(1, (front, L))[0], own.ids])
+        front_places = torch.arange(front * L, device=ids.device).clamp(max=P - 1).view(front, L)
+        places = torch.cat([front_places, P + torch.arange(L, device=ids.device).expand(len(own), L)])
+        note: list[tuple[Tensor, Tensor]] = []
+        own_note: list[tuple[Tensor, Tensor]] = []
+        self._run(Piece(embeds, ids), position_ids=places, prompt_prefix=BeginAlike(front, P, note, own_note))
+        return PrefixStates(tuple(note), None).extended(own_note, own)
 
     def continued(self, prefix: PrefixStates | Piece, text: Piece) -> Tensor:
         """(G, n, e): the features of sequences, of which row g n + i of `text` continues prefix g."""
         shape = (len(prefix), len(text) // len(prefix))
         if isinstance(prefix, Piece):
             return self.features(join(prefix.repeat_each(shape[1]), text)).unflatten(0, shape)
-        going_on = Continue(prefix, shape[1])
-        return self._run(text, position_ids=self._places(prefix, text), prompt_prefix=going_on).unflatten(0, shape)
-
-    def _places(self, prefix: PrefixStates, text: Piece) -> Tensor:
-        """(rows, L): positions behind the prefixes."""
         places = prefix.lengths()[:, None] + torch.arange(text.ids.shape[1], device=text.ids.device)
-        return places.repeat_interleave(len(text) // len(prefix), dim=0)
+        places = places.repeat_interleave(shape[1], dim=0)
+        # A mask alone doesn't keep a spoilt picture's rows from those beside them: 0 * nan is nan.
+        sound = text.embeds.isfinite().all(dim=-1).all(dim=-1)[:, None]
+        text = replace(text, embeds=text.embeds.where(sound[..., None], 0))
+        w = self._run(text, position_ids=places, prompt_prefix=Continue(prefix))
+        return w.where(sound, torch.nan).unflatten(0, shape)
 
     def _run(self, text: Piece, **kwargs: Any) -> Tensor:
         with in_eval(self.tower):
