@@ -12,6 +12,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -301,6 +302,39 @@ def nothing_asks_the_network(folder: Path) -> None:
                 for load in (peft_multimodal.load, PeftModel.from_pretrained):
                     assert distance(output(method, load(family.build(), folder / method / place)), expected) <= 1e-6
             model.load_adapter(folder / method / "ours", "again")
+
+
+# ------------------------------------------------------------------------------------------------------------- fields
+
+
+@step("fields")
+def only_the_named_encoder_is_asked_for(folder: Path) -> None:
+    """Whatever field of a config names a repository, on a machine that is online."""
+    asked: set[tuple[str, str]] = set()
+    at = ("", "")
+
+    def note(event: str, arguments: tuple) -> None:
+        if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+            asked.add(at)
+
+    sys.addaudithook(note)
+    for method in NAMES:
+        place = folder / "fields" / method
+        model = home(method).build()
+        peft_multimodal.save(wrap(home(method), method), place)
+        written = json.loads((place / "adapter_config.json").read_text())
+        for field in [*written, "auto_map", "trust_remote_code", "processor", "tokenizer"]:
+            at = method, field
+            for value in (
+                "stranger/repository",
+                ["stranger/repository"],
+                {"stranger/repository": "stranger/repository"},
+            ):
+                changed = {**written, field: value}
+                (place / "adapter_config.json").write_text(json.dumps(changed))
+                with suppress(ValueError):
+                    peft_multimodal.load(model, place).unload()
+    assert asked == {("cross_lingual_adapter", "encoder")}
 
 
 def attempt(function: Callable[[Path], None], folder: Path) -> str:

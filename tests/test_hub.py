@@ -62,6 +62,15 @@ def test_nothing_asks_the_network_when_all_is_local(tmp_path: Path):
     assert found == dict.fromkeys(STAGES["local"], ""), "\n".join(found.values())
 
 
+def test_only_the_named_encoder_is_asked_for(hub: Hub, tmp_path: Path):
+    before = len(hub.requests)
+    found = stage("fields", tmp_path, tmp_path / "home", HF_ENDPOINT=hub.url)
+    assert found == dict.fromkeys(STAGES["fields"], ""), "\n".join(found.values())
+    asked = hub.requests[before:]
+    assert asked
+    assert all("stranger/repository" in request for request in asked)
+
+
 def front(hub: Hub, repository: str) -> tuple[dict, str]:
     _, metadata, text = hub.files(repository)["README.md"].decode().split("---\n", 2)
     return yaml.safe_load(metadata), text
