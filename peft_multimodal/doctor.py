@@ -25,6 +25,7 @@ from torch import nn
 
 from . import anatomy
 from ._version import __version__
+from .layers import MultimodalLayer
 from .methods import (
     AuroraModeApproxConfig,
     CrossLingualAdapterConfig,
@@ -33,7 +34,7 @@ from .methods import (
     StructuredPromptConfig,
 )
 from .saving import UNCLEAR, AdapterError, check_files, find_adapter
-from .tuner import FORMAT_VERSION, MultimodalConfig, MultimodalLayer, matched_modules
+from .tuner import FORMAT_VERSION, MultimodalConfig, matched_modules
 
 PACKAGE = "peft-multimodal"
 CHECKED = ("torch", "transformers", "peft", "safetensors", "tensorly")

@@ -1,6 +1,6 @@
-"""What must be identical in every method: the config's common fields, the layer's switches, matching, storage.
+"""What must be identical in every method: the config's common fields, injection, switches, storage.
 
-A method subclasses `MultimodalConfig`, `MultimodalLayer` and `MultimodalTuner`. It gets from here
+A method subclasses `MultimodalConfig`, `MultimodalTuner` and, in `layers.py`, `MultimodalLayer`. It gets from here
 
 - `target_modules` in PEFT's forms, scoped by `towers=`, with an error that names what exists;
 - adapters stored under roles (`vision.q.3`) instead of module paths, checked strictly when they are loaded;
@@ -11,10 +11,9 @@ A method subclasses `MultimodalConfig`, `MultimodalLayer` and `MultimodalTuner`.
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
     _ExcludedModule,
-    check_adapters_to_merge,
     check_target_module_exists,
 )
 from torch import Tensor, nn
@@ -32,12 +30,23 @@ from torch import Tensor, nn
 from . import anatomy
 from ._version import __version__
 from .anatomy import Anatomy, Matrix
+from .layers import AttachedPart, InputGradients, MultimodalLayer
+from .matching import (
+    SIGNATURE,
+    MatchTable,
+    check_same_base,
+    fold,
+    in_layers,
+    is_among,
+    is_signature,
+    left_out,
+    nothing_matched,
+)
 from .model_card import CardNotes, is_hub_id, write_card
 
 FORMAT_VERSION = 1  # of the adapter's files; raised when an older version of the package couldn't read them
 
 _PEFT_PREFIX = "base_model.model."
-_SIGNATURE = 'a dictionary with {tower: [attentions, width]} as "towers" and {role: [[first, last], ...]} as "roles", as it was saved'
 # Folders that stand beside the files of an adapter: with its own name for a folder, another one's would lie among them.
 _COMPANIONS = ("encoder", "tokenizer")
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
@@ -94,7 +103,7 @@ class MultimodalConfig(PeftConfig):
             "set together with layers_to_transform",
             lambda v: not v or self.layers_to_transform is not None,
         )
-        self.check("base_signature", _SIGNATURE, lambda v: v is None or _is_signature(v))
+        self.check("base_signature", SIGNATURE, lambda v: v is None or is_signature(v))
         if type(self.format_version) is not int or self.format_version < 1:
             raise ValueError(f"format_version must be a positive integer, got {self.format_version!r}")
         if self.format_version > FORMAT_VERSION:
@@ -144,159 +153,6 @@ class MultimodalConfig(PeftConfig):
 
 def is_strings(value: Any) -> bool:
     return isinstance(value, (list, tuple, set)) and all(isinstance(v, str) for v in value)
-
-
-class _Call:
-    """What is known in one call."""
-
-    def __init__(self) -> None:
-        self.is_open = False
-        self.seen: Any = None
-        self.values: dict[Any, Tensor] = {}
-
-
-class CallScope(threading.local):
-    """What the submodules of one module tell each other during one call of it, in one thread.
-
-    Hooks of the owning module open and close it, inside the region that gradient checkpointing recomputes; so a
-    recomputation (on a GPU in another thread) opens its own, two threads never meet, and nothing outlives the call.
-    `torch.compile` traces it without a graph break. Where the model itself has one, a part of it reads what another part
-    has written: such writes reach ordinary objects, but get lost on an object that differs from thread to thread.
-    """
-
-    def __init__(self) -> None:
-        self._call = _Call()  # of this thread
-
-    @property
-    def is_open(self) -> bool:
-        return self._call.is_open
-
-    @property
-    def seen(self) -> Any:
-        return self._call.seen
-
-    @seen.setter
-    def seen(self, value: Any) -> None:
-        self._call.seen = value
-
-    @property
-    def values(self) -> dict[Any, Any]:
-        return self._call.values
-
-    @values.setter
-    def values(self, values: dict[Any, Any]) -> None:
-        self._call.values = values
-
-    def open(self, *_: Any) -> None:
-        self.close()  # an interrupt in an earlier call may have left it open
-        self._call.is_open = True
-
-    def close(self, *_: Any) -> None:
-        call = self._call
-        call.is_open, call.seen, call.values = False, None, {}
-
-    def attach(self, owner: nn.Module) -> list[Any]:
-        """Open and close with each call of `owner`; returns the hooks' handles."""
-        return [owner.register_forward_pre_hook(self.open), owner.register_forward_hook(self.close, always_call=True)]
-
-    def __reduce__(self) -> tuple[type, tuple]:
-        return type(self), ()  # a copy or a pickled model starts with a closed scope
-
-
-class MultimodalLayer(BaseTunerLayer):
-    """Base of everything that a method puts into a model: wrapped layers and attached parts.
-
-    `role` is the stored name. Containers named in `adapter_layer_names` are keyed by the adapter's name.
-    """
-
-    role: str
-
-    def enable_adapters(self, enabled: bool) -> None:
-        # PEFT turns gradients off and on here, and so thaws adapters that were frozen on purpose.
-        self._disable_adapters = not enabled
-
-    def has_adapter(self, adapter_name: str) -> bool:
-        return adapter_name in self._get_available_adapters()
-
-    def live_adapters(self) -> list[str]:
-        """The adapters that act in this call."""
-        if self.disable_adapters:
-            return []
-        return [name for name in self.active_adapters if self.has_adapter(name)]
-
-
-class HostedLayer(MultimodalLayer):
-    """A layer whose adapters follow the device and dtype of another module, its host."""
-
-    def host(self) -> nn.Module | None:
-        """The module whose device and dtype the adapters follow."""
-        return None
-
-    def settle(self, adapter_name: str) -> None:
-        """Bring a new adapter to the host's device and dtype (which PEFT then raises to float32 unless told not to)."""
-        self._move(adapter_name, None, cast=True)
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        self._move(adapter_name, device, cast=False)  # PEFT calls it again on what it has loaded: don't round that
-
-    def _move(self, adapter_name: str, device: torch.device | None, cast: bool) -> None:
-        host = self.host()
-        reference = next((p for p in host.parameters() if p.is_floating_point()), None) if host is not None else None
-        device = anatomy.device_of(host) if device is None and host is not None else device
-        if reference is None or device is None or device.type == "meta":
-            return
-        for name in self.adapter_layer_names:
-            container: Any = getattr(self, name)
-            if adapter_name in container:
-                item = container[adapter_name]
-                tensors = [item] if isinstance(item, Tensor) else [*item.parameters(), *item.buffers()]
-                if not any(t.is_meta for t in tensors):
-                    container[adapter_name] = item.to(device, reference.dtype if cast else None)
-
-
-class AttachedPart(HostedLayer):
-    """A part that hangs below a module as a child of its own, acting through hooks or as a store, wrapping nothing."""
-
-    def __init__(self) -> None:
-        self.hooks: list[Any] = []
-        self.merged_adapters: list[str] = []
-
-    def remove_hooks(self) -> None:
-        for handle in self.hooks:
-            handle.remove()
-        self.hooks = []
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Only noted: whether the adapter may be merged is checked once for the whole of it, by the tuner."""
-        self.merged_adapters += [a for a in check_adapters_to_merge(self, adapter_names) if self.has_adapter(a)]
-
-    def unmerge(self) -> None:
-        self.merged_adapters.clear()
-
-
-class _InputGradients:
-    """Forward hook of the modules that read tokens and pixels, for gradient checkpointing over frozen embeddings.
-
-    Reentrant checkpointing passes no gradient on where no input requires one: a tower would stop training without a
-    word. transformers marks the embeddings' outputs, but only those of models whose main input is `input_ids`; and its
-    mark makes a leaf, which BLIP's embeddings then add to in place, an error. A marked copy serves all.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, embedding: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not output.is_leaf:
-            return None
-        checkpointing = embedding.training and is_checkpointing(self.model)
-        return output.requires_grad_().clone() if output.requires_grad or checkpointing else None
-
-
-def is_checkpointing(model: nn.Module) -> bool:
-    """Whether gradient checkpointing is switched on in a transformers model."""
-    names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the newer name first: the older warns
-    name = next((n for n in names if hasattr(type(model), n)), "")
-    return bool(getattr(model, name, False))
 
 
 class MultimodalTuner(BaseTuner):
@@ -370,7 +226,7 @@ class MultimodalTuner(BaseTuner):
         wanted = config.towers or None
         roles = (config.base_signature or {}).get("roles") if config.is_loaded else None
         if roles:
-            return [m for m in candidates if _is_among(m, roles)]  # names may have changed since, roles have not
+            return [m for m in candidates if is_among(m, roles)]  # names may have changed since, roles have not
         if config.target_modules is None:
             selected = cls.default_targets(config, candidates)
         elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
@@ -379,10 +235,10 @@ class MultimodalTuner(BaseTuner):
             selected = [m for m in candidates if m.module not in heads]
         else:
             selected = [m for m in candidates if check_target_module_exists(config, m.module)]
-        selected = [m for m in selected if (wanted is None or m.tower in wanted) and not _left_out(config, m.module)]
-        selected = [m for m in selected if _in_layers(config, m.module)]
+        selected = [m for m in selected if (wanted is None or m.tower in wanted) and not left_out(config, m.module)]
+        selected = [m for m in selected if in_layers(config, m.module)]
         if not selected:
-            raise ValueError(_nothing_matched(config, found, candidates))
+            raise ValueError(nothing_matched(config, found, candidates))
         return selected
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
@@ -399,7 +255,7 @@ class MultimodalTuner(BaseTuner):
         peft_config.base_signature = {
             "model_class": found.model_class,
             "towers": {name: size for name, size in found.signature().items() if name in adapted},
-            "roles": _fold(matrices),
+            "roles": fold(matrices),
         }
         by_module: dict[str, list[Matrix]] = {}
         for matrix in matrices:
@@ -430,7 +286,7 @@ class MultimodalTuner(BaseTuner):
         """Refuse what this method can't do on this model, before the model is touched."""
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
-        return _ExcludedModule() if _left_out(peft_config, key) else key in self._matched
+        return _ExcludedModule() if left_out(peft_config, key) else key in self._matched
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # Nothing to hand over: layers go to their host's device themselves, and one that is taken out is as it was.
@@ -451,8 +307,8 @@ class MultimodalTuner(BaseTuner):
             config.target_modules = written  # PEFT writes "all-linear" out into names, which a rename would break
         for path in [*anatomy.token_embeddings(model), *anatomy.pixel_readers(model)]:
             reader = model.get_submodule(path)
-            if not any(isinstance(hook, _InputGradients) for hook in reader._forward_hooks.values()):
-                reader.register_forward_hook(_InputGradients(model))
+            if not any(isinstance(hook, InputGradients) for hook in reader._forward_hooks.values()):
+                reader.register_forward_hook(InputGradients(model))
 
     def _own_layers(self) -> list[MultimodalLayer]:
         return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
@@ -542,7 +398,7 @@ class MultimodalTuner(BaseTuner):
             tuner.drop_traces(self.model)
         for module in self.model.modules():
             for key, hook in list(module._forward_hooks.items()):
-                if isinstance(hook, _InputGradients):
+                if isinstance(hook, InputGradients):
                     del module._forward_hooks[key]
         for parent, name, part in reversed(parts):  # who took a forward over last gives it back first
             part.remove_hooks()
@@ -700,122 +556,6 @@ def matched_modules(model: nn.Module, config: MultimodalConfig) -> MatchTable:
     if tuner is None or not issubclass(tuner, MultimodalTuner):
         raise TypeError(f"matched_modules takes a config of this package, got {type(config).__name__}")
     return MatchTable(tuner.match(config, model))
-
-
-@dataclass
-class MatchTable:
-    """The result of `matched_modules`: iterate over its matrices, or print it as a table."""
-
-    matrices: list[Matrix] = field(default_factory=list)
-
-    def __iter__(self) -> Iterator[Matrix]:
-        return iter(self.matrices)
-
-    def __len__(self) -> int:
-        return len(self.matrices)
-
-    def __str__(self) -> str:
-        rows = [
-            (m.module, m.letter, f"{m.d_out} x {m.d_in}", f"{m.rows[0]}:{m.rows[1]}", m.tower, m.role)
-            for m in self.matrices
-        ]
-        return anatomy.table(("module", "matrix", "shape", "rows", "tower", "role"), rows) + f"\n{len(rows)} matrices"
-
-    __repr__ = __str__
-
-
-def check_same_base(config: MultimodalConfig, found: Anatomy) -> None:
-    """Refuse a base whose towers differ from those that the adapter was trained on."""
-    trained = config.base_signature or {}
-    theirs, ours = trained.get("towers") or {}, found.signature()
-    differing = {t: (theirs[t], ours.get(t)) for t in theirs if ours.get(t) != theirs[t]}
-    if differing:
-        details = "; ".join(
-            f"{t} tower: {then[0]} attentions of width {then[1]} then, "
-            + (f"{now[0]} of width {now[1]} now" if now else "none now")
-            for t, (then, now) in differing.items()
-        )
-        raise ValueError(
-            f"This adapter belongs to another base: it was trained on {trained.get('model_class')} "
-            f"({config.base_model_name_or_path or 'unnamed'}), this is {found.model_class}. {details}. Load the base "
-            "that the adapter's adapter_config.json names."
-        )
-
-
-def _fold(matrices: list[Matrix]) -> dict[str, list[list[int]]]:
-    """Roles in short: {"vision.q": [[0, 11]]} stands for vision.q.0 to vision.q.11."""
-    folded: dict[str, list[list[int]]] = {}
-    for stem, number in sorted((m.role.rpartition(".")[0], int(m.role.rpartition(".")[2])) for m in matrices):
-        spans = folded.setdefault(stem, [])
-        if spans and spans[-1][1] == number - 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return folded
-
-
-def _is_among(matrix: Matrix, folded: dict[str, list[list[int]]]) -> bool:
-    """Roles that come from a file are not unfolded: it may name more than memory holds."""
-    stem, _, number = matrix.role.rpartition(".")
-    return any(first <= int(number) <= last for first, last in folded.get(stem, ()))
-
-
-def _is_signature(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return False
-    towers, roles = (value.get(name) or {} for name in ("towers", "roles"))
-    return (
-        isinstance(towers, dict)
-        and all(_are_two_integers(size) for size in towers.values())
-        and isinstance(roles, dict)
-        and all(isinstance(spans, list) and all(map(_are_two_integers, spans)) for spans in roles.values())
-    )
-
-
-def _are_two_integers(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2 and all(type(i) is int for i in value)
-
-
-def _in_layers(config: Any, path: str) -> bool:
-    """`layers_to_transform` for every form of `target_modules`."""
-    if config.layers_to_transform is None:
-        return True
-    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    for pattern in patterns or [r"[^.]*"]:
-        if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)(?:\.|$)", path):
-            wanted = config.layers_to_transform
-            return int(match.group(1)) in (wanted if isinstance(wanted, (list, tuple)) else [wanted])
-    return False
-
-
-def _left_out(config: Any, path: str) -> bool:
-    saved_whole = any(re.match(rf"(.*\.)?{re.escape(name)}(\.|$)", path) for name in config.modules_to_save or ())
-    return saved_whole or _named(config.exclude_modules, path)
-
-
-def _named(names: list[str] | str | None, path: str) -> bool:
-    if not names:
-        return False
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    return any(path == n or path.endswith(f".{n}") for n in names)
-
-
-def _nothing_matched(config: Any, found: Anatomy, candidates: list[Matrix]) -> str:
-    counts: dict[str, dict[str, int]] = {}
-    for matrix in candidates:
-        parent, _, leaf = matrix.module.rpartition(".")
-        leaf = f"{parent}.N" if leaf.isdigit() else leaf  # a numbered layer is called by its list
-        counts.setdefault(matrix.tower, {}).setdefault(leaf, 0)
-        counts[matrix.tower][leaf] += 1
-    exists = "; ".join(
-        f"{tower}: " + ", ".join(f"{n} ({k})" for n, k in leaves.items()) for tower, leaves in counts.items()
-    )
-    asked = "the default targets" if config.target_modules is None else f"target_modules={config.target_modules!r}"
-    return (
-        f"No module of {found.model_class} matches {asked} in towers={config.towers or 'all'}. What can be adapted, by "
-        f"tower: {exists or 'nothing'}. print(peft_multimodal.describe(model)) shows the towers."
-    )
 
 
 def _short(key: str) -> str:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_multimodal import AuroraModeApproxConfig, AuroraModeApproxModel
+from peft_multimodal.layers import CallScope
 from peft_multimodal.methods.aurora_fusion import ContextBank, GatedQueryTransformation
-from peft_multimodal.tuner import CallScope
 
 BLIP, CLIP = FAMILIES["blip_retrieval"], FAMILIES["clip"]  # both: vision 48 wide, text 32, two layers each
 BOTH = ["query", "cross"]

@@ -56,8 +56,8 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 import peft_multimodal
 from peft_multimodal import matched_modules
 from peft_multimodal.anatomy import is_below
+from peft_multimodal.layers import AttachedPart
 from peft_multimodal.methods.gated_xattn_layers import ForwardWithMedia
-from peft_multimodal.tuner import AttachedPart
 
 TARGETED = [method for method in METHODS if method not in WHOLE_TOWER | WHOLE_LAYERS | OWN_LAYERS]
 MERGE = {"aurora_mode_approx": {}, "aurora_mode_approx-fusion": {"cp_only": True}}  # what merging them takes

@@ -14,7 +14,7 @@ from methods import CASES, NOT_IDENTITY, adapter, distance, gradients, ready, ru
 from peft import PeftModel
 from torch import Tensor, nn
 
-from peft_multimodal.tuner import CallScope
+from peft_multimodal.layers import CallScope
 
 
 def cases(*families: str, unmarked: tuple[str, ...] = ()) -> pytest.MarkDecorator:

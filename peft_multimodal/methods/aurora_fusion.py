@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import is_cross
-from ..tuner import AttachedPart, CallScope
+from ..layers import AttachedPart, CallScope
 from .aurora_layers import AuroraModeApproxLayer
 
 

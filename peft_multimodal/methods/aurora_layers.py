@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..anatomy import Matrix, device_of, linear_shape
-from ..tuner import AttachedPart, CallScope, MultimodalLayer
+from ..layers import AttachedPart, CallScope, MultimodalLayer
 
 if TYPE_CHECKING:
     from .aurora_mode_approx import AuroraModeApproxConfig

@@ -34,9 +34,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..anatomy import Anatomy, Matrix, base_model, describe, device_of, is_below, own_modules, token_embeddings
+from ..layers import AttachedPart, CallScope, MultimodalLayer
 from ..model_card import CardNotes
 from ..registry import register
-from ..tuner import AttachedPart, CallScope, MultimodalConfig, MultimodalLayer, MultimodalTuner
+from ..tuner import MultimodalConfig, MultimodalTuner
 from .blocks import TransformerBlock
 from .frozen_encoder import follow
 from .language_encoder import (

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from ..anatomy import device_of
-from ..tuner import AttachedPart, CallScope, HostedLayer, MultimodalLayer
+from ..layers import AttachedPart, CallScope, HostedLayer, MultimodalLayer
 from .media import MediaCache, Reading, Sight, text_time
 from .perceiver import (
     CrossAttention,

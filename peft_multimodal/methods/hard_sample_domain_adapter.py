@@ -43,8 +43,9 @@ from ..anatomy import (
     own_modules,
     stack_of,
 )
+from ..layers import AttachedPart, CallScope, MultimodalLayer
 from ..registry import register
-from ..tuner import AttachedPart, CallScope, MultimodalConfig, MultimodalLayer, MultimodalTuner
+from ..tuner import MultimodalConfig, MultimodalTuner
 from .blocks import TransformerBlock
 
 BASE = "__base__"  # PEFT's name for rows that no adapter acts on

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from ..anatomy import Anatomy, device_of, is_below, pixel_readers, token_embeddings
-from ..tuner import AttachedPart, MultimodalLayer, is_checkpointing
+from ..layers import AttachedPart, MultimodalLayer, is_checkpointing
 from .prompt_text import Piece, PrefixStates, PromptReader, Texts, in_eval, join
 
 if TYPE_CHECKING:

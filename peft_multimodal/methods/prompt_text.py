@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..anatomy import device_of
-from ..tuner import CallScope
+from ..layers import CallScope
 
 ATTENTION = "structured_prompt"  # the name under which transformers knows the attention that can continue a prefix
 WIDEST = 128  # tokens of continuations side by side: more are masked in vain, fewer repeat their prefix more often

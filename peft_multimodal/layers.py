@@ -1,0 +1,165 @@
+"""What a method puts into a model: wrapped layers and attached parts, and what these tell each other in a call."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from . import anatomy
+
+
+class _Call:
+    """What is known in one call."""
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self.seen: Any = None
+        self.values: dict[Any, Tensor] = {}
+
+
+class CallScope(threading.local):
+    """What the submodules of one module tell each other during one call of it, in one thread.
+
+    Hooks of the owning module open and close it, inside the region that gradient checkpointing recomputes; so a
+    recomputation (on a GPU in another thread) opens its own, two threads never meet, and nothing outlives the call.
+    `torch.compile` traces it without a graph break. Where the model itself has one, a part of it reads what another part
+    has written: such writes reach ordinary objects, but get lost on an object that differs from thread to thread.
+    """
+
+    def __init__(self) -> None:
+        self._call = _Call()  # of this thread
+
+    @property
+    def is_open(self) -> bool:
+        return self._call.is_open
+
+    @property
+    def seen(self) -> Any:
+        return self._call.seen
+
+    @seen.setter
+    def seen(self, value: Any) -> None:
+        self._call.seen = value
+
+    @property
+    def values(self) -> dict[Any, Any]:
+        return self._call.values
+
+    @values.setter
+    def values(self, values: dict[Any, Any]) -> None:
+        self._call.values = values
+
+    def open(self, *_: Any) -> None:
+        self.close()  # an interrupt in an earlier call may have left it open
+        self._call.is_open = True
+
+    def close(self, *_: Any) -> None:
+        call = self._call
+        call.is_open, call.seen, call.values = False, None, {}
+
+    def attach(self, owner: nn.Module) -> list[Any]:
+        """Open and close with each call of `owner`; returns the hooks' handles."""
+        return [owner.register_forward_pre_hook(self.open), owner.register_forward_hook(self.close, always_call=True)]
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(self), ()  # a copy or a pickled model starts with a closed scope
+
+
+class MultimodalLayer(BaseTunerLayer):
+    """Base of everything that a method puts into a model: wrapped layers and attached parts.
+
+    `role` is the stored name. Containers named in `adapter_layer_names` are keyed by the adapter's name.
+    """
+
+    role: str
+
+    def enable_adapters(self, enabled: bool) -> None:
+        # PEFT turns gradients off and on here, and so thaws adapters that were frozen on purpose.
+        self._disable_adapters = not enabled
+
+    def has_adapter(self, adapter_name: str) -> bool:
+        return adapter_name in self._get_available_adapters()
+
+    def live_adapters(self) -> list[str]:
+        """The adapters that act in this call."""
+        if self.disable_adapters:
+            return []
+        return [name for name in self.active_adapters if self.has_adapter(name)]
+
+
+class HostedLayer(MultimodalLayer):
+    """A layer whose adapters follow the device and dtype of another module, its host."""
+
+    def host(self) -> nn.Module | None:
+        """The module whose device and dtype the adapters follow."""
+        return None
+
+    def settle(self, adapter_name: str) -> None:
+        """Bring a new adapter to the host's device and dtype (which PEFT then raises to float32 unless told not to)."""
+        self._move(adapter_name, None, cast=True)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        self._move(adapter_name, device, cast=False)  # PEFT calls it again on what it has loaded: don't round that
+
+    def _move(self, adapter_name: str, device: torch.device | None, cast: bool) -> None:
+        host = self.host()
+        reference = next((p for p in host.parameters() if p.is_floating_point()), None) if host is not None else None
+        device = anatomy.device_of(host) if device is None and host is not None else device
+        if reference is None or device is None or device.type == "meta":
+            return
+        for name in self.adapter_layer_names:
+            container: Any = getattr(self, name)
+            if adapter_name in container:
+                item = container[adapter_name]
+                tensors = [item] if isinstance(item, Tensor) else [*item.parameters(), *item.buffers()]
+                if not any(t.is_meta for t in tensors):
+                    container[adapter_name] = item.to(device, reference.dtype if cast else None)
+
+
+class AttachedPart(HostedLayer):
+    """A part that hangs below a module as a child of its own, acting through hooks or as a store, wrapping nothing."""
+
+    def __init__(self) -> None:
+        self.hooks: list[Any] = []
+        self.merged_adapters: list[str] = []
+
+    def remove_hooks(self) -> None:
+        for handle in self.hooks:
+            handle.remove()
+        self.hooks = []
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Only noted: whether the adapter may be merged is checked once for the whole of it, by the tuner."""
+        self.merged_adapters += [a for a in check_adapters_to_merge(self, adapter_names) if self.has_adapter(a)]
+
+    def unmerge(self) -> None:
+        self.merged_adapters.clear()
+
+
+class InputGradients:
+    """Forward hook of the modules that read tokens and pixels, for gradient checkpointing over frozen embeddings.
+
+    Reentrant checkpointing passes no gradient on where no input requires one: a tower would stop training without a
+    word. transformers marks the embeddings' outputs, but only those of models whose main input is `input_ids`; and its
+    mark makes a leaf, which BLIP's embeddings then add to in place, an error. A marked copy serves all.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, embedding: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not output.is_leaf:
+            return None
+        checkpointing = embedding.training and is_checkpointing(self.model)
+        return output.requires_grad_().clone() if output.requires_grad or checkpointing else None
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether gradient checkpointing is switched on in a transformers model."""
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the newer name first: the older warns
+    name = next((n for n in names if hasattr(type(model), n)), "")
+    return bool(getattr(model, name, False))

@@ -1,0 +1,138 @@
+"""Which of a model's matrices a config means, and how an adapter knows its base again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from . import anatomy
+from .anatomy import Anatomy, Matrix
+
+if TYPE_CHECKING:
+    from .tuner import MultimodalConfig
+
+
+@dataclass
+class MatchTable:
+    """The result of `matched_modules`: iterate over its matrices, or print it as a table."""
+
+    matrices: list[Matrix] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Matrix]:
+        return iter(self.matrices)
+
+    def __len__(self) -> int:
+        return len(self.matrices)
+
+    def __str__(self) -> str:
+        rows = [
+            (m.module, m.letter, f"{m.d_out} x {m.d_in}", f"{m.rows[0]}:{m.rows[1]}", m.tower, m.role)
+            for m in self.matrices
+        ]
+        return anatomy.table(("module", "matrix", "shape", "rows", "tower", "role"), rows) + f"\n{len(rows)} matrices"
+
+    __repr__ = __str__
+
+
+# --- what a config's fields say --------------------------------------------------------------------------------------
+
+
+def in_layers(config: Any, path: str) -> bool:
+    """`layers_to_transform` for every form of `target_modules`."""
+    if config.layers_to_transform is None:
+        return True
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    for pattern in patterns or [r"[^.]*"]:
+        if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)(?:\.|$)", path):
+            wanted = config.layers_to_transform
+            return int(match.group(1)) in (wanted if isinstance(wanted, (list, tuple)) else [wanted])
+    return False
+
+
+def left_out(config: Any, path: str) -> bool:
+    saved_whole = any(re.match(rf"(.*\.)?{re.escape(name)}(\.|$)", path) for name in config.modules_to_save or ())
+    return saved_whole or _named(config.exclude_modules, path)
+
+
+def _named(names: list[str] | str | None, path: str) -> bool:
+    if not names:
+        return False
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == n or path.endswith(f".{n}") for n in names)
+
+
+def nothing_matched(config: Any, found: Anatomy, candidates: list[Matrix]) -> str:
+    counts: dict[str, dict[str, int]] = {}
+    for matrix in candidates:
+        parent, _, leaf = matrix.module.rpartition(".")
+        leaf = f"{parent}.N" if leaf.isdigit() else leaf  # a numbered layer is called by its list
+        counts.setdefault(matrix.tower, {}).setdefault(leaf, 0)
+        counts[matrix.tower][leaf] += 1
+    exists = "; ".join(
+        f"{tower}: " + ", ".join(f"{n} ({k})" for n, k in leaves.items()) for tower, leaves in counts.items()
+    )
+    asked = "the default targets" if config.target_modules is None else f"target_modules={config.target_modules!r}"
+    return (
+        f"No module of {found.model_class} matches {asked} in towers={config.towers or 'all'}. What can be adapted, by "
+        f"tower: {exists or 'nothing'}. print(peft_multimodal.describe(model)) shows the towers."
+    )
+
+
+# --- an adapter's signature of its base ------------------------------------------------------------------------------
+
+SIGNATURE = 'a dictionary with {tower: [attentions, width]} as "towers" and {role: [[first, last], ...]} as "roles", as it was saved'
+
+
+def check_same_base(config: MultimodalConfig, found: Anatomy) -> None:
+    """Refuse a base whose towers differ from those that the adapter was trained on."""
+    trained = config.base_signature or {}
+    theirs, ours = trained.get("towers") or {}, found.signature()
+    differing = {t: (theirs[t], ours.get(t)) for t in theirs if ours.get(t) != theirs[t]}
+    if differing:
+        details = "; ".join(
+            f"{t} tower: {then[0]} attentions of width {then[1]} then, "
+            + (f"{now[0]} of width {now[1]} now" if now else "none now")
+            for t, (then, now) in differing.items()
+        )
+        raise ValueError(
+            f"This adapter belongs to another base: it was trained on {trained.get('model_class')} "
+            f"({config.base_model_name_or_path or 'unnamed'}), this is {found.model_class}. {details}. Load the base "
+            "that the adapter's adapter_config.json names."
+        )
+
+
+def fold(matrices: list[Matrix]) -> dict[str, list[list[int]]]:
+    """Roles in short: {"vision.q": [[0, 11]]} stands for vision.q.0 to vision.q.11."""
+    folded: dict[str, list[list[int]]] = {}
+    for stem, number in sorted((m.role.rpartition(".")[0], int(m.role.rpartition(".")[2])) for m in matrices):
+        spans = folded.setdefault(stem, [])
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return folded
+
+
+def is_among(matrix: Matrix, folded: dict[str, list[list[int]]]) -> bool:
+    """Roles that come from a file are not unfolded: it may name more than memory holds."""
+    stem, _, number = matrix.role.rpartition(".")
+    return any(first <= int(number) <= last for first, last in folded.get(stem, ()))
+
+
+def is_signature(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    towers, roles = (value.get(name) or {} for name in ("towers", "roles"))
+    return (
+        isinstance(towers, dict)
+        and all(_are_two_integers(size) for size in towers.values())
+        and isinstance(roles, dict)
+        and all(isinstance(spans, list) and all(map(_are_two_integers, spans)) for spans in roles.values())
+    )
+
+
+def _are_two_integers(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(type(i) is int for i in value)
