@@ -883,6 +883,24 @@ def with_module(**changes: Any) -> tuple[PeftModel, nn.Module]:
     return stir(get_peft_model(CLIP.build(), options)), encoder
 
 
+def test_given_encoders_are_called_alike_in_every_process():
+    """Their names are keys of the model's state: what one process has written another must read."""
+    models = []
+    for _ in range(2):
+        encoders = [hf.BertModel.from_pretrained(language()) for _ in range(2)]
+        model = get_peft_model(CLIP.build(), config(encoder=None).with_encoder(encoders[0]))
+        for name, encoder in (("same", encoders[0]), ("other", encoders[1])):
+            model.add_adapter(name, config(encoder=None).with_encoder(encoder))
+        assert len(part(model).encoders) == 2
+        models.append(model)
+    one, other = models
+    other.load_state_dict(one.state_dict())
+    one.delete_adapter("default")
+    one.delete_adapter("same")
+    one.add_adapter("new", config(encoder=None).with_encoder(encoders[0]))
+    assert part(one).encoders[part(one).encoder_of["new"]] is encoders[0]
+
+
 def test_a_given_encoder_is_not_in_the_config(tmp_path: Path):
     model, encoder = with_module()
     with pytest.warns(UserWarning, match=r"(?s)names its language encoder by None.*save_encoder = True"):

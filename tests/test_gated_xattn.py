@@ -1214,6 +1214,16 @@ def test_saving_warns_that_a_local_encoder_stays_behind(tmp_path: Path):
         wrap().save_pretrained(tmp_path / "features")
 
 
+def test_given_encoders_are_called_alike_in_every_process(tmp_path: Path):
+    """Their names are keys of the model's state: what one process has written another must read."""
+    eyes = dinov2(tmp_path / "eyes")
+    one, other = (
+        get_peft_model(llama(), config(vision_hidden_size=None).with_vision_encoder(hf.AutoModel.from_pretrained(eyes)))
+        for _ in range(2)
+    )
+    other.load_state_dict(one.state_dict())
+
+
 @pytest.mark.parametrize("older", [False, True])
 def test_a_base_of_another_vocabulary_is_refused(older: bool, tmp_path: Path):
     model = wrap()

@@ -39,14 +39,14 @@ from ..model_card import CardNotes
 from ..registry import register
 from ..tuner import MultimodalConfig, MultimodalTuner
 from .blocks import TransformerBlock
-from .frozen_encoder import follow
+from .frozen_encoder import follow, share
 from .language_encoder import (
     KEPT,
     KEPT_TOKENIZER,
     LanguageEncoder,
-    encoder_key,
     load_encoder,
     longest_text,
+    place_of,
     vocabulary_size,
 )
 
@@ -246,10 +246,8 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer):
             self._tower[0].__dict__["forward"] = self._own_forward
         self._model[0].__dict__.pop("get_text_features", None)
 
-    def add(self, adapter_name: str, config: CrossLingualAdapterConfig, key: str, encoder: nn.Module) -> None:
-        if key not in self.encoders:
-            self.encoders[key] = encoder
-        self.encoder_of[adapter_name] = key
+    def add(self, adapter_name: str, config: CrossLingualAdapterConfig, encoder: nn.Module) -> None:
+        self.encoder_of[adapter_name] = share(self.encoders, encoder, place_of(config))
         sizes: Any = (config.encoder_width, config.output_dim)
         self.cross_lingual_adapter_language[adapter_name] = LanguageAdapter(config, *sizes)
         self.settle(adapter_name)
@@ -528,7 +526,7 @@ class CrossLingualAdapterModel(MultimodalTuner):
             part = LanguageTower(self.model, tower, peft_config.level)
             tower.add_module("cross_lingual_adapter_tower", part)
         training = part.host().training  # no dropout in a model that stands in eval mode
-        part.add(adapter_name, peft_config, encoder_key(peft_config), self._loaded.module)
+        part.add(adapter_name, peft_config, self._loaded.module)
         part.train(training)
         if adapter_name not in self.active_adapters:
             part.cross_lingual_adapter_language[adapter_name].requires_grad_(False)

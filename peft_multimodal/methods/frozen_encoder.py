@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,20 @@ class Place(NamedTuple):
     def key(self) -> str:
         """The name under which adapters share it."""
         return "encoder_" + hashlib.sha256(json.dumps(tuple(self)).encode()).hexdigest()[:16]
+
+
+def share(encoders: nn.ModuleDict, encoder: nn.Module, place: Place | None) -> str:
+    """Put an encoder among those of a model, once, and tell the name under which its adapters share it.
+
+    Args:
+        place: None for one that was given as a module: such are numbered, for names must be alike in every process.
+    """
+    for key, present in encoders.items():
+        if present is encoder:
+            return key
+    key = place.key if place is not None else next(k for n in count() if (k := f"given_{n}") not in encoders)
+    encoders[key] = encoder
+    return key
 
 
 def find_encoder(name: str, revision: str | None, kind: str, field: str) -> Place:

@@ -22,6 +22,7 @@ from transformers import (
 
 from ..anatomy import device_of
 from ..layers import AttachedPart, CallScope, HostedLayer, MultimodalLayer
+from .frozen_encoder import share
 from .media import MediaCache, Reading, Sight, text_time
 from .perceiver import (
     CrossAttention,
@@ -32,7 +33,7 @@ from .perceiver import (
     Resampler,
     feed_forward,
 )
-from .vision_encoder import frame_features, vision_key
+from .vision_encoder import frame_features, place_of
 
 if TYPE_CHECKING:
     from .gated_xattn import GatedXAttnConfig
@@ -227,10 +228,7 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
 
     def add(self, adapter_name: str, config: GatedXAttnConfig, width: int, encoder: nn.Module | None) -> None:
         if encoder is not None:
-            key = vision_key(config)
-            if key not in self.encoders:
-                self.encoders[key] = encoder
-            self.encoder_of[adapter_name] = key
+            self.encoder_of[adapter_name] = share(self.encoders, encoder, place_of(config))
         self.configs[adapter_name] = config
         self.identity[adapter_name] = uuid.uuid4().hex
         self.gated_xattn_resampler[adapter_name] = make_resampler(config)

@@ -93,9 +93,9 @@ def _place(config: CrossLingualAdapterConfig) -> Place:
     return place
 
 
-def encoder_key(config: CrossLingualAdapterConfig) -> str:
-    """The name under which languages share an encoder: its place and commit, or the module that was given."""
-    return _place(config).key if config._given is None else f"module_{id(config._given.module)}"
+def place_of(config: CrossLingualAdapterConfig) -> Place | None:
+    """Where the encoder was read; None where it was given as a module."""
+    return _place(config) if config._given is None else None
 
 
 def _tokenizer(place: str, revision: str | None) -> Any:

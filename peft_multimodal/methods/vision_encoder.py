@@ -29,12 +29,12 @@ def load_vision_encoder(config: GatedXAttnConfig, present: nn.ModuleDict | None 
     """
     if not config.has_encoder:
         return None
-    key = vision_key(config)
-    if present is not None and key in present:
-        encoder = present[key]
+    place = place_of(config)
+    if place is not None and present is not None and place.key in present:
+        encoder = present[place.key]
     else:
-        encoder = config._given if config._given is not None else read_encoder(_place(config), KIND, FIELD)
-        encoder = _vision_tower(encoder, config)
+        whole: Any = config._given if place is None else read_encoder(place, KIND, FIELD)
+        encoder = _vision_tower(whole, config)
     encoder = encoder.requires_grad_(False).eval()
     model_type = getattr(getattr(encoder, "config", None), "model_type", None)
     width = _width(encoder, config)
@@ -48,9 +48,9 @@ def load_vision_encoder(config: GatedXAttnConfig, present: nn.ModuleDict | None 
     return encoder
 
 
-def vision_key(config: GatedXAttnConfig) -> str:
-    """The name under which adapters share an encoder."""
-    return _place(config).key if config._given is None else f"module_{id(config._given)}"
+def place_of(config: GatedXAttnConfig) -> Place | None:
+    """Where the encoder was read; None where it was given as a module."""
+    return _place(config) if config._given is None else None
 
 
 def _place(config: GatedXAttnConfig) -> Place:
