@@ -52,6 +52,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import peft_multimodal
 from peft_multimodal import matched_modules
@@ -250,7 +251,12 @@ def test_gradient_checkpointing(family: Family, method: str, reentrant: bool):
     if reentrant:
         model.enable_input_require_grads()
     actual = gradients(family, model)
-    assert len(calls) > 2 * without or method in WHOLE_TOWER, "nothing was recomputed"
+    recomputes = any(  # transformers runs Mllama's vision layers once whatever is asked for
+        isinstance(module, GradientCheckpointingLayer)
+        and any(is_below(path, name) or is_below(name, path) for path in wrapped(model))
+        for name, module in model.get_base_model().named_modules()
+    )
+    assert (len(calls) > 2 * without) == recomputes or method in WHOLE_TOWER, "nothing was recomputed"
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
 

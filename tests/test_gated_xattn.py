@@ -1502,3 +1502,18 @@ def test_models_without_attention_are_refused(name: str):
     with pytest.raises(ValueError, match=r"keeps a recurrent state .* Use a decoder-only language model"):
         get_peft_model(base, config())
     assert trace(base) == before
+
+
+def test_an_encoder_of_pictures_with_a_decoder_is_refused():
+    """It is given `decoder_input_ids`, and its layers read pictures already."""
+    text = hf.BertConfig(**text_tower(WIDTH), is_decoder=True, add_cross_attention=True)
+    both = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(hf.ViTConfig(**vision_tower(WIDTH)), text)
+    with pytest.raises(ValueError, match=r"an encoder and a decoder.* Use a decoder-only language model"):
+        get_peft_model(tiny(hf.VisionEncoderDecoderModel, both)(), config())
+
+
+def test_a_decoder_of_several_streams_is_refused():
+    base = llama()
+    base.config.hc_mult = 4  # as DeepSeek-V4 and GLM-5 call it
+    with pytest.raises(ValueError, match=r"several streams .* Use a decoder-only language model"):
+        get_peft_model(base, config())

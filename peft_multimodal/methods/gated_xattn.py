@@ -171,13 +171,20 @@ def find_decoder(model: Any, found: Anatomy) -> Decoder:
             f"{found.model_class} keeps a recurrent state in place of attention's keys and values, by which GatedXAttn "
             f"knows where in its text generation is. {instead}"
         )
+    configs = model.config, model.config.get_text_config()
+    if any((getattr(c, "hc_mult", None) or 1) > 1 for c in configs):
+        raise ValueError(
+            f"The layers of {found.model_class} pass several streams of states on (hyper-connections), and GatedXAttn adds to "
+            f"one. {instead}"
+        )
     numbered = [m for m in found.matrices if m.tower == "decoder" and layer_of(m.module)]
     # Attention tells the layers from other lists. Not every family's is known: some fuse q, k and v head by head, or
     # factorise them; their layers are then the only list there is.
     queries = [m for m in numbered if m.letter in ("q", "qkv")]
     lists = {stack_of(m.module) for m in queries or numbered}
     embeddings = [e for e in token_embeddings(model) if is_below(e, root)]
-    if len(towers) > 1 or any(t.name == "text" for t in found.towers) or len(lists) != 1 or not embeddings:
+    two = any(t.name == "text" for t in found.towers) or any(getattr(c, "is_encoder_decoder", False) for c in configs)
+    if len(towers) > 1 or two or len(lists) != 1 or not embeddings:
         raise ValueError(
             f"{found.model_class} has no single stack of decoder layers that reads the text (an encoder and a decoder, or "
             f"several). GatedXAttn stands before the layers of one decoder. {instead}"
