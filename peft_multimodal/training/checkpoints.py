@@ -102,9 +102,8 @@ def _is_whole(file: Path) -> bool:
 
 
 def _is_there(path: Path) -> bool:
-    return (
-        path.is_file() or (path / ".metadata").is_file()
-    )  # torch's distributed checkpoints have it once they are whole
+    # torch's distributed checkpoints have .metadata once they are whole.
+    return path.is_file() or (path / ".metadata").is_file()
 
 
 def _read(file: Path) -> Any:
