@@ -819,3 +819,20 @@ def test_stock_trainer(order: str, tmp_path):
     assert (attention.gate_norm * attention.out.weight).norm() > 0.1  # 0 at the start
     assert entropy(model) < looked - 0.01 < 1
     assert trainer.predict(Shapes(1)).predictions.shape == (16, 2)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_compiled_graphs_serve_every_batch_size(order: str):
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    model = prompted(order=order).eval()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for size in (3, 2, 5, 4, 7, 1, 6):
+        x = pictures(size)
+        close(compiled(pixel_values=x).logits, logits(model, x))
+    assert len(graphs) <= 3  # of a size, of any, of one

@@ -258,8 +258,10 @@ class Continue:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """(G n, heads, L, d_h) each, of one layer."""
         keys, values = next(self.layers)
-        times, widest = len(query) // len(keys), max(WIDEST // query.shape[2], 1)
-        together = next(n for n in range(min(times, widest), 0, -1) if times % n == 0)
+        together = times = len(query) // len(keys)
+        if not torch.compiler.is_compiling():  # which would make a graph for each batch size
+            widest = min(times, max(WIDEST // query.shape[2], 1))
+            together = next(n for n in range(widest, 0, -1) if times % n == 0)
         return continue_prefix(query, key, value, keys, values, self.keep, together, scaling)
 
 
