@@ -883,6 +883,13 @@ def with_module(**changes: Any) -> tuple[PeftModel, nn.Module]:
     return stir(get_peft_model(CLIP.build(), options)), encoder
 
 
+def test_the_models_own_text_tower_is_no_encoder_of_it():
+    base = CLIP.build()
+    with pytest.raises(ValueError, match=r"own text tower.* copy.deepcopy"):
+        get_peft_model(base, config(encoder=None).with_encoder(base.text_model))
+    get_peft_model(base, config(encoder=None).with_encoder(copy.deepcopy(base.text_model)))
+
+
 def test_given_encoders_are_called_alike_in_every_process():
     """Their names are keys of the model's state: what one process has written another must read."""
     models = []

@@ -1517,3 +1517,22 @@ def test_a_decoder_of_several_streams_is_refused():
     base.config.hc_mult = 4  # as DeepSeek-V4 and GLM-5 call it
     with pytest.raises(ValueError, match=r"several streams .* Use a decoder-only language model"):
         get_peft_model(base, config())
+
+
+class Around(nn.Module):
+    """A model without a config of transformers, around one of theirs."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.inner.get_input_embeddings()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> object:
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask)
+
+
+def test_a_base_without_a_config():
+    model = get_peft_model(Around(llama()), config())
+    assert any("gated_xattn" in name for name, _ in model.named_parameters())

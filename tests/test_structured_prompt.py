@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peft_multimodal import StructuredPromptConfig
+from peft_multimodal.methods import prompt_text
 from peft_multimodal.methods.prompt_classifier import autocast_dtype
 from peft_multimodal.methods.prompt_text import continue_prefix
 
@@ -264,6 +265,26 @@ def test_continued_attention_is_that_of_whole_sequences(
         if times % together == 0:
             actual = continue_prefix(query, key, value, keys, values, keep, together, 0.5)
             torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_more_continuations_than_stand_side_by_side(order: str, monkeypatch: pytest.MonkeyPatch):
+    """Five of each prefix where two have room: three copies of it, and one place that is filled up."""
+    names = [f"w{i} w{i + 1}" for i in range(4, 9)]
+    model = prompted(order=order, names=names).eval()
+    expected = logits(without_reuse(copy.deepcopy(model)), pictures(5))
+    for widest in (1, 8, 11, 1000):
+        monkeypatch.setattr(prompt_text, "WIDEST", widest)
+        close(logits(model, pictures(5)), expected)
+
+
+def test_an_empty_caption_alone_in_a_chunk():
+    captions = word_tokenizer()(["", "w5 w6"], padding=True, return_tensors="pt")
+    model = prompted(chunk_size=1).eval()
+    inputs = {"pixel_values": pictures(2), **{k: captions[k] for k in ("input_ids", "attention_mask")}}
+    with torch.no_grad():
+        actual = model(**inputs).logits_per_image
+        close(actual, without_reuse(copy.deepcopy(model))(**inputs).logits_per_image)
 
 
 def held_for_backward(classes: int, **changes) -> int:

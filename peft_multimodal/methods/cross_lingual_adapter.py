@@ -496,6 +496,10 @@ class CrossLingualAdapterModel(MultimodalTuner):
                 f"{found.model_class} {dim}."
             )
         self._loaded = load_encoder(peft_config, None if present is None else present.encoders)
+        if any(module is tower for module in self._loaded.module.modules()):
+            raise ValueError(
+                "The encoder is the model's own text tower, whose place it is to take. Pass a copy: copy.deepcopy(encoder)."
+            )
         follow(self._loaded.module, tower, keep_dtype=peft_config._given is not None)
         if peft_config.level != level:
             peft_config.level = peft_config._measured_level = level

@@ -35,7 +35,7 @@ def share(encoders: nn.ModuleDict, encoder: nn.Module, place: Place | None) -> s
     """Put an encoder among those of a model, once, and tell the name under which its adapters share it.
 
     Args:
-        place: None for one that was given as a module: such are numbered, for names must be alike in every process.
+        place: None for one that was given as a module: such are numbered as they come, for names must be alike in every process.
     """
     for key, present in encoders.items():
         if present is encoder:

@@ -171,7 +171,7 @@ def find_decoder(model: Any, found: Anatomy) -> Decoder:
             f"{found.model_class} keeps a recurrent state in place of attention's keys and values, by which GatedXAttn "
             f"knows where in its text generation is. {instead}"
         )
-    configs = model.config, model.config.get_text_config()
+    configs = configs_of(model)
     if any((getattr(c, "hc_mult", None) or 1) > 1 for c in configs):
         raise ValueError(
             f"The layers of {found.model_class} pass several streams of states on (hyper-connections), and GatedXAttn adds to "
@@ -194,8 +194,18 @@ def find_decoder(model: Any, found: Anatomy) -> Decoder:
     layers = [path for path in modules if path.rpartition(".")[0] == stack and path.rpartition(".")[2].isdigit()]
     primary = unwrap(model.get_input_embeddings())
     embedding = next((e for e in embeddings if modules[e] is primary), embeddings[0])
-    width: Any = towers[0].hidden_size or model.config.get_text_config().hidden_size
+    width: Any = towers[0].hidden_size or configs[-1].hidden_size
     return Decoder(stack.rpartition(".")[0], layers, embedding, width)
+
+
+def configs_of(model: Any) -> list[Any]:
+    """The model's config and that of its text part, as far as it has them."""
+    config = getattr(model, "config", None)
+    try:
+        text = config.get_text_config()  # type: ignore[union-attr]
+    except (AttributeError, ValueError):  # none of transformers', or of several text parts
+        text = None
+    return [c for c in (config, text) if c is not None]
 
 
 def check_vocabulary(config: GatedXAttnConfig, size: int, model_class: str) -> None:

@@ -258,11 +258,12 @@ class Continue:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """(G n, heads, L, d_h) each, of one layer."""
         keys, values = next(self.layers)
-        together = times = len(query) // len(keys)
-        if not torch.compiler.is_compiling():  # which would make a graph for each batch size
-            widest = min(times, max(WIDEST // query.shape[2], 1))
-            together = next(n for n in range(widest, 0, -1) if times % n == 0)
-        return continue_prefix(query, key, value, keys, values, self.keep, together, scaling)
+        times = len(query) // len(keys)
+        copies = -(-times // max(WIDEST // query.shape[2], 1))  # of a prefix
+        together = -(-times // copies)
+        query, key, value = (fill_up(x, times, copies * together) for x in (query, key, value))
+        h = continue_prefix(query, key, value, keys, values, self.keep, together, scaling)
+        return h.unflatten(0, (len(keys), -1))[:, :times].flatten(0, 1)
 
 
 def continue_prefix(
@@ -294,6 +295,13 @@ def continue_prefix(
     k = torch.cat([keys.to(k.dtype).repeat_interleave(copies, dim=0), k], dim=2)
     v = torch.cat([values.to(v.dtype).repeat_interleave(copies, dim=0), v], dim=2)
     return in_many(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling), L)
+
+
+def fill_up(x: Tensor, times: int, to: int) -> Tensor:
+    """(G times, heads, L, d) -> (G to, heads, L, d)"""
+    if to == times:
+        return x
+    return F.pad(x.unflatten(0, (-1, times)), (0, 0, 0, 0, 0, 0, 0, to - times)).flatten(0, 1)
 
 
 def in_one(x: Tensor, together: int) -> Tensor:
@@ -394,7 +402,7 @@ class PromptReader:
         """
         if not self.reuses_prefix():
             return common if own is None else join(common, own)
-        if own is None or not common.ids.shape[1]:
+        if own is None or not common.ids.shape[1] or not own.ids.shape[1]:
             return self.states(join(common, own) if own is not None else common)
         return self.states_alike(common, own)
 
