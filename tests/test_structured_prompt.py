@@ -249,7 +249,10 @@ def test_continued_attention_is_that_of_whole_sequences(
 ):
     """However many continuations lie side by side, each sees its prefix and itself."""
     generator = torch.Generator().manual_seed(prefixes + 10 * times + 100 * length)
-    draw = lambda rows, tokens: torch.randn(rows, tokens, 2, 4, generator=generator).transpose(1, 2)  # noqa: E731
+
+    def draw(rows: int, tokens: int) -> Tensor:
+        return torch.randn(rows, tokens, 2, 4, generator=generator).transpose(1, 2)
+
     query, key, value = (draw(prefixes * times, length) for _ in range(3))
     keys, values = draw(prefixes, begun), draw(prefixes, begun)
     keep = torch.arange(begun) < torch.arange(prefixes)[:, None] + 1 if padded else None

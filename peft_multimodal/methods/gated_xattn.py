@@ -200,9 +200,9 @@ def find_decoder(model: Any, found: Anatomy) -> Decoder:
 
 def configs_of(model: Any) -> list[Any]:
     """The model's config and that of its text part, as far as it has them."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     try:
-        text = config.get_text_config()  # type: ignore[union-attr]
+        text = config.get_text_config()
     except (AttributeError, ValueError):  # none of transformers', or of several text parts
         text = None
     return [c for c in (config, text) if c is not None]
