@@ -2,24 +2,36 @@
 # make test         install, then the test suite
 VENV   ?= .venv
 PYTHON ?= python3
-# The CPU build keeps development machines and CI small. The package itself takes any torch >= 2.6.
-TORCH  ?= torch==2.13.0
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
+# The versions that were tested; a release of somebody else changes nothing before `make lock` takes it.
+LOCK    = requirements.lock
+# What `make lock` takes torch to be: its CPU build keeps development machines and CI small.
+TORCH  ?= torch==2.13.0
+TORCH_NEWEST ?= torch
+# What shows at once that another version of PEFT or transformers behaves differently.
+CORE = test_registry.py test_families.py test_contract.py test_trainer.py test_saving.py test_life.py \
+	test_peft_expectations.py test_auto_contract.py
 
-.PHONY: help install quickstart test test-all test-oldest quality format package benchmark gpu-check clean
+.PHONY: help install lock quickstart test test-all test-newest test-oldest quality format package benchmark gpu-check clean
 
 help:
 	@grep -E '^# make' Makefile | cut -c3-
 
 install: $(READY)
 
-$(READY): pyproject.toml Makefile
+$(READY): pyproject.toml $(LOCK) Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint $(LOCK) torch setuptools
+	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --no-build-isolation --editable ".[dev]"
 	touch $@
+
+# the newest versions that pyproject.toml takes, into the lock; run the whole suite before you commit it
+lock:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet --upgrade uv
+	echo "$(TORCH)" | build/lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev \
+		--no-annotate --custom-compile-command "make lock" --output-file $(LOCK) pyproject.toml -
 
 quickstart: install
 	$(BIN)/python -m benchmarks.quickstart
@@ -31,6 +43,12 @@ test: install
 # every family with every method and behaviour
 test-all: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# the contract's core with the newest releases and pre-releases of everything, in an environment of their own
+test-newest:
+	$(PYTHON) -m venv build/newest
+	build/newest/bin/python -m pip install --quiet --upgrade --pre "$(TORCH_NEWEST)" ".[test]"
+	cd tests && OMP_NUM_THREADS=1 ../build/newest/bin/python -m pytest -n 2 -m "not full" $(CORE)
 
 # the lowest versions of pyproject.toml, in an environment of their own
 test-oldest:
@@ -53,7 +71,7 @@ package: install
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
 	$(PYTHON) -m venv build/clean
-	build/clean/bin/python -m pip install --quiet "$(TORCH)" dist/*.whl
+	build/clean/bin/python -m pip install --quiet --constraint $(LOCK) dist/*.whl
 	cd build && clean/bin/python -m peft_multimodal --help
 
 # hours of CPU; results that are there already are kept
