@@ -5,6 +5,7 @@ They read the dataset's own columns, which `Trainer` would drop: `TrainingArgume
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import re
@@ -36,15 +37,17 @@ class ImageTextCollator:
         max_length: Longest text in tokens, special ones included; by default the tokenizer's own limit.
         model: Bare or in a `PeftModel`; only its forward's signature is read.
         padding: As the processor's; SigLIP was trained with "max_length".
-        random_text: Draw one of several captions with torch's global generator (set `torch.manual_seed`); else take
-            the first, as for evaluation.
+        random_text: Draw one of several captions with torch's global generator (set `torch.manual_seed`), as for
+            training; else take the first.
+        every_text: Take all captions of each row, for retrieval over a whole set. `return_loss` is left out.
         id_column: Column of integers; rows of equal id match each other in the losses of `peft_multimodal.training`.
         id_name: The ids' name in the batch: "ids" for `ImageTextRetrievalTrainer`, "labels" for
             `contrastive_loss_func`.
 
     Returns (of a call):
         pixel_values `(B, 3, H, W)`, input_ids and attention_mask int64 `(B, L)`, what else the processor gives;
-        return_loss and ids int64 `(B,)` where asked for.
+        return_loss and ids int64 `(B,)` where asked for. With every_text there are T texts, and text_rows int64 `(T,)`
+        is the place in the batch of each text's image.
 
     Raises:
         ValueError: A column is missing, a text is empty, or return_loss was asked for and the forward takes none.
@@ -61,6 +64,7 @@ class ImageTextCollator:
     random_text: bool = True
     id_column: str | None = None
     id_name: str = "ids"
+    every_text: bool = False
 
     def __post_init__(self) -> None:
         model, self.model = self.model, None  # not kept: collators are sent to the loader's workers
@@ -71,11 +75,16 @@ class ImageTextCollator:
                 raise ValueError(f"{type(base).__name__}.forward takes no return_loss.")
             self.return_loss = takes_it if self.return_loss is None else self.return_loss
 
+    def evaluating(self, every_text: bool = False) -> ImageTextCollator:
+        """A copy for evaluation, the same in each call: the first of several captions, or all of them."""
+        return _changed(self, random_text=False, every_text=every_text)
+
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        texts = [self._texts(row, i) for i, row in enumerate(rows)]
         batch = _process(
             self.processor,
             [_image(row, self.image_column, i) for i, row in enumerate(rows)],
-            [_text(row, self.text_column, i, self.random_text) for i, row in enumerate(rows)],
+            [text for found in texts for text in found],
             self.padding,
             self.max_length,
         )
@@ -84,7 +93,14 @@ class ImageTextCollator:
             if not all(isinstance(i, int) for i in ids):
                 raise TypeError(f"Column {self.id_column!r} holds {ids[:3]}..., not integers.")
             batch[self.id_name] = torch.tensor(ids, dtype=torch.long)
+        if self.every_text:
+            return batch | {"text_rows": torch.tensor([i for i, found in enumerate(texts) for _ in found])}
         return batch | {"return_loss": True} if self.return_loss else batch
+
+    def _texts(self, row: Row, index: int) -> list[str]:
+        if self.every_text:
+            return _all_texts(row, self.text_column, index)
+        return [_text(row, self.text_column, index, self.random_text)]
 
 
 @dataclass
@@ -136,6 +152,12 @@ class QuestionAnswerCollator:
         if self.answer_column is not None and self.decoder_start_token_id is None:
             raise ValueError("Pass model=, or decoder_start_token_id= (BLIP: config.text_config.bos_token_id).")
 
+    def evaluating(self, every_text: bool = False) -> QuestionAnswerCollator:
+        """A copy for evaluation, the same in each call: the first of several answers."""
+        if every_text:
+            raise ValueError("One answer is decoded at a time; vqa_accuracy compares it with all of a row's answers.")
+        return _changed(self, random_answer=False)
+
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         images = [_image(row, self.image_column, i) for i, row in enumerate(rows)]
         questions = [_text(row, self.question_column, i, False) for i, row in enumerate(rows)]
@@ -167,6 +189,10 @@ class FiniteBatches:
     def __init__(self, collator: Any, id_column: str = "id") -> None:
         self.collator, self.id_column = collator, id_column
 
+    def evaluating(self, every_text: bool = False) -> FiniteBatches:
+        """This around the collator's copy for evaluation."""
+        return _changed(self, collator=evaluating(self.collator, every_text))
+
     def __call__(self, rows: Sequence[Row]) -> Any:
         """The collator's batch.
 
@@ -181,6 +207,21 @@ class FiniteBatches:
                     f"{field!r} holds NaN or infinite values{_whose(value, names)}. Repair or leave them out."
                 )
         return batch
+
+
+def evaluating(collator: Any, every_text: bool = False) -> Any:
+    """A collator as evaluation uses it: of several texts in a row the first, or with every_text all of them.
+
+    The result is the same in each call. A collator that has no such switch is given back as it is.
+    """
+    switch = getattr(collator, "evaluating", None)
+    return collator if switch is None else switch(every_text=every_text)
+
+
+def _changed(collator: Any, /, **values: Any) -> Any:
+    changed = copy.copy(collator)
+    vars(changed).update(values)
+    return changed
 
 
 def _floats(value: Any, field: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -392,6 +433,19 @@ def _text(row: Row, column: str, index: int, random: bool) -> str:
         if not text:
             raise ValueError(f"Row {index}: the list in column {column!r} is empty.")
         text = text[int(torch.randint(len(text), ())) if random and len(text) > 1 else 0]
+    return _checked(text, column, index)
+
+
+def _all_texts(row: Row, column: str, index: int) -> list[str]:
+    texts = _column(row, column, index)
+    if not isinstance(texts, (list, tuple)):
+        texts = [texts]
+    if not texts:
+        raise ValueError(f"Row {index}: the list in column {column!r} is empty.")
+    return [_checked(text, column, index) for text in texts]
+
+
+def _checked(text: Any, column: str, index: int) -> str:
     if not isinstance(text, str):
         raise TypeError(f"Row {index}: column {column!r} holds {type(text).__name__}, not a string.")
     if not text.strip():

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .data import evaluating
+
 Ids = Sequence[Hashable] | Tensor
 
 # Cosines are compared in float64, and nearer than this they are a tie: duplicates must not be ranked by rounding noise.
@@ -206,17 +208,20 @@ def compute_embeddings(
 ) -> dict[str, Tensor]:
     """Unit-length embeddings of a dataset's images and texts, in its order.
 
-    Each module's train or eval mode is what it was before, also after an error.
+    Of rows with several captions each caption is embedded, and the result has the ids that say whose it is: so
+    `retrieval_recall(**compute_embeddings(...))` counts any caption of an image. Each module's train or eval mode is
+    what it was before, also after an error.
 
     Args:
         model: Dual encoder with `get_image_features` and `get_text_features`, bare or in a `PeftModel`. Each gets the
             batch's entries that its signature names.
-        collator: Makes a batch of rows. With no `pixel_values` (no `input_ids`) only texts (images) are embedded.
+        collator: Makes a batch of rows; `ImageTextCollator` draws no captions here. With no `pixel_values` (no `input_ids`) only texts (images) are embedded.
         encode: `(model, batch) -> (image_embeds, text_embeds)` for models without those two methods, such as
             `training.losses.retrieval_embeddings` for BLIP's retrieval model.
 
     Returns:
-        `{"image_embeds": (rows, d), "text_embeds": (rows, d)}`, float32 on the CPU.
+        `{"image_embeds": (rows, d), "text_embeds": (texts, d)}`, float32 on the CPU. Where a row has several captions
+        also `image_ids` int64 `(rows,)` and `text_ids` int64 `(texts,)`, the rows' numbers.
 
     Raises:
         ValueError: The batch has an entry that neither method reads (`return_loss`, `labels`, `ids` apart).
@@ -224,22 +229,31 @@ def compute_embeddings(
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     parts: dict[str, list[Tensor]] = {}
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=evaluating(collator, every_text=True))
+    rows_of_texts: list[Tensor] = []
+    seen = 0
     model.eval()
     try:
         with torch.no_grad():
             for batch in tqdm(loader, desc="Embedding", unit="batch", disable=not progress):
                 batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                text_rows = batch.pop("text_rows", None)
                 if encode is None:
                     embeds = _features(model, batch)
                 else:
                     embeds = dict(zip(("image_embeds", "text_embeds"), encode(model, batch), strict=True))
                 for name, rows in embeds.items():
                     parts.setdefault(name, []).append(F.normalize(rows.float(), dim=-1).cpu())
+                if text_rows is not None:
+                    rows_of_texts.append(text_rows.cpu() + seen)
+                    seen += len(embeds["image_embeds"])
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return {name: torch.cat(rows) for name, rows in parts.items()}
+    found = {name: torch.cat(rows) for name, rows in parts.items()}
+    if rows_of_texts and len(text_ids := torch.cat(rows_of_texts)) != seen:  # else row i matches row i
+        found |= {"image_ids": torch.arange(seen), "text_ids": text_ids}
+    return found
 
 
 def _features(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:

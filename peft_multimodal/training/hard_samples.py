@@ -27,7 +27,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
+from ..data import ImageTextCollator, evaluating
 from .losses import LOGIT_SCALE, dual_embeddings
 from .sampling import PART, SumTree, distinct
 
@@ -179,6 +180,10 @@ class SampleIds:
     collator: Callable[[list[Any]], Mapping[str, Any]]
     id_column: str
     image_id_column: str | None = None
+
+    def evaluating(self, every_text: bool = False) -> SampleIds:
+        """This around the collator's copy for evaluation."""
+        return replace(self, collator=evaluating(self.collator, every_text))
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         columns = {"sample_ids": self.id_column, "image_ids": self.image_id_column}
@@ -362,7 +367,8 @@ class HardSampleBank:
         Args:
             model: Dual encoder, bare or in a `PeftModel`; its modes are what they were afterwards.
             collator: Makes a batch of rows, with `input_ids`. By default pictures and texts go through the processor
-                of the model's checkpoint (`ImageTextCollator`), and rows of tensors are stacked.
+                of the model's checkpoint (`ImageTextCollator`), and rows of tensors are stacked. Of several captions
+                the first counts (`collator.evaluating()`).
             encode: `(model, batch) -> (image, text)` embeddings of models whose output has no `image_embeds` and
                 `text_embeds`.
             settings: The fields of [`HardSampling`].
@@ -376,9 +382,8 @@ class HardSampleBank:
                 raise ValueError("The data set has no rows.")
             collator = default_collator(model, first)
         order = None if stream else torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-        loader = DataLoader(
-            dataset, batch_size, sampler=order, collate_fn=SampleIds(collator, id_column, image_id_column)
-        )
+        collate = SampleIds(evaluating(collator), id_column, image_id_column)  # the same texts each time
+        loader = DataLoader(dataset, batch_size, sampler=order, collate_fn=collate)
         queue = FeatureQueue(how.queue_size if keys is None else min(how.queue_size, len(keys)))
         found_keys, found = [], []
         with as_it_was(model), torch.no_grad():
@@ -748,15 +753,13 @@ def default_collator(model: Any, row: Any) -> Callable[[list[Any]], Mapping[str,
     """Stacks rows that are tensors already; else runs the processor that the model's checkpoint has."""
     from transformers import AutoProcessor
 
-    from ..data import ImageTextCollator
-
     if "input_ids" in row and "pixel_values" in row:
         return stack_rows
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     name = getattr(base.config, "name_or_path", "")
     if not name:
         raise ValueError("The model doesn't come from a checkpoint with a processor: pass a collator.")
-    return ImageTextCollator(AutoProcessor.from_pretrained(name), random_text=False)
+    return ImageTextCollator(AutoProcessor.from_pretrained(name))
 
 
 def stack_rows(rows: list[Any]) -> dict[str, Tensor]:
