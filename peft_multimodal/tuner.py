@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from . import anatomy
 from ._version import __version__
 from .anatomy import Anatomy, Matrix
+from .core.registry import METHODS
 from .layers import AttachedPart, InputGradients, MultimodalLayer
 from .matching import (
     SIGNATURE,
@@ -394,8 +395,8 @@ class MultimodalTuner(BaseTuner):
         super()._unload_and_optionally_merge(*args, **kwargs)
         while any(isinstance(m, BaseTunerLayer) and hasattr(m, "base_layer") for m in self.model.modules()):
             super()._unload_and_optionally_merge(merge=False)  # PEFT passes over layers inside of layers
-        for tuner in MultimodalTuner.__subclasses__():
-            tuner.drop_traces(self.model)
+        for method in METHODS.values():
+            method.model.drop_traces(self.model)
         for module in self.model.modules():
             for key, hook in list(module._forward_hooks.items()):
                 if isinstance(hook, InputGradients):

@@ -20,7 +20,7 @@ from peft import PeftType, mapping
 from peft.utils import register_peft_method
 
 import peft_multimodal
-from peft_multimodal import registry
+from peft_multimodal.core import registry
 
 TESTS = str(Path(__file__).parent)
 NAMES = sorted({METHODS[m](home(m)).peft_type.value for m in METHODS})
@@ -90,6 +90,26 @@ print("ok")
     assert python(f"import sys; sys.path.insert(0, {str(TESTS)!r})\n{code}") == "ok"
 
 
+def test_every_method_is_in_the_one_list():
+    assert sorted(name.upper() for name in registry.METHODS) == NAMES
+    for name, found in registry.METHODS.items():
+        config, model = (
+            mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name.upper()],
+            mapping.PEFT_TYPE_TO_TUNER_MAPPING[name.upper()],
+        )
+        assert (found.name, found.config, found.model) == (name, config, model)
+        assert (Path(__file__).parents[1] / found.docs).is_file()
+        assert found.summary.endswith(".")
+        assert registry.method_of(found.smallest()) is registry.method_of(name.upper()) is found
+    assert registry.method_of(peft.LoraConfig()) is None
+
+
+def test_a_reload_keeps_the_list():
+    before = dict(registry.METHODS)
+    importlib.reload(registry)
+    assert before == registry.METHODS
+
+
 def test_add_peft_type_is_idempotent():
     before = list(PeftType)
     assert registry.add_peft_type(NAMES[0]) is PeftType[NAMES[0]]
@@ -102,7 +122,9 @@ def test_another_package_of_the_same_name_is_named():
     known = mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name]
     stranger = type("StrangeConfig", (peft.PeftConfig,), {"__module__": "stranger.methods"})
     with pytest.raises(RuntimeError, match=r"registered .*peft_multimodal"):
-        registry.register(name.lower(), stranger, mapping.PEFT_TYPE_TO_TUNER_MAPPING[name])
+        registry.method(name.lower(), stranger, summary="", docs="", promises=registry.Promises())(
+            mapping.PEFT_TYPE_TO_TUNER_MAPPING[name]
+        )
     assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name] is known
 
 

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..anatomy import Anatomy, Matrix, device_of, is_cross, is_linear, unwrap
-from ..registry import register
+from ..core.registry import Promises, method
 from ..tuner import MultimodalConfig, MultimodalTuner
 from .aurora_fusion import GatedQueryTransformation, InformativeContext, reads_pictures
 from .aurora_layers import (
@@ -113,6 +113,13 @@ class AuroraModeApproxConfig(MultimodalConfig):
         return 1.0 if self.alpha is None else self.alpha / self.r
 
 
+@method(
+    "aurora_mode_approx",
+    AuroraModeApproxConfig,
+    summary="Image-text tasks at a fraction of LoRA's parameters: one CP tensor updates every attention of every tower.",
+    docs="docs/aurora-mode-approx.md",
+    promises=Promises(),
+)
 class AuroraModeApproxModel(MultimodalTuner):
     """Adapts a vision-language model with one CP tensor for all its attentions (arXiv 2305.08381).
 
@@ -453,6 +460,3 @@ def _parafac(stack: Tensor, rank: int, iterations: int, starts: tuple[str, ...])
                 best, least = found, float(errors[-1])
     weights, factors = best
     return weights.to(stack.dtype), [f.to(stack.dtype) for f in factors]
-
-
-register("aurora_mode_approx", AuroraModeApproxConfig, AuroraModeApproxModel)

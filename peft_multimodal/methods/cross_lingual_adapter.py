@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..anatomy import Anatomy, Matrix, base_model, describe, device_of, is_below, own_modules, token_embeddings
+from ..core.registry import Promises, method
 from ..layers import AttachedPart, CallScope, MultimodalLayer
 from ..model_card import CardNotes
-from ..registry import register
 from ..tuner import MultimodalConfig, MultimodalTuner
 from .blocks import TransformerBlock
 from .frozen_encoder import follow, share
@@ -456,6 +456,19 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer):
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
+@method(
+    "cross_lingual_adapter",
+    CrossLingualAdapterConfig,
+    summary="An English model reads another language, from translation pairs alone; images and their index stay as they are.",
+    docs="docs/cross-lingual-adapter.md",
+    promises=Promises(
+        starts_as="images",
+        acts_on="tower",
+        takes_targets=False,
+        rows=True,
+        companions=frozenset({"tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"}),
+    ),
+)
 class CrossLingualAdapterModel(MultimodalTuner):
     """Gives a dual encoder, or a fusion model with a text tower of its own, another language.
 
@@ -661,6 +674,3 @@ def _output_dim(tower: Any, level: str) -> int:
             f"level='tokens' doesn't fit {type(tower).__name__}, which doesn't pool its first token. Use level='pooled'."
         )
     return out.last_hidden_state.shape[-1]
-
-
-register("cross_lingual_adapter", CrossLingualAdapterConfig, CrossLingualAdapterModel)

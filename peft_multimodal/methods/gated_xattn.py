@@ -42,7 +42,7 @@ from ..anatomy import (
     token_embeddings,
     unwrap,
 )
-from ..registry import register
+from ..core.registry import Promises, method
 from ..tuner import MultimodalConfig, MultimodalTuner
 from .frozen_encoder import follow
 from .gated_xattn_layers import GatedXAttnLayer, MarkerEmbedding, MediaReader, SeeingLayer
@@ -223,6 +223,14 @@ def check_vocabulary(config: GatedXAttnConfig, size: int, model_class: str) -> N
         )
 
 
+@method(
+    "gated_xattn",
+    GatedXAttnConfig,
+    summary="A frozen language model sees: images and videos between its words, in context and in generation.",
+    docs="docs/gated-xattn.md",
+    promises=Promises(acts_on="decoder", takes_targets=False),
+    smallest=lambda: GatedXAttnConfig(media_token_id=0),
+)
 class GatedXAttnModel(MultimodalTuner):
     """Lets a frozen decoder see pictures and videos that are interleaved with its text (arXiv 2204.14198).
 
@@ -332,6 +340,3 @@ class GatedXAttnModel(MultimodalTuner):
     def reader(self) -> MediaReader | None:
         """The part that takes the pictures out of a call."""
         return next((m for m in self.model.children() if isinstance(m, MediaReader)), None)
-
-
-register("gated_xattn", GatedXAttnConfig, GatedXAttnModel)

@@ -43,8 +43,8 @@ from ..anatomy import (
     own_modules,
     stack_of,
 )
+from ..core.registry import Promises, method
 from ..layers import AttachedPart, CallScope, MultimodalLayer
-from ..registry import register
 from ..tuner import MultimodalConfig, MultimodalTuner
 from .blocks import TransformerBlock
 
@@ -328,6 +328,13 @@ class DomainTower(DomainPart):
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
+@method(
+    "hard_sample_domain_adapter",
+    HardSampleDomainAdapterConfig,
+    summary="A narrow domain from little data, hard pairs first.",
+    docs="docs/hard-sample-domain-adapter.md",
+    promises=Promises(acts_on="layers", rows=True),
+)
 class HardSampleDomainAdapterModel(MultimodalTuner):
     """Gives a frozen vision-language model adapters for a narrow domain.
 
@@ -479,6 +486,3 @@ def pooled_widths(tower: Any, name: str) -> tuple[int, int]:
     pooled = output.get("pooler_output")
     states = output.last_hidden_state
     return states.shape[-1], (states if pooled is None else pooled).shape[-1]
-
-
-register("hard_sample_domain_adapter", HardSampleDomainAdapterConfig, HardSampleDomainAdapterModel)

@@ -32,8 +32,8 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 
 from ..anatomy import Matrix, base_model, describe, is_below, token_embeddings
+from ..core.registry import Promises, method
 from ..model_card import CardNotes
-from ..registry import register
 from ..tuner import MultimodalConfig, MultimodalTuner
 from .prompt_classifier import (
     CHUNK,
@@ -201,6 +201,13 @@ class StructuredContext(nn.Module):
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
+@method(
+    "structured_prompt",
+    StructuredPromptConfig,
+    summary="A classifier from few labels: prompts that look at the image.",
+    docs="docs/structured-prompt.md",
+    promises=Promises(starts_as="images", acts_on="tower", takes_targets=False),
+)
 class StructuredPromptModel(MultimodalTuner):
     """Turns a dual encoder into a classifier whose prompts look at the picture; the towers stay frozen.
 
@@ -341,6 +348,3 @@ class StructuredPromptModel(MultimodalTuner):
         order = (v @ part.static(adapter_name, texts).to(v.dtype).T).argsort(dim=1, descending=True)
         place = (order == winner).int().argmax(dim=1)
         return {k: 100 * (place < k).double().mean().item() for k in ks}
-
-
-register("structured_prompt", StructuredPromptConfig, StructuredPromptModel)

@@ -1,0 +1,1 @@
+"""What every method stands on; nothing here knows a method by name."""
