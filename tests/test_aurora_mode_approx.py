@@ -5,18 +5,21 @@ from __future__ import annotations
 import copy
 import math
 import operator
+import re
 import threading
+from typing import Any
 
 import pytest
 import tensorly
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from families import FAMILIES, VOCAB, blip_config, pairs, text_tower, tiny, tower, vision_tower, wake
+from case import Case
+from families import FAMILIES, VOCAB, Family, blip_config, pairs, text_tower, tiny, tower, vision_tower, wake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from methods import adapter, distance, fill, run, stir
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -779,3 +782,66 @@ def test_merge_is_refused_or_of_the_cp_part_alone(options):
     bare = model.merge_and_unload(cp_only=True)
     assert not any("aurora" in n for n, _ in bare.named_modules())
     close(run(BLIP, bare), cp_alone, atol=1e-4, rtol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------- the contract
+
+
+# Families whose layers hold a self- and a cross-attention, and those whose text encoder also runs without the picture.
+CROSS_ATTENTION = ("blip_retrieval", "bridgetower", "blip_vqa", "blip_captioning", "blip_2", "florence2")
+TEXT_ENCODER = ("blip_retrieval", "blip_vqa")
+
+
+def aurora(family: Family, **changes: Any) -> PeftConfig:
+    return AuroraModeApproxConfig(**{"r": 4, "alpha": 8.0, "dropout": 0.0, **changes})
+
+
+def aurora_fusion(family: Family, **changes: Any) -> PeftConfig | None:
+    """With the gated query transformation and the context enhancement, where the model has a fusion encoder."""
+    if family.name not in CROSS_ATTENTION:
+        return None
+    parts = {"use_gqt": True, "use_ice": family.name in TEXT_ENCODER, "ice_bank_size": 4}
+    return aurora(family, **{**parts, "gqt_branches": ["query", "cross"], **changes})
+
+
+def aurora_parameters(base: nn.Module, config: AuroraModeApproxConfig) -> int:
+    """(d_in + d_out) R + N R + R a group of N matrices of equal shape, 2 d + 1 a layer and branch, 1 for the context.
+
+    Counted on the base model's own modules: the default targets are its attentions' q, k and v.
+    """
+    shapes: dict[tuple[int, int], int] = {}
+    for path, module in base.named_modules():
+        leaf = path.rpartition(".")[2]
+        if isinstance(module, nn.MultiheadAttention):
+            shape, count = (module.embed_dim, module.embed_dim), 3
+        elif not isinstance(module, nn.Linear):
+            continue
+        elif leaf == "qkv":
+            shape, count = (module.in_features, module.out_features // 3), 3
+        elif re.fullmatch("[qkv]_proj|query|key|value", leaf):
+            shape, count = (module.in_features, module.out_features), 1
+        else:
+            continue
+        shapes[shape] = shapes.get(shape, 0) + count
+    total = sum((d_in + d_out) * config.r + n * config.r + config.r for (d_in, d_out), n in shapes.items())
+    if config.use_gqt:
+        widths = [
+            next(m.in_features for p, m in layer.named_modules() if re.search("(query|q_proj)$", p))
+            for path, layer in base.named_modules()
+            if re.search(r"\.\d+$", path)
+            and any(re.search("crossattention$|encoder_attn$", p) for p, _ in layer.named_modules())
+        ]
+        total += sum((2 * d + 1) * len(config.gqt_branches) for d in widths)
+    return total + config.use_ice
+
+
+CASES = [
+    Case(
+        "aurora_mode_approx",
+        aurora,
+        aurora_parameters,
+        anywhere=lambda: AuroraModeApproxConfig(r=2, alpha=4.0, dropout=0.0),
+        merge={},
+    ),
+    Case("aurora_mode_approx-fusion", aurora_fusion, aurora_parameters, merge={"cp_only": True}),
+]

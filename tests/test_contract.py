@@ -19,19 +19,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from case import declared
 from families import FAMILIES, IMAGE, Family
 from methods import (
     CASES,
-    COMPANIONS,
     METHODS,
     NO_DECAY,
-    NOT_IDENTITY,
-    OWN_LAYERS,
-    PARAMETERS,
-    ROUTES_ROWS,
     TEXT_TOWER,
-    WHOLE_LAYERS,
-    WHOLE_TOWER,
     adapter,
     adapter_of,
     distance,
@@ -39,6 +33,7 @@ from methods import (
     gradients,
     home,
     inputs,
+    promising,
     run,
     save_all,
     silent,
@@ -60,8 +55,12 @@ from peft_multimodal.anatomy import is_below
 from peft_multimodal.layers import AttachedPart
 from peft_multimodal.methods.gated_xattn_layers import ForwardWithMedia
 
-TARGETED = [method for method in METHODS if method not in WHOLE_TOWER | WHOLE_LAYERS | OWN_LAYERS]
-MERGE = {"aurora_mode_approx": {}, "aurora_mode_approx-fusion": {"cp_only": True}}  # what merging them takes
+NOT_IDENTITY = promising(starts_as="images")
+WHOLE_TOWER = promising(acts_on="tower")  # have no target_modules, and nothing is recomputed in them
+WHOLE_LAYERS = promising(acts_on="decoder")
+OWN_LAYERS = promising(acts_on="layers")  # their target_modules are layers
+TARGETED = [method for method in METHODS if method in promising(acts_on="matrices")]
+MERGE = {name: case.merge for name, case in declared().items() if case.merge is not None}
 
 
 def cases(
@@ -434,7 +433,7 @@ def frozen_parts(model: PeftModel, method: str) -> int:
 @cases()
 def test_parameter_count(family: Family, method: str, tmp_path: Path, capsys):
     model = wrap(family, method)
-    expected = PARAMETERS[method](family.build(), model.peft_config["default"])
+    expected = declared()[method].parameters(family.build(), model.peft_config["default"])
     assert sum(p.numel() for p in adapter(model).values()) == expected
     base = sum(p.numel() for n, p in model.named_parameters() if n not in adapter(model))
     assert base == sum(p.numel() for p in family.build().parameters()) + frozen_parts(model, method)
@@ -950,7 +949,9 @@ def test_transformers_trainer(family: Family, method: str, tmp_path: Path):
     checkpoint = tmp_path / "whole" / "checkpoint-2"
     files = {file.relative_to(checkpoint).as_posix() for file in checkpoint.rglob("*") if file.is_file()}
     state = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin"}
-    adapter_files = {"adapter_model.safetensors", "adapter_config.json", "README.md"} | COMPANIONS.get(method, set())
+    adapter_files = {"adapter_model.safetensors", "adapter_config.json", "README.md"} | declared()[
+        method
+    ].promises.companions
     assert files == adapter_files | state
     count = trainer.model.get_nb_trainable_parameters()[0]
     assert (checkpoint / "adapter_model.safetensors").stat().st_size < 4 * count + 12_000
@@ -1197,7 +1198,7 @@ def test_adapter_names_of_rows(family: Family, method: str):
     model.add_adapter("other", METHODS[method](family))
     stir(model, "other", seed=1)
     with torch.no_grad():
-        if method not in ROUTES_ROWS:
+        if not declared()[method].promises.rows:
             with pytest.raises(ValueError, match=r"adapter_names.*set_adapter"):
                 model(**family.inputs(model), adapter_names=names)
             return

@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from case import Case
 from families import BOS, EOS, FAMILIES, PAD, VOCAB, WORDS, Family, text_tower, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from methods import ENCODER_WIDTH, TEXT_TOWER, adapter, distance, inputs, language, run, save_encoder, stir, trace, wrap
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -1205,3 +1206,34 @@ def test_describe_sees_the_model_itself():
     for name in TEXT_TOWER:
         family = FAMILIES[name]
         assert str(describe(bilingual(family))) == str(describe(family.build()))
+
+
+# --------------------------------------------------------------------------------------------------- the contract
+
+
+def cross_lingual(family: Family, **changes: Any) -> PeftConfig | None:
+    if family.name not in TEXT_TOWER:
+        return None
+    changes = {"encoder": language(), **changes}
+    return CrossLingualAdapterConfig(**{"bottleneck_dim": 16, "num_heads": 2, **changes})
+
+
+def cross_lingual_parameters(base: nn.Module, config: CrossLingualAdapterConfig) -> int:
+    """(d_s m + m) + n (12 m^2 + 13 m) + (m d_t + d_t), d_t being the width of the tower's output."""
+    d_s, m, n = ENCODER_WIDTH, config.bottleneck_dim, config.num_layers
+    d_t = TOWER_OUTPUT.get(type(base).__name__, 32)
+    return (d_s * m + m) + n * (12 * m**2 + 13 * m) + (m * d_t + d_t)
+
+
+TOWER_OUTPUT = {"SiglipModel": 48, "AltCLIPModel": 40}  # where the tower projects; elsewhere its width, 32
+
+
+CASES = [
+    Case(
+        "cross_lingual_adapter",
+        cross_lingual,
+        cross_lingual_parameters,
+        anywhere=lambda: CrossLingualAdapterConfig(encoder=language(), bottleneck_dim=8, num_heads=2),
+        refusal="Use a dual encoder",
+    )
+]

@@ -11,17 +11,19 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from families import VOCAB, text_tower, tiny, vision_tower
+from case import ANY_MARKER, ANY_WIDTH, Case
+from families import BOS, VOCAB, Family, text_tower, tiny, vision_tower
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from methods import adapter, distance, stir, trace
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -1536,3 +1538,44 @@ class Around(nn.Module):
 def test_a_base_without_a_config():
     model = get_peft_model(Around(llama()), config())
     assert any("gated_xattn" in name for name, _ in model.named_parameters())
+
+
+# --------------------------------------------------------------------------------------------------- the contract
+
+
+# Families whose text is read by one decoder.
+DECODER = ("blip_2", "llava", "qwen2_5_vl", "paligemma", "idefics3", "mllama")
+
+
+def gated_xattn(family: Family, **changes: Any) -> PeftConfig | None:
+    """The pictures are the families' `media`."""
+    if family.name not in DECODER:
+        return None
+    sizes = {"num_latents": 3, "resampler_depth": 1, "resampler_heads": 2, "head_dim": 8, "max_frames": 2}
+    return GatedXAttnConfig(**{"media_token_id": BOS, "vision_hidden_size": 20, **sizes, **changes})
+
+
+def gated_xattn_parameters(base: nn.Module, config: GatedXAttnConfig) -> int:
+    """R D + F D + depth (4 D + 4 D I + 2 D + 8 D^2) + 2 D; 2 d + d I + 2 D I + I d + 1 + 2 d + 8 d^2 + 1 a layer; a row."""
+    D, R, F, depth = config.vision_hidden_size, config.num_latents, config.max_frames, config.resampler_depth
+    I, d = config.resampler_heads * config.head_dim, base.get_input_embeddings().embedding_dim  # noqa: E741
+    resampler = R * D + F * D + depth * (4 * D + 4 * D * I + 2 * D + 8 * D**2) + 2 * D
+    block = 2 * d + d * I + 2 * D * I + I * d + 1 + 2 * d + 8 * d**2 + 1
+    return resampler + 2 * block + d
+
+
+def gated_xattn_anywhere() -> GatedXAttnConfig:
+    """The marker and the width are those of the tests of the auto mappings."""
+    sizes = {"num_latents": 2, "resampler_depth": 1, "resampler_heads": 2, "head_dim": 4, "max_frames": 2}
+    return GatedXAttnConfig(media_token_id=ANY_MARKER, vision_hidden_size=ANY_WIDTH, **sizes)
+
+
+CASES = [
+    Case(
+        "gated_xattn",
+        gated_xattn,
+        gated_xattn_parameters,
+        anywhere=gated_xattn_anywhere,
+        refusal="Use a decoder-only language model",
+    )
+]

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from auto_families import auto_cases
+from case import Case
 from families import FAMILIES, WORDS, Family
 from methods import adapter, distance, run, stir, wrap
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -479,3 +480,51 @@ def test_the_bank_is_saved_with_the_adapter(tmp_path: Path):
     for name in ("without", "with"):  # inference doesn't need it
         loaded = PeftModel.from_pretrained(FAMILIES["clip"].build(), tmp_path / name)
         assert distance(run(FAMILIES["clip"], loaded), run(FAMILIES["clip"], model)) <= 1e-6
+
+
+# --------------------------------------------------------------------------------------------------- the contract
+
+
+def domain(family: Family, **changes: Any) -> PeftConfig:
+    return HardSampleDomainAdapterConfig(**{"bottleneck_dim": 8, "num_heads": 2, **changes})
+
+
+# Widths of the layers of each family's encoders that attend to their own sequence through a known mask.
+SELF_ATTENDING = {
+    "CLIPModel": [48, 48, 32, 32],
+    "SiglipModel": [48, 48, 32, 32],
+    "ChineseCLIPModel": [48, 48, 32, 32],
+    "AltCLIPModel": [48, 48, 32, 32],
+    "VisionTextDualEncoderModel": [48, 48, 32, 32],
+    "BlipForImageTextRetrieval": [48, 48, 32, 32],
+    "FlavaModel": [48, 48, 32, 32, 40, 40],
+    "ViltForQuestionAnswering": [32, 32],
+    "BridgeTowerForImageAndTextRetrieval": [64, 64, 32, 32, 32, 32, 32, 32],  # both streams of the fusion
+    "BlipForQuestionAnswering": [32, 32, 32, 32],
+    "BlipForConditionalGeneration": [48, 48],
+    "Blip2ForConditionalGeneration": [48, 48, 32, 32],
+    "LlavaForConditionalGeneration": [48, 48, 48],
+    "Qwen2_5_VLForConditionalGeneration": [48, 48],
+    "PaliGemmaForConditionalGeneration": [48, 48],
+    "Idefics3ForConditionalGeneration": [48, 48],
+    "MllamaForConditionalGeneration": [16, 16, 16],  # local and global
+    "Florence2ForConditionalGeneration": [32, 32],  # the text's: the pictures' convolve
+}
+
+
+def domain_parameters(base: nn.Module, config: HardSampleDomainAdapterConfig) -> int:
+    """2 d + (d m + m) + n (12 m^2 + 13 m) + m d + 1 a layer."""
+    m, n = config.bottleneck_dim, config.num_layers
+    widths = SELF_ATTENDING[type(base).__name__]
+    return sum(2 * d + (d * m + m) + n * (12 * m**2 + 13 * m) + m * d + 1 for d in widths)
+
+
+CASES = [
+    Case(
+        "hard_sample_domain_adapter",
+        domain,
+        domain_parameters,
+        anywhere=lambda: HardSampleDomainAdapterConfig(bottleneck_dim=8, num_heads=2),
+        refusal="can be adapted",
+    )
+]

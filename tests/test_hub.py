@@ -14,9 +14,9 @@ from urllib.request import urlopen
 import hub_client
 import pytest
 import yaml
+from case import declared
 from hub_client import CLASSES, OWNER, REPOSITORIES, STAGES
 from hub_server import Hub
-from methods import COMPANIONS
 
 TESTS = Path(__file__).parent
 
@@ -79,7 +79,7 @@ def front(hub: Hub, repository: str) -> tuple[dict, str]:
 @pytest.mark.parametrize("method", REPOSITORIES)
 def test_what_is_published(method: str, hub: Hub, results: dict):
     files = hub.files(REPOSITORIES[method])
-    ours = {"adapter_config.json", "adapter_model.safetensors", "README.md"} | COMPANIONS.get(method, set())
+    ours = {"adapter_config.json", "adapter_model.safetensors", "README.md"} | declared()[method].promises.companions
     assert set(files) == ours | {".gitattributes"}
     metadata, text = front(hub, REPOSITORIES[method])
     base = f"owner/tiny-{hub_client.home(method).name.replace('_', '-')}"

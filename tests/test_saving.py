@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from case import declared
 from families import FAMILIES
-from methods import COMPANIONS, METHODS, distance, home, run, stir, trace, wrap
+from methods import METHODS, distance, home, run, stir, trace, wrap
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import peft_multimodal
@@ -32,7 +33,7 @@ def test_save_and_load(method: str, tmp_path: Path):
     model = wrap(family, method)
     folder = save(model, tmp_path / "deep" / "adapter")
     assert folder == tmp_path / "deep" / "adapter"
-    assert set(content(folder)) == FILES | COMPANIONS.get(method, set())
+    assert set(content(folder)) == FILES | declared()[method].promises.companions
     assert [p.name for p in folder.parent.iterdir()] == ["adapter"], "nothing temporary is left"
     assert folder.stat().st_mode & 0o777 == 0o755
     model.save_pretrained(tmp_path / "stock" / "adapter")

@@ -7,17 +7,19 @@ import math
 import threading
 import warnings
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from case import Case
 from families import BOS, FAMILIES, PAD, Family, dual, pairs, text_tower, vision_tower
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from methods import CLASSES, DUAL, VOCAB, stir, word_tokenizer
-from peft import LoraConfig, PeftModel, get_peft_model
+from methods import CLASSES, VOCAB, stir, word_tokenizer
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -39,6 +41,8 @@ def clip_eos() -> Family:
     return dual(hf.CLIPModel, config, "clip_eos", pairs(end=EOS))
 
 
+# Families whose pictures and texts have features of their own.
+DUAL = ("clip", "siglip", "chinese_clip", "altclip", "vision_text_dual_encoder")
 TOWERS = {**{name: FAMILIES[name] for name in DUAL}, "clip_eos": clip_eos()}
 
 
@@ -860,3 +864,30 @@ def test_compiled_graphs_serve_every_batch_size(order: str):
         x = pictures(size)
         close(compiled(pixel_values=x).logits, logits(model, x))
     assert len(graphs) <= 3  # of a size, of any, of one
+
+
+# --------------------------------------------------------------------------------------------------- the contract
+
+
+def structured_prompt(family: Family, **changes: Any) -> PeftConfig | None:
+    if family.name not in DUAL:
+        return None
+    small = {"general_init": "w10 w11", "attention_dim": 16, "num_heads": 2}
+    return StructuredPromptConfig(**{**small, **changes})
+
+
+def structured_prompt_parameters(base: nn.Module, config: StructuredPromptConfig) -> int:
+    """(M_g + n_dom M_d + M_i) d_t + d_t (2 + 2 a) + d_v (2 + 2 a) + 1, with d_t 32 and d_v 48."""
+    tokens = config.num_general + config.num_domains * config.num_domain + config.num_instance
+    return 32 * tokens + (32 + 48) * (2 + 2 * config.attention_dim) + 1
+
+
+CASES = [
+    Case(
+        "structured_prompt",
+        structured_prompt,
+        structured_prompt_parameters,
+        anywhere=lambda: StructuredPromptConfig(general_init=None, attention_dim=8, num_heads=2),
+        refusal="Use a dual encoder",
+    )
+]

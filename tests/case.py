@@ -1,0 +1,63 @@
+"""What a method's test file declares for the contract.
+
+    CASES = [Case("my_method", my_config, my_parameters, anywhere=MyMethodConfig)]      # in tests/test_my_method.py
+
+The contract's tests run every case on every family; what the method promises they read from its registration.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from families import FAMILIES
+from peft import PeftConfig
+from torch import nn
+
+from peft_multimodal.core import registry
+from peft_multimodal.core.registry import Method, Promises
+
+ANY_MARKER, ANY_WIDTH = 9, 12  # of classes that are no family: the first word of the first row, and features' width
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method under contract.
+
+    Args:
+        name: The method's, with a dash and a word behind it for a variant: "my_method-with-this".
+        config: (family, **changes) -> a small config, or None where the method doesn't apply to the family.
+        parameters: (base, config) -> how many numbers train, by the formula of its page.
+        anywhere: Makes a small config for classes that are no family here (transformers' auto mappings).
+        refusal: In the message where the method doesn't apply; "" where it applies everywhere.
+        merge: What `merge_and_unload` takes; None where the method doesn't merge.
+    """
+
+    name: str
+    config: Callable[..., PeftConfig | None]
+    parameters: Callable[[nn.Module, Any], int]
+    anywhere: Callable[[], PeftConfig] | None = None
+    refusal: str = ""
+    merge: dict[str, Any] | None = None
+
+    @property
+    def method(self) -> Method:
+        return registry.METHODS[self.name.partition("-")[0]]
+
+    @property
+    def promises(self) -> Promises:
+        return self.method.promises
+
+    def families(self) -> list[str]:
+        """Names of the families that it applies to."""
+        return [name for name, family in FAMILIES.items() if self.config(family) is not None]
+
+
+@functools.cache
+def declared() -> dict[str, Case]:
+    """The cases of all registered methods, by name."""
+    modules = [importlib.import_module(f"test_{name}") for name in sorted(registry.METHODS)]
+    return {case.name: case for module in modules for case in module.CASES}
