@@ -31,6 +31,7 @@ from .tuner import matched_modules
 if TYPE_CHECKING:
     from .data import FiniteBatches, ImageTextCollator, LanguageProcessor, QuestionAnswerCollator
     from .evaluation import RetrievalRecall, VQAAccuracy
+    from .images import read_image
     from .interleaved import InterleavedProcessor
     from .training.checkpoints import last_checkpoint
     from .training.contrastive import ContrastiveTrainer
@@ -48,6 +49,7 @@ _LAZY = {
     "InterleavedProcessor": "interleaved",
     "LanguageProcessor": "data",
     "QuestionAnswerCollator": "data",
+    "read_image": "images",
     "RetrievalRecall": "evaluation",
     "last_checkpoint": "training.checkpoints",
     "VQAAccuracy": "evaluation",
@@ -86,6 +88,7 @@ __all__ = [
     "load",
     "matched_modules",
     "push_to_hub",
+    "read_image",
     "save",
 ]
 

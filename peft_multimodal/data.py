@@ -1,4 +1,4 @@
-"""Collators and processors: dataset rows with PIL images and text to the batches that vision-language models take.
+"""Collators and processors: dataset rows with images and text to the batches that vision-language models take.
 
 They read the dataset's own columns, which `Trainer` would drop: `TrainingArguments(remove_unused_columns=False)`.
 """
@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, BatchEncoding
 from transformers.utils import cached_file
 
-Row = Mapping[str, Any]
+from .images import is_image, read_image
+from .rows import Row, column_of, each, ids_of, naming
 
 
 @dataclass
@@ -30,7 +30,7 @@ class ImageTextCollator:
 
     Args:
         processor: A transformers processor of images and text.
-        image_column: Column of PIL images, of any mode; they are converted to RGB (alpha is dropped, not blended).
+        image_column: Column of images, in any form that `read_image` takes.
         text_column: Column of strings, or of lists of captions.
         return_loss: Put `return_loss=True` into the batch, without which `CLIPModel` and its like compute no loss. By
             default it is put where the forward of `model`, when given, names that argument.
@@ -40,7 +40,8 @@ class ImageTextCollator:
         random_text: Draw one of several captions with torch's global generator (set `torch.manual_seed`), as for
             training; else take the first.
         every_text: Take all captions of each row, for retrieval over a whole set. `return_loss` is left out.
-        id_column: Column of integers; rows of equal id match each other in the losses of `peft_multimodal.training`.
+        id_column: Column of integers or strings; rows of equal id match each other in the losses of
+            `peft_multimodal.training`.
         id_name: The ids' name in the batch: "ids" for `ImageTextRetrievalTrainer`, "labels" for
             `contrastive_loss_func`.
 
@@ -50,8 +51,8 @@ class ImageTextCollator:
         is the place in the batch of each text's image.
 
     Raises:
-        ValueError: A column is missing, a text is empty, or return_loss was asked for and the forward takes none.
-        TypeError: An image is no PIL image, a text no string, or an id no integer.
+        ValueError: A column is missing, an image can't be read, a text is empty, or return_loss was asked for and the forward takes none.
+        TypeError: An image is nothing that `read_image` takes, a text no string, or an id neither integer nor string.
     """
 
     processor: Any
@@ -80,27 +81,17 @@ class ImageTextCollator:
         return _changed(self, random_text=False, every_text=every_text)
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        texts = [self._texts(row, i) for i, row in enumerate(rows)]
+        which = "all" if self.every_text else "drawn" if self.random_text else "first"
+        texts = _texts(rows, self.text_column, "text_column", which, self.id_column)
+        images = _images(rows, self.image_column, self.id_column)
         batch = _process(
-            self.processor,
-            [_image(row, self.image_column, i) for i, row in enumerate(rows)],
-            [text for found in texts for text in found],
-            self.padding,
-            self.max_length,
+            self.processor, images, [text for found in texts for text in found], self.padding, self.max_length
         )
         if self.id_column is not None:
-            ids = [_column(row, self.id_column, i) for i, row in enumerate(rows)]
-            if not all(isinstance(i, int) for i in ids):
-                raise TypeError(f"Column {self.id_column!r} holds {ids[:3]}..., not integers.")
-            batch[self.id_name] = torch.tensor(ids, dtype=torch.long)
+            batch[self.id_name] = ids_of(rows, self.id_column)
         if self.every_text:
             return batch | {"text_rows": torch.tensor([i for i, found in enumerate(texts) for _ in found])}
         return batch | {"return_loss": True} if self.return_loss else batch
-
-    def _texts(self, row: Row, index: int) -> list[str]:
-        if self.every_text:
-            return _all_texts(row, self.text_column, index)
-        return [_text(row, self.text_column, index, self.random_text)]
 
 
 @dataclass
@@ -131,8 +122,8 @@ class QuestionAnswerCollator:
         decoder_attention_mask, and labels, which are -100 where padded. The model shifts the labels itself.
 
     Raises:
-        ValueError: A column is missing, a text is empty, or the start token is unknown.
-        TypeError: An image is no PIL image, or a text no string.
+        ValueError: A column is missing, an image can't be read, a text is empty, or the start token is unknown.
+        TypeError: An image is nothing that `read_image` takes, or a text no string.
     """
 
     processor: Any
@@ -159,11 +150,12 @@ class QuestionAnswerCollator:
         return _changed(self, random_answer=False)
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        images = [_image(row, self.image_column, i) for i, row in enumerate(rows)]
-        questions = [_text(row, self.question_column, i, False) for i, row in enumerate(rows)]
+        images = _images(rows, self.image_column)
+        questions = [text for (text,) in _texts(rows, self.question_column, "question_column", "first")]
         batch = _process(self.processor, images, questions, self.padding, self.max_length)
         if self.answer_column is not None:
-            texts = [_text(row, self.answer_column, i, self.random_answer) for i, row in enumerate(rows)]
+            which = "drawn" if self.random_answer else "first"
+            texts = [text for (text,) in _texts(rows, self.answer_column, "answer_column", which)]
             # padding_side: the start token must be each row's first.
             answers = self.processor.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
             decoder: Tensor = answers["input_ids"]
@@ -200,7 +192,8 @@ class FiniteBatches:
             ValueError: a tensor or array in it, masks aside, holds NaN or infinite values.
         """
         names = [row.get(self.id_column) if isinstance(row, Mapping) else None for row in rows]  # a collator may pop
-        batch = self.collator(rows)
+        with naming(rows, self.id_column):
+            batch = self.collator(rows)
         for field, value in _floats(batch):
             if not bool(value.isfinite().all()):
                 raise ValueError(
@@ -332,7 +325,7 @@ class LanguageProcessor:
 
         Args:
             text: A text or a list of them.
-            images: For the image processor, with `kwargs`.
+            images: One or several, as `read_image` takes them, for the image processor, with `kwargs`.
             language: Of all texts, or of each; by default the model's own.
 
         Returns:
@@ -349,7 +342,9 @@ class LanguageProcessor:
         if images is not None:
             if self.image_processor is None:
                 raise ValueError("This LanguageProcessor has no image_processor.")
-            batch |= self.image_processor(images, **{"return_tensors": "pt", **kwargs})
+            images = [images] if is_image(images) else images
+            read = [read_image(image, f"Image {i}") for i, image in enumerate(images)]
+            batch |= self.image_processor(read, **{"return_tensors": "pt", **kwargs})
         return BatchEncoding(batch)
 
     def _mixed(self, texts: list[str], languages: list[str]) -> dict[str, Any]:
@@ -411,43 +406,32 @@ def _process(processor: Any, images: list[Any], texts: list[str], padding: Any, 
     )
 
 
-def _column(row: Row, column: str, index: int) -> Any:
-    if column not in row:
-        raise ValueError(
-            f"Row {index} of the batch has no column {column!r} but {sorted(row)}. Under Trainer set "
-            "remove_unused_columns=False: it drops the columns that the model's forward doesn't name."
-        )
-    return row[column]
+def _images(rows: Sequence[Row], column: str, id_column: str | None = None) -> list[Any]:
+    def read(row: Row, name: str) -> Any:
+        return read_image(column_of(row, column, name, "image_column"), f"{name}: column {column!r}")
+
+    return each(rows, read, id_column)
 
 
-def _image(row: Row, column: str, index: int) -> Image.Image:
-    image = _column(row, column, index)
-    if not isinstance(image, Image.Image):
-        raise TypeError(f"Row {index}: column {column!r} holds {type(image).__name__}, not a PIL image.")
-    return image.convert("RGB")
+def _texts(rows: Sequence[Row], column: str, setting: str, which: str, id_column: str | None = None) -> list[list[str]]:
+    """The texts of each row: one "drawn", the "first", or "all" of them."""
+
+    def read(row: Row, name: str) -> list[str]:
+        found = column_of(row, column, name, setting)
+        texts = list(found) if isinstance(found, (list, tuple, np.ndarray)) else [found]
+        if not texts:
+            raise ValueError(f"{name}: the list in column {column!r} is empty.")
+        if which != "all":
+            drawn = int(torch.randint(len(texts), ())) if which == "drawn" and len(texts) > 1 else 0
+            texts = [texts[drawn]]
+        return [_checked(text, column, name) for text in texts]
+
+    return each(rows, read, id_column)
 
 
-def _text(row: Row, column: str, index: int, random: bool) -> str:
-    text = _column(row, column, index)
-    if isinstance(text, (list, tuple)):
-        if not text:
-            raise ValueError(f"Row {index}: the list in column {column!r} is empty.")
-        text = text[int(torch.randint(len(text), ())) if random and len(text) > 1 else 0]
-    return _checked(text, column, index)
-
-
-def _all_texts(row: Row, column: str, index: int) -> list[str]:
-    texts = _column(row, column, index)
-    if not isinstance(texts, (list, tuple)):
-        texts = [texts]
-    if not texts:
-        raise ValueError(f"Row {index}: the list in column {column!r} is empty.")
-    return [_checked(text, column, index) for text in texts]
-
-
-def _checked(text: Any, column: str, index: int) -> str:
+def _checked(text: Any, column: str, name: str) -> str:
     if not isinstance(text, str):
-        raise TypeError(f"Row {index}: column {column!r} holds {type(text).__name__}, not a string.")
+        raise TypeError(f"{name}: column {column!r} holds {type(text).__name__}, not a string.")
     if not text.strip():
-        raise ValueError(f"Row {index}: the text in column {column!r} is empty.")
+        raise ValueError(f"{name}: the text in column {column!r} is empty.")
     return text

@@ -10,13 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import AddedToken, AutoImageProcessor, AutoTokenizer, BatchEncoding
 from transformers.utils import cached_file
 
-Visual = Any  # a PIL image, or a sequence of them: the frames of a video
+from .images import is_image, read_image
+from .rows import column_of, each, naming
+
+Visual = Any  # an image as `read_image` takes it, or a sequence of them: the frames of a video
 
 
 class InterleavedProcessor:
@@ -88,12 +91,15 @@ class InterleavedProcessor:
         Raises:
             ValueError: a text has not as many markers as pictures, the tokenizer can't pad, or makes several rows of a
                 text.
-            TypeError: a text is no string, or a picture no PIL image.
+            TypeError: a text is no string, or an image nothing that `read_image` takes.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         if wrong := [t for t in texts if not isinstance(t, str)]:
             raise TypeError(f"Texts are strings, got {type(wrong[0]).__name__}.")
         if images is not None:
+            if is_image(images):
+                raise TypeError("images holds a list of images for each text: images=[[apple, pear], [plum]].")
+            images = [() if row is None else row for row in images]
             self._check_counts(texts, images)
         if self.tokenizer.pad_token is None:
             raise ValueError("The tokenizer has no padding token: set tokenizer.pad_token = tokenizer.eos_token.")
@@ -113,25 +119,25 @@ class InterleavedProcessor:
             A batch, padded on the right, with labels int64 (B, L): the text itself, -100 at padding and markers. A text
             that is to end somewhere ends with the tokenizer's `eos_token`.
         """
-        for index, row in enumerate(rows):
-            if missing := [c for c in (self.text_column, self.images_column) if c not in row]:
-                raise ValueError(
-                    f"Row {index} of the batch has no column {missing[0]!r} but {sorted(row)}. Under Trainer set "
-                    "remove_unused_columns=False: it drops the columns that the model's forward doesn't name."
-                )
-        images = [row[self.images_column] or () for row in rows]
-        batch = dict(self([row[self.text_column] for row in rows], images, padding_side="right"))
+        texts = each(rows, lambda row, name: column_of(row, self.text_column, name, "text_column"))
+        images = each(rows, lambda row, name: column_of(row, self.images_column, name, "images_column"))
+        with naming(rows, "id"):
+            batch = dict(self(texts, images, padding_side="right"))
         ignored = (batch["attention_mask"] == 0) | (batch["input_ids"] == self.media_token_id)
         return {**batch, "labels": batch["input_ids"].masked_fill(ignored, -100)}
 
     def _check_counts(self, texts: list[str], images: Sequence[Sequence[Visual]]) -> None:
-        if isinstance(images, Image.Image) or any(isinstance(row, Image.Image) for row in images):
-            raise TypeError("images holds a list of pictures for each text: images=[[apple, pear], [plum]].")
         if len(images) != len(texts):
             raise ValueError(f"{len(images)} lists of images for {len(texts)} texts.")
-        for index, (text, row) in enumerate(zip(texts, images, strict=True)):
+
+        def check(row: Any, name: str) -> None:
+            text, row = row
+            if is_image(row):
+                raise TypeError(f"{name}: images holds a list of images for each text: images=[[apple, pear], [plum]].")
             if (markers := text.count(self.media_token)) != len(row):
-                raise ValueError(f"Text {index} has {markers} markers {self.media_token!r} but {len(row)} pictures.")
+                raise ValueError(f"{name} has {markers} markers {self.media_token!r} but {len(row)} images.")
+
+        each(list(zip(texts, images, strict=True)), check)
 
     def _left_by_truncation(self, images: Sequence[Sequence[Visual]], input_ids: Any) -> list[list[Visual]]:
         """The pictures whose markers are still in the text."""
@@ -146,14 +152,9 @@ class InterleavedProcessor:
     def _pixels(self, images: Sequence[Sequence[Visual]]) -> dict[str, Tensor]:
         if self.image_processor is None:
             raise ValueError("This InterleavedProcessor has no image_processor.")
-        visuals = [[[v] if isinstance(v, Image.Image) else list(v) for v in row] for row in images]
+        visuals = each(images, _frames)
         frames = [frame for row in visuals for video in row for frame in video]
-        for frame in frames:
-            if not isinstance(frame, Image.Image):
-                raise TypeError(f"Pictures are PIL images and videos lists of them, got {type(frame).__name__}.")
-        if any(not video for row in visuals for video in row):
-            raise ValueError("A video has no frames.")
-        pixels = self.image_processor([frame.convert("RGB") for frame in frames], return_tensors="pt")["pixel_values"]
+        pixels = self.image_processor(frames, return_tensors="pt")["pixel_values"]
         size = (len(visuals), max(map(len, visuals)), max(len(video) for row in visuals for video in row))
         batch = pixels.new_zeros(*size, *pixels.shape[1:])
         mask = torch.zeros(size, dtype=torch.bool)
@@ -161,7 +162,7 @@ class InterleavedProcessor:
             for t, video in enumerate(row):
                 mask[b, t, : len(video)] = True
         batch[mask] = pixels  # frames stand in the order of rows, pictures and frames
-        if all(isinstance(v, Image.Image) for row in images for v in row):
+        if not any(_is_video(v) for row in images for v in row):
             return {"pixel_values": batch[:, :, 0]}
         return {"pixel_values": batch, "frame_mask": mask}
 
@@ -198,3 +199,18 @@ class InterleavedProcessor:
         if has_images:
             images = AutoImageProcessor.from_pretrained(name_or_path, subfolder=cls.IMAGES, **kwargs)
         return cls(tokenizer, images, **settings)
+
+
+def _is_video(visual: Visual) -> bool:
+    return isinstance(visual, (Sequence, np.ndarray, Tensor)) and not is_image(visual)
+
+
+def _frames(row: Sequence[Visual], name: str) -> list[list[Any]]:
+    """The frames of each of a text's images and videos; an image has one."""
+    found = []
+    for place, visual in enumerate(row):
+        frames = list(visual) if _is_video(visual) else [visual]
+        if not frames:
+            raise ValueError(f"{name}: video {place} has no frames.")
+        found.append([read_image(frame, f"{name}: image {place}") for frame in frames])
+    return found

@@ -1337,11 +1337,11 @@ def test_pictures_are_cut_off_with_their_markers(side: str, kept: list[int]):
 @pytest.mark.parametrize(
     ("texts", "images", "message"),
     [
-        (["<image> w4"], [[]], "Text 0 has 1 markers '<image>' but 0 pictures"),
-        (["w4"], [[picture(1)]], "0 markers .* but 1 pictures"),
+        (["<image> w4"], [[]], "Row 0 has 1 markers '<image>' but 0 images"),
+        (["w4"], [[picture(1)]], "0 markers .* but 1 images"),
         (["w4", "w5"], [[]], "1 lists of images for 2 texts"),
-        (["<image>"], [picture(1)], "a list of pictures for each text"),
-        (["<image>"], [["a.png"]], "PIL images"),
+        (["<image>"], [picture(1)], "a list of images for each text"),
+        (["<image>"], [["a.png"]], "Row 0: image 0 holds the path 'a.png', which can't be read"),
         (["<image>"], [[[]]], "no frames"),
         ([3], None, "strings, got int"),
     ],

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import io
+
+import datasets
+import numpy as np
 import pytest
 import torch
 import transformers as hf
 from families import FAMILIES
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from peft_multimodal import HardSampleBank, ImageTextCollator, QuestionAnswerCollator
+from peft_multimodal import (
+    HardSampleBank,
+    ImageTextCollator,
+    InterleavedProcessor,
+    LanguageProcessor,
+    QuestionAnswerCollator,
+)
 from peft_multimodal.data import FiniteBatches, evaluating
 from peft_multimodal.evaluation import compute_embeddings, retrieval_recall
+from peft_multimodal.images import read_image
+from peft_multimodal.training.hard_samples import SampleIds
 from peft_multimodal.training.losses import retrieval_embeddings
 
 WORDS = ["[PAD]", "[DEC]", "[EOS]", "[SEP]", "[CLS]", "[UNK]", *(f"w{i}" for i in range(50))]
@@ -61,7 +74,7 @@ def test_evaluation_can_take_every_caption(processor):
     assert batch["attention_mask"].sum(1).tolist() == [3, 4, 5] * 2
     assert batch["text_rows"].tolist() == [0, 0, 0, 1, 1, 1]
     assert "return_loss" not in batch
-    with pytest.raises(ValueError, match="Row 1: the text in column 'text' is empty"):
+    with pytest.raises(ValueError, match=r"Row 1 \(id 'row-1'\): the text in column 'text' is empty"):
         ImageTextCollator(processor).evaluating(every_text=True)(
             [*captioned(1), {**captioned(2)[1], "text": ["w1", ""]}]
         )
@@ -110,3 +123,269 @@ def test_a_bank_is_the_same_each_time_it_is_made(processor):
     )
     assert (made[0] == made[1]).all()
     assert (made[0] == made[2]).all()
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+
+RAMP = np.linspace(0, 65535, 256).reshape(16, 16)
+GREY16 = RAMP.astype(np.uint16)
+RED = Image.new("RGB", (4, 4), "red").quantize(2)  # of palette colours
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def photo(size=(12, 8)) -> Image.Image:
+    """Another colour in each corner."""
+    image = Image.new("RGB", size)
+    for x in range(size[0]):
+        for y in range(size[1]):
+            image.putpixel((x, y), (20 * x, 30 * y, 100))
+    return image
+
+
+def pixels(image: Image.Image) -> list:
+    assert image.mode == "RGB"
+    return np.asarray(image).tolist()
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LA", "PA", "RGBA", "RGBa", "La"]
+)
+def test_every_mode_of_8_bits_is_what_a_viewer_shows(mode):
+    shade = Image.new("L", (4, 4), 255 if mode == "1" else 90)
+    rgb = shade.convert("RGB")
+    paths = {"La": shade.convert("LA"), "RGBa": rgb.convert("RGBA"), "P": rgb.quantize(4), "PA": rgb.quantize(4)}
+    given = paths.get(mode, rgb).convert(mode)
+    assert np.abs(np.asarray(read_image(given)).astype(int) - np.asarray(shade)[..., None]).max() <= 2
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.merge("RGBA", (*Image.new("RGB", (4, 4), "red").split(), Image.new("L", (4, 4), 0))),
+        Image.new("LA", (4, 4), (0, 0)),
+        Image.open(io.BytesIO(encoded(RED, transparency=RED.getpixel((0, 0))))),
+        Image.open(io.BytesIO(encoded(Image.new("L", (4, 4), 7), transparency=7))),
+        np.zeros((4, 4, 4), np.uint8),
+        torch.zeros(4, 8, 8, dtype=torch.uint8),
+    ],
+)
+def test_what_is_transparent_lies_on_white(image):
+    assert set(np.asarray(read_image(image)).ravel().tolist()) == {255}
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("form", ["PIL", "png", "array", "tensor"])
+def test_16_bits_of_grey_keep_their_levels(form, order, processor):
+    mode = "I;16" if order == "<" else "I;16B"
+    image = Image.frombytes(mode, (16, 16), GREY16.astype(f"{order}u2").tobytes())
+    given = {
+        "PIL": image,
+        "png": encoded(image),
+        "array": GREY16.astype(f"{order}u2"),
+        "tensor": torch.from_numpy(GREY16),
+    }[form]
+    assert np.asarray(read_image(given))[..., 0].ravel().tolist() == list(range(256))
+    batch = ImageTextCollator(processor)([{"image": given, "text": "w1"}])
+    assert len(batch["pixel_values"][0, 0].unique()) == 256
+
+
+def test_12_bits_in_16_are_warned_of():
+    with pytest.warns(UserWarning, match="12 bits"):
+        read_image(Image.fromarray((RAMP / 16).astype(np.uint16)))
+
+
+@pytest.mark.parametrize(
+    ("image", "named"),
+    [
+        (Image.fromarray(RAMP.astype(np.int32)), "mode 'I'"),
+        (Image.fromarray(RAMP.astype(np.float32)), "mode 'F'"),
+        (encoded(Image.fromarray(RAMP.astype(np.float32)), "TIFF"), "mode 'F'"),
+        (RAMP, "dtype float64"),
+        (torch.rand(3, 8, 8), "dtype float32"),
+        (torch.rand(3, 8, 8).bfloat16(), "dtype bfloat16"),
+        (np.zeros((8, 8), np.int64), "dtype int64"),
+        (np.zeros((2, 3, 8, 8), np.uint8), r"shape \(2, 3, 8, 8\)"),
+        (np.zeros((7, 8, 9), np.uint8), r"shape \(7, 8, 9\)"),
+        (np.zeros((0, 8, 3), np.uint8), "without pixels"),
+        (Image.new("RGB", (0, 3)), "without pixels"),
+        (encoded(photo())[:-30], "can't be read|are no image"),
+        (b"no image", "bytes that are no image"),
+        (b"", "bytes that are no image"),
+        ("nowhere.png", "the path 'nowhere.png', which can't be read"),
+        ("https://example.org/a.png", "URL.*download"),
+        ({"bytes": None, "path": None}, "both are None"),
+        ({"url": "x"}, r"dictionary of \['url'\]"),
+        (None, "NoneType, not an image"),
+        (7, "int, not an image"),
+        ([photo()], "list, not an image"),
+    ],
+)
+def test_what_is_no_image_is_refused_with_its_row(image, named, processor):
+    """By every collator and processor, inside a check for NaN, and by the id that the training goes by."""
+    good = {"id": "good", "key": 1, "image": photo(), "text": "w1", "question": "w1", "answer": "w2"}
+    rows = [good, {**good, "id": "x-ray", "key": np.int64(77), "image": image}]
+    errors = (TypeError, ValueError)
+    for collator in (ImageTextCollator(processor), QuestionAnswerCollator(processor, decoder_start_token_id=START)):
+        with pytest.raises(errors, match=f"(?s)Row 1 \\(id 'x-ray'\\): column 'image' .*({named})"):
+            collator(rows)
+        with pytest.raises(errors, match=f"(?s)Row 1 .*({named}).*Its key is 77"):
+            FiniteBatches(collator, "key")(rows)
+    with pytest.raises(errors, match=r"Row 1 \(key 77\)"):
+        ImageTextCollator(processor, id_column="key")(rows)
+    with pytest.raises(errors, match="Its key is 77"):
+        SampleIds(ImageTextCollator(processor), "key")(rows)
+
+
+def test_a_broken_image_is_named_from_a_loaders_worker(processor):
+    rows = [{"id": i, "image": encoded(photo()), "text": "w1"} for i in range(4)]
+    rows[2]["image"] = rows[2]["image"][:-30]
+    loader = torch.utils.data.DataLoader(rows, 4, collate_fn=FiniteBatches(ImageTextCollator(processor)), num_workers=1)
+    with pytest.raises(ValueError, match=r"Row 2 \(id 2\): column 'image'"):
+        next(iter(loader))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_that_of_datasets(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(photo(), exif=exif)
+    (tmp_path / "a.png").write_bytes(content)
+    stored = {"bytes": content, "path": None}
+    right = pixels(datasets.Image().decode_example(stored))
+    forms = [Image.open(io.BytesIO(content)), content, stored, {"path": str(tmp_path / "a.png"), "bytes": None}]
+    forms += [str(tmp_path / "a.png"), tmp_path / "a.png", datasets.Image().decode_example(stored)]
+    assert all(pixels(read_image(form)) == right for form in forms)
+
+
+def test_a_data_set_in_any_format_gives_the_same_batch(processor):
+    data = datasets.Dataset.from_dict(
+        {"image": [photo(), photo((8, 12))], "text": ["w1", "w2 w3"]},
+        features=datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")}),
+    )
+    collator = ImageTextCollator(processor)
+    right = collator([data[0], data[1]])["pixel_values"]
+    undecoded = data.cast_column("image", datasets.Image(decode=False))
+    for other in (undecoded, data.with_format("numpy"), data.with_format("torch")):
+        assert torch.equal(collator([other[0], other[1]])["pixel_values"], right)
+
+
+# ----------------------------------------------------------------------------------------------------------------- ids
+
+
+@pytest.mark.parametrize("ids", [[3, 8, 3], [np.int64(3), np.int64(8), np.int64(3)], list(torch.tensor([3, 8, 3]))])
+def test_integer_ids_of_any_library_are_the_same(ids, processor):
+    rows = [{**row, "id": i} for row, i in zip(captioned(3), ids, strict=True)]
+    assert ImageTextCollator(processor, id_column="id")(rows)["ids"].tolist() == [3, 8, 3]
+    assert SampleIds(ImageTextCollator(processor), "id", "id")(rows)["image_ids"].tolist() == [3, 8, 3]
+
+
+def test_ids_may_be_strings_everywhere(processor):
+    rows = [{**row, "id": i} for row, i in zip(captioned(3), ["a", "b", "a"], strict=True)]
+    ids = ImageTextCollator(processor, id_column="id")(rows)["ids"]
+    assert (ids[0] == ids[2], ids[0] == ids[1]) == (True, False)
+    assert torch.equal(ids, SampleIds(ImageTextCollator(processor), "id")(rows)["sample_ids"])
+
+
+@pytest.mark.parametrize("bad", [1.5, None, True, np.float32(2), torch.tensor(0.5), torch.tensor([1])])
+def test_what_is_no_id_is_refused_with_its_row(bad, processor):
+    rows = [{**row, "key": i} for row, i in zip(captioned(2), [1, bad], strict=True)]
+    for collator in (ImageTextCollator(processor, id_column="key"), SampleIds(ImageTextCollator(processor), "key")):
+        with pytest.raises(TypeError, match=r"Row 1 .*column 'key' holds no id"):
+            collator(rows)
+
+
+def test_a_bank_of_rows_of_unequal_length_says_who_can_pad_them():
+    rows = [{"id": i, "input_ids": torch.arange(4 + i % 2), "pixel_values": torch.randn(3, 16, 16)} for i in range(4)]
+    with pytest.raises(ValueError, match=r"'input_ids' has shape \(\d,\) in Row 0 .*collator that pads"):
+        HardSampleBank.from_model(FAMILIES["clip"].build(), rows, progress=False)
+
+
+# ------------------------------------------------------------------------------------------------------------- columns
+
+
+def test_a_column_of_another_name_is_told_how_to_choose_it(processor):
+    row = {"image": photo(), "caption": "w1", "question": "w1", "answer": "w1"}
+    with pytest.raises(
+        ValueError, match=r"no column 'text' but \[.*'caption'.*text_column=.*remove_unused_columns=False"
+    ):
+        ImageTextCollator(processor)([row])
+    with pytest.raises(ValueError, match=r"no column 'photo'.*image_column="):
+        ImageTextCollator(processor, image_column="photo")([{**row, "text": "w1"}])
+    with pytest.raises(ValueError, match=r"no column 'reply'.*answer_column="):
+        QuestionAnswerCollator(processor, answer_column="reply", decoder_start_token_id=START)([row])
+
+
+# ------------------------------------------------------------------------------------- images between words, languages
+
+
+def word_tokenizer(
+    limit: int | None = None, extra: tuple[str, ...] = (), letter: str = "w"
+) -> hf.PreTrainedTokenizerFast:
+    """Knows [PAD], [EOS] and the words w0, w1, ...; says nothing of the longest text unless `limit` is given."""
+    words = ["[PAD]", "[EOS]", "[UNK]", *extra, *(f"{letter}{i}" for i in range(40))]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    limits = {} if limit is None else {"model_max_length": limit}
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "eos", "unk")}
+    return hf.PreTrainedTokenizerFast(tokenizer_object=made, **special, **limits)
+
+
+def interleaved(**options) -> InterleavedProcessor:
+    images = hf.CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    return InterleavedProcessor(word_tokenizer(extra=("<image>",)), images, **options)
+
+
+def test_an_interleaved_processor_reads_what_the_collators_read(tmp_path):
+    photo().save(tmp_path / "a.png")
+    content = encoded(photo())
+    forms = [photo(), content, {"bytes": content, "path": None}, str(tmp_path / "a.png"), tmp_path / "a.png"]
+    forms += [np.asarray(photo()), torch.from_numpy(np.asarray(photo()).copy()).permute(2, 0, 1)]
+    batch = interleaved().collate([{"text": "<image> w1", "images": [form]} for form in forms])
+    assert batch["pixel_values"].shape == (len(forms), 1, 3, 8, 8)
+    assert (batch["pixel_values"] == batch["pixel_values"][:1]).all()
+    video = interleaved()(["<image> w1"] * 2, [[[photo(), content]], [np.stack([np.asarray(photo())] * 2)]])
+    assert video["frame_mask"].all()
+    assert (video["pixel_values"] == batch["pixel_values"][0, 0]).all()
+    assert "pixel_values" not in interleaved().collate([{"text": "w1", "images": None}])
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([None], "image 0 holds NoneType, not an image"),
+        ([7], "image 0 holds int"),
+        ([Image.fromarray(RAMP.astype(np.float32))], "mode 'F'"),
+        ([encoded(photo())[:-30]], "image 0 holds"),
+        ([[photo(), None]], "image 0 holds NoneType"),
+        ([[]], "video 0 has no frames"),
+        ([], "1 markers '<image>' but 0 images"),
+        (None, "1 markers '<image>' but 0 images"),
+        (photo(), "a list of images for each text"),
+        ({"bytes": encoded(photo()), "path": None}, "a list of images for each text"),
+    ],
+)
+def test_an_interleaved_processor_names_the_row(images, message):
+    rows = [
+        {"id": "good", "text": "<image> w1", "images": [photo()]},
+        {"id": "x-ray", "text": "<image> w1", "images": images},
+    ]
+    with pytest.raises((TypeError, ValueError), match=f"Row 1.*{message}.*Its id is 'x-ray'"):
+        interleaved().collate(rows)
+    with pytest.raises(ValueError, match=r"no column 'text' but \['caption'.*text_column="):
+        interleaved().collate([{"caption": "w1", "images": []}])
+
+
+def test_a_language_processor_reads_what_the_collators_read():
+    images = hf.CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    processor = LanguageProcessor(en=word_tokenizer(), image_processor=images)
+    right = processor(images=photo())["pixel_values"]
+    both = processor(images=[encoded(photo()), {"bytes": encoded(photo()), "path": None}])["pixel_values"]
+    assert torch.equal(both, right.repeat(2, 1, 1, 1))
+    assert len(processor(images=GREY16)["pixel_values"].unique()) > 20
+    with pytest.raises(TypeError, match="Image 1 holds NoneType"):
+        processor(images=[photo(), None])

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from .hard_samples import HardSampleBank, hash_ids, streams
+from ..images import read_image
+from ..rows import hash_ids
+from .hard_samples import HardSampleBank, streams
 
 THUMBNAIL = 160  # pixels
 
@@ -91,9 +93,10 @@ def _figure(bank: HardSampleBank, row: int, found: Mapping[str, Any], image: str
 
 
 def _thumbnail(picture: Any) -> str:
-    if not hasattr(picture, "convert"):  # no PIL image
+    try:
+        picture = read_image(picture)
+    except (TypeError, ValueError):  # the report shows the pair without it
         return ""
-    picture = picture.convert("RGB")
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)

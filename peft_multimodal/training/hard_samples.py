@@ -21,7 +21,6 @@ emphasis e_i, d_i itself ("power") or the share of pairs that are easier ("rank"
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -41,6 +40,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from ..data import ImageTextCollator, evaluating
+from ..rows import hash_ids, ids_of, naming, row_name
 from .losses import LOGIT_SCALE, dual_embeddings
 from .sampling import PART, SumTree, distinct
 
@@ -117,25 +117,6 @@ def streams(dataset: Any) -> bool:
 # --- ids -------------------------------------------------------------------------------------------------------------
 
 
-def hash_ids(ids: Iterable[Any]) -> np.ndarray:
-    """int64 keys of ids: integers stay what they are, strings get 64 bits of BLAKE2b.
-
-    Raises:
-        TypeError: an id is neither.
-    """
-    return np.fromiter((_key(i) for i in ids), np.int64)
-
-
-def _key(value: Any) -> int:
-    if isinstance(value, str):
-        return int.from_bytes(hashlib.blake2b(value.encode(), digest_size=8).digest(), "little", signed=True)
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
-        return int(value)
-    if isinstance(value, Tensor) and value.ndim == 0 and not value.is_floating_point():
-        return int(value)
-    raise TypeError(f"Ids are strings or 64-bit integers, got {value!r} ({type(value).__name__}).")
-
-
 def unique_keys(ids: Sequence[Any]) -> np.ndarray:
     """`hash_ids` of ids that are all different.
 
@@ -187,13 +168,9 @@ class SampleIds:
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         columns = {"sample_ids": self.id_column, "image_ids": self.image_id_column}
-        keys = {}
-        for name, column in columns.items():
-            if column is not None:
-                if missing := [row for row in rows if column not in row]:
-                    raise ValueError(f"A row has no column {column!r} but {sorted(missing[0])}.")
-                keys[name] = torch.from_numpy(hash_ids(row[column] for row in rows))
-        return {**self.collator(rows), **keys}
+        keys = {name: ids_of(rows, column) for name, column in columns.items() if column is not None}
+        with naming(rows, self.id_column):
+            return {**self.collator(rows), **keys}
 
 
 def split_keys(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -763,9 +740,23 @@ def default_collator(model: Any, row: Any) -> Callable[[list[Any]], Mapping[str,
 
 
 def stack_rows(rows: list[Any]) -> dict[str, Tensor]:
-    """A batch of rows of tensors, arrays or lists of numbers; pictures, texts and single numbers are left out."""
-    arrays = [name for name, value in rows[0].items() if _is_array(value)]
-    return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in arrays}
+    """A batch of rows of tensors, arrays or lists of numbers; images, texts and single numbers are left out.
+
+    Raises:
+        ValueError: rows differ in the shape of one of them.
+    """
+    batch = {}
+    for name in [name for name, value in rows[0].items() if _is_array(value)]:
+        tensors = [torch.as_tensor(row[name]) for row in rows]
+        odd = next((i for i, tensor in enumerate(tensors) if tensor.shape != tensors[0].shape), None)
+        if odd is not None:
+            raise ValueError(
+                f"Rows can't be stacked: {name!r} has shape {tuple(tensors[0].shape)} in {row_name(rows[0], 0)} of a batch and "
+                f"{tuple(tensors[odd].shape)} in {row_name(rows[odd], odd)}. Pass a collator that pads them, such as "
+                "collator=lambda rows: tokenizer.pad(rows, return_tensors='pt') (data_collator= of a trainer)."
+            )
+        batch[name] = torch.stack(tensors)
+    return batch
 
 
 def _is_array(value: Any) -> bool:
