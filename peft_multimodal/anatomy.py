@@ -200,6 +200,11 @@ def device_of(module: nn.Module) -> torch.device:
     return device
 
 
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """What a module computes in: its parameters' dtype; float32 where torch's quantisation has packed them all."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
 def base_model(model: Any) -> Any:
     """The Hugging Face model inside a `PeftModel` or a tuner, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from . import anatomy
+
+BASE = "__base__"  # PEFT's name for rows that no adapter acts on
 
 
 class _Call:
@@ -69,6 +74,64 @@ class CallScope(threading.local):
         return type(self), ()  # a copy or a pickled model starts with a closed scope
 
 
+def check_rows(adapter_names: Sequence[str], known: Collection[str], inputs: Collection[Any] = ()) -> None:
+    """Refuse `adapter_names=[...]` that aren't one known adapter for each row of a batch.
+
+    Args:
+        known: The adapters that there are.
+        inputs: Of the call; their first dimensions say how many rows the batch has.
+    """
+    if not isinstance(adapter_names, (list, tuple)) or not all(isinstance(name, str) for name in adapter_names):
+        raise ValueError(f"adapter_names must be a list with one adapter's name a row, got {adapter_names!r}.")
+    if unknown := sorted(set(adapter_names) - {BASE, *known}):
+        raise ValueError(
+            f"No adapter for {unknown}; there are {[BASE, *known]}. Load it: model.load_adapter(folder, name)."
+        )
+    rows = sorted({len(value) for value in inputs if isinstance(value, Tensor) and value.ndim})
+    if rows and len(adapter_names) not in rows:
+        raise ValueError(
+            f"{len(adapter_names)} adapter_names were given for a batch of {' or '.join(map(str, rows))} rows: name one "
+            f"adapter a row, {BASE!r} for the base model."
+        )
+
+
+@contextmanager
+def rows_beside(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+    """Within it, in this thread, a module that is trained beside adapters (`modules_to_save`) serves row i by the copy of
+    `adapter_names[i]`, or as the base model has it where that adapter brings none: as PEFT does it for LoRA.
+
+    Raises:
+        ValueError: the model has such a module that PEFT can't run row by row.
+    """
+    scope = CallScope()
+
+    def route(wrapper: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if not scope.is_open:  # another thread's call
+            return None
+        copies = wrapper._get_available_adapters()
+        return args, {**kwargs, "adapter_names": [name if name in copies else BASE for name in adapter_names]}
+
+    wrappers = {path: m for path, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
+    for path, wrapper in wrappers.items():
+        if not isinstance(wrapper.original_module, _ROW_BY_ROW):
+            raise ValueError(
+                f"{path} is trained beside the adapters (modules_to_save) and is no linear, embedding or convolution, which "
+                "alone can serve each row by its own adapter's copy. Call model.set_adapter(name) and pass the rows of each "
+                "adapter separately."
+            )
+    handles = [m.register_forward_pre_hook(route, with_kwargs=True) for m in wrappers.values()]
+    scope.open()
+    try:
+        yield
+    finally:
+        scope.close()
+        for handle in handles:
+            handle.remove()
+
+
+_ROW_BY_ROW = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # PEFT's AuxiliaryTrainingWrapper names them
+
+
 class MultimodalLayer(BaseTunerLayer):
     """Base of everything that a method puts into a model: wrapped layers and attached parts.
 
@@ -76,6 +139,7 @@ class MultimodalLayer(BaseTunerLayer):
     """
 
     role: str
+    cast_input_dtype_enabled = True  # peft.helpers.disable_input_dtype_casting reads and sets it
 
     def enable_adapters(self, enabled: bool) -> None:
         # PEFT turns gradients off and on here, and so thaws adapters that were frozen on purpose.
@@ -126,6 +190,16 @@ class AttachedPart(HostedLayer):
     def __init__(self) -> None:
         self.hooks: list[Any] = []
         self.merged_adapters: list[str] = []
+
+    # PEFT's layers answer for the module that they wrap, and would ask themselves here without end.
+
+    @property
+    def weight(self) -> Tensor:
+        raise AttributeError(f"{type(self).__name__} wraps no module and has no weight")
+
+    @property
+    def bias(self) -> Tensor:
+        raise AttributeError(f"{type(self).__name__} wraps no module and has no bias")
 
     def remove_hooks(self) -> None:
         for handle in self.hooks:

@@ -43,8 +43,8 @@ def in_layers(config: Any, path: str) -> bool:
     """`layers_to_transform` for every form of `target_modules`."""
     if config.layers_to_transform is None:
         return True
-    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    for pattern in patterns or [r"[^.]*"]:
+    patterns = config.layers_pattern or r"[^.]*"
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)(?:\.|$)", path):
             wanted = config.layers_to_transform
             return int(match.group(1)) in (wanted if isinstance(wanted, (list, tuple)) else [wanted])

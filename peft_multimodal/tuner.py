@@ -11,20 +11,21 @@ A method subclasses `MultimodalConfig`, `MultimodalTuner` and, in `layers.py`, `
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import NoMatchingPeftModuleError, PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
     _ExcludedModule,
     check_target_module_exists,
 )
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from . import anatomy
@@ -178,11 +179,15 @@ class MultimodalTuner(BaseTuner):
         if isinstance(peft_config, PeftConfig):  # a PeftModel passes {name: config}
             if not present:
                 vars(model).pop("_hf_peft_config_loaded", None)  # transformers has set it before it asked
+            kept = (
+                "shared state, which its layers read,"
+                if self.uses_shared_state
+                else "what it hangs beside frozen modules"
+            )
             raise ValueError(
                 f"{type(peft_config).__name__} isn't injected into a bare model (inject_adapter_in_model, and add_adapter and "
-                "load_adapter of a transformers model): what its layers share couldn't be loaded, deleted and taken out "
-                "again there. Use get_peft_model(model, config), and peft_multimodal.load(model, folder) or "
-                "PeftModel.from_pretrained; the PeftModel's own add_adapter and load_adapter add more."
+                f"load_adapter of a transformers model): {kept} couldn't be loaded, deleted and taken out again there. Use "
+                "get_peft_model(model, config), and peft_multimodal.load(model, folder) or PeftModel.from_pretrained; the PeftModel's own add_adapter and load_adapter add more."
             )
         self._check_beside(present, peft_config[adapter_name], adapter_name)
         try:
@@ -239,7 +244,7 @@ class MultimodalTuner(BaseTuner):
         selected = [m for m in selected if (wanted is None or m.tower in wanted) and not left_out(config, m.module)]
         selected = [m for m in selected if in_layers(config, m.module)]
         if not selected:
-            raise ValueError(nothing_matched(config, found, candidates))
+            raise NoMatchingPeftModuleError(nothing_matched(config, found, candidates))
         return selected
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
@@ -249,6 +254,7 @@ class MultimodalTuner(BaseTuner):
             check_same_base(peft_config, found)
         matrices = self.match(peft_config, self.model)
         self._check_reach(matrices)
+        self._check_wholes(peft_config)
         self.check_model(peft_config, matrices, found)
         base = peft_config.base_model_name_or_path or getattr(self.model, "name_or_path", None)
         peft_config._local_base = None if is_hub_id(base) else base
@@ -281,6 +287,16 @@ class MultimodalTuner(BaseTuner):
                 raise ValueError(
                     f"{inside} lies inside a layer that {type(wrapper).__name__} has wrapped, where PEFT puts no adapter. Make or "
                     "load this adapter first and the other one after it."
+                )
+
+    def _check_wholes(self, config: Any) -> None:
+        """Refuse to train a module as a whole that another method trains: one of the two copies alone would act."""
+        others = {id(m) for m in self._wholes(True)}
+        for path, module in self.model.named_modules():
+            if id(module) in others and path.endswith(tuple(config.modules_to_save or ())):
+                raise ValueError(
+                    f"modules_to_save: {path} is trained by the adapter of another method already, and one copy alone can "
+                    "act. Leave it out here, or train it with this adapter alone."
                 )
 
     def check_model(self, config: Any, matrices: list[Matrix], found: Anatomy) -> None:
@@ -335,16 +351,20 @@ class MultimodalTuner(BaseTuner):
             return self.model.get_input_embeddings()
         return None
 
-    # --- inputs of a call --------------------------------------------------------------------------------------------
+    # --- rows of a batch ---------------------------------------------------------------------------------------------
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                f"{type(self).__name__} has one adapter for the whole batch: adapter_names=[...] isn't supported. Call "
-                "model.set_adapter(name) and pass the rows of each adapter separately."
-            )
-        yield
+        names = kwargs.pop("adapter_names", None)
+        with nullcontext() if names is None else self.rows(names, [*args, *kwargs.values()]):
+            yield
+
+    def rows(self, adapter_names: Sequence[str], inputs: Collection[Any]) -> AbstractContextManager[None]:
+        """A context within which row i of a batch, of which these are inputs, has the adapter `adapter_names[i]`."""
+        raise ValueError(
+            f"{type(self).__name__} has one adapter for the whole batch: adapter_names=[...] isn't supported. Call "
+            "model.set_adapter(name) and pass the rows of each adapter separately."
+        )
 
     # --- attached parts ----------------------------------------------------------------------------------------------
 
@@ -367,14 +387,37 @@ class MultimodalTuner(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         self._check_own([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        others = [(m, m.active_adapters, {p: p.requires_grad for p in m.parameters()}) for m in self._wholes(True)]
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+        for wrapper, active, trains in others:  # PEFT has switched off whatever has no copy of this adapter's
+            wrapper._active_adapter = active
+            for parameter, flag in trains.items():
+                parameter.requires_grad_(flag)
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._check_own([adapter_name])
+        beside = {m: m.active_adapters for m in self._wholes()}
+        was, rest = self.active_adapters, [name for name in self.active_adapters if name != adapter_name]
         super().delete_adapter(adapter_name)
         for _, _, part in self.attached_parts():  # PEFT's loop passes over modules that bear the prefix
             part.delete_adapter(adapter_name)
-            self.active_adapter = self.active_adapters or part.active_adapters
+        self.active_adapter = rest or (self._own_adapters()[:1] if adapter_name in was else [])
+        for layer in self._own_layers() if adapter_name in was else ():  # each has chosen among those that it has
+            layer.set_adapter(self.active_adapter)
+        for wrapper, names in beside.items():  # PEFT has switched off those that have lost a copy
+            if adapter_name in names:
+                wrapper.set_adapter([n for n in self.active_adapter if n in wrapper._get_available_adapters()])
+            else:
+                wrapper._active_adapter = names
+
+    def _own_adapters(self) -> list[str]:
+        return sorted(name for name, config in self.peft_config.items() if tuner_of(config) is type(self))
+
+    def _wholes(self, of_others: bool = False) -> list[AuxiliaryTrainingWrapper]:
+        """The modules that are trained as a whole beside this method's adapters (`modules_to_save`), or beside others'."""
+        own = set(self._own_adapters())
+        wrappers = (m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper))
+        return [m for m in wrappers if m._get_available_adapters().isdisjoint(own) == of_others]
 
     def _check_mergeable(self) -> None:
         for tuner in [type(self), *map(tuner_of, self.peft_config.values())]:

@@ -60,7 +60,7 @@ class GatedQueryTransformation(nn.Module, AttachedPart, AuroraModeApproxLayer):
     def add(self, adapter_name: str, branches: list[str], width: int) -> None:
         parameters = {}
         for branch in branches:
-            parameters[f"{branch}_gate_norm"] = torch.zeros(())
+            parameters[f"{branch}_gate_norm"] = torch.zeros(1)
             parameters[f"{branch}_scale_norm"] = torch.zeros(width)
             parameters[f"{branch}_shift_norm"] = torch.zeros(width)
         self.aurora_mode_approx_gqt[adapter_name] = nn.ParameterDict(parameters)
@@ -127,7 +127,7 @@ class ContextBank(nn.Module):
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
-        self.gamma_norm = nn.Parameter(torch.zeros(()))
+        self.gamma_norm = nn.Parameter(torch.zeros(1))
         self.register_buffer("texts", torch.zeros(size, width))
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
 

@@ -145,7 +145,12 @@ class AuroraMatrixLayer(nn.Module, AuroraModeApproxLayer):
         self.slices: dict[str, Slices] = {}
         self.merged_adapters: list[str] = []
         self.scope = scope
+        self.in_features, self.out_features = self.features()
         self._factors = (factors,)  # a reference: in a tuple it is not registered, so it is saved once
+
+    def features(self) -> tuple[int, int]:
+        """Widths of what the wrapped module reads and gives, as PEFT's LoRA layers name them."""
+        raise NotImplementedError
 
     @property
     def factors(self) -> SharedFactors:
@@ -293,6 +298,9 @@ class AuroraLinear(AuroraMatrixLayer):
             y = self.add_update(y, x, adapter)
         return y
 
+    def features(self) -> tuple[int, int]:
+        return linear_shape(self.get_base_layer())
+
     def _weights(self) -> list[Tensor]:
         base: Any = self.get_base_layer()
         if not base.weight.is_floating_point() or base.weight.shape.numel() != math.prod(linear_shape(base)):
@@ -365,6 +373,10 @@ class AuroraMultiheadAttention(AuroraMatrixLayer):
                     update = F.linear(products[source], self.modes(adapter, (group, i, i + 1)))
                     projected[i] = projected[i] + update.to(projected[i].dtype)
         return projected
+
+    def features(self) -> tuple[int, int]:
+        base: Any = self.get_base_layer()
+        return base.embed_dim, 3 * base.embed_dim
 
     def _weights(self) -> list[Tensor]:
         base: Any = self.get_base_layer()

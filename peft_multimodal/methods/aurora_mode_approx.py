@@ -136,6 +136,8 @@ class AuroraModeApproxModel(MultimodalTuner):
 
     prefix = "aurora_mode_approx_"
     tuner_layer_cls = AuroraModeApproxLayer
+    uses_shared_state = True  # U, V and lambda
+    scalars = ("_gate_norm", ".gamma_norm")
 
     @classmethod
     def default_targets(cls, config: AuroraModeApproxConfig, candidates: list[Matrix]) -> list[Matrix]:
@@ -334,13 +336,23 @@ class AuroraModeApproxModel(MultimodalTuner):
         return compressed, errors
 
     @torch.no_grad()
-    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
         """Add an adapter whose update is exactly sum_a weights[a] dW_a: factors side by side, rank sum of ranks.
+
+        Args:
+            combination_type: "cat", as PEFT calls it for LoRA. Its other types approximate the sum.
 
         Raises:
             ValueError: the adapters differ in matched modules or sharing, have a Tucker core, or parts that are no
-                weight updates (GQT, ICE).
+                weight updates (GQT, ICE, modules_to_save).
         """
+        if combination_type != "cat":
+            raise ValueError(
+                f"combination_type={combination_type!r} isn't supported: Aurora adds updates up exactly, by factors side by "
+                'side. Leave it out, or pass "cat".'
+            )
         if unknown := [a for a in adapters if a not in self.peft_config]:
             raise ValueError(f"No such adapter: {unknown}. There are {list(self.peft_config)}.")
         configs = [self.peft_config[a] for a in adapters]
@@ -356,6 +368,11 @@ class AuroraModeApproxModel(MultimodalTuner):
             raise ValueError(
                 "Only CP adapters over the same modules with the same sharing can be added up, and without GQT or ICE, "
                 "which are no weight updates."
+            )
+        if whole := sorted({name for c in configs for name in c.modules_to_save or ()}):
+            raise ValueError(
+                f"The adapters train whole modules beside them (modules_to_save: {', '.join(whole)}), which are no weight "
+                "updates and can't be added up. Add up adapters that were trained without modules_to_save."
             )
         config = copy.deepcopy(configs[0])
         config.r, config.alpha, config.init_weights = sum(c.r for c in configs), None, "gauss"

@@ -22,20 +22,31 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft import NoMatchingPeftModuleError
 from peft.utils import PeftType
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..anatomy import Anatomy, Matrix, base_model, describe, device_of, is_below, own_modules, token_embeddings
+from ..anatomy import (
+    Anatomy,
+    Matrix,
+    base_model,
+    describe,
+    device_of,
+    dtype_of,
+    is_below,
+    own_modules,
+    token_embeddings,
+)
 from ..core.registry import Promises, method
-from ..layers import AttachedPart, CallScope, MultimodalLayer
+from ..layers import BASE, AttachedPart, CallScope, MultimodalLayer, check_rows, rows_beside
 from ..model_card import CardNotes
 from ..tuner import MultimodalConfig, MultimodalTuner
 from .blocks import TransformerBlock
@@ -49,8 +60,6 @@ from .language_encoder import (
     place_of,
     vocabulary_size,
 )
-
-BASE = "__base__"  # PEFT's name for rows that no adapter acts on
 
 
 @dataclass
@@ -179,7 +188,7 @@ class LanguageAdapter(nn.Module):
     def forward(self, H: Tensor, mask: Tensor, tokens: bool = True) -> tuple[Tensor | None, Tensor]:
         """(B, L, d_s) and a boolean mask (B, L) -> Y (B, L, d_t), or None unless `tokens`, and y (B, d_t)."""
         mask = mask | ~mask.any(dim=1, keepdim=True)  # a row of padding alone would be NaN
-        A = self.down(self.dropout(self.norm(H.to(self.down.weight.dtype))))
+        A = self.down(self.dropout(self.norm(H)))
         for block in self.blocks:
             A = block(A, mask[:, None, None, :])
         y = self.up(self._pooled(A, mask))  # pooled before the map up: it is affine and the weights sum to 1
@@ -296,9 +305,13 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer):
         pad = getattr(encoder.config, "pad_token_id", None)
         return torch.ones_like(input_ids, dtype=torch.bool) if pad is None else input_ids != pad
 
-    def project(self, H: Tensor, mask: Tensor, adapter_name: str) -> tuple[Tensor | None, Tensor]:
-        """The adapter alone: Y (B, L, d_t) at the level of tokens, else None, and y (B, d_t)."""
-        return self.cross_lingual_adapter_language[adapter_name](H, mask, tokens=self.level == "tokens")
+    def project(
+        self, H: Tensor, mask: Tensor, adapter_name: str, tokens: bool | None = None
+    ) -> tuple[Tensor | None, Tensor]:
+        """The adapter alone: Y (B, L, d_t), or None unless `tokens`, and y (B, d_t). By default the level decides."""
+        adapter = self.cross_lingual_adapter_language[adapter_name]
+        tokens = self.level == "tokens" if tokens is None else tokens
+        return adapter(self._cast_input_dtype(H, dtype_of(adapter)), mask, tokens=tokens)
 
     def adapted(
         self, input_ids: Tensor, attention_mask: Tensor | None, adapter_name: str
@@ -306,8 +319,9 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer):
         """What the text tower gives, for a text of the adapter's language."""
         mask = self.mask_of(input_ids, attention_mask, adapter_name)
         H = self.encode(input_ids, mask, adapter_name)
-        Y, y = self.cross_lingual_adapter_language[adapter_name](H, mask)
-        dtype = next(p.dtype for p in self.host().parameters() if p.is_floating_point())
+        Y, y = self.project(H, mask, adapter_name, tokens=True)
+        assert Y is not None
+        dtype = dtype_of(self.host())
         Y, y = Y.to(dtype), y.to(dtype)
         if self.level == "pooled":
             return BaseModelOutputWithPooling(last_hidden_state=Y, pooler_output=y, hidden_states=(Y,))
@@ -386,21 +400,19 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer):
             return type(model).get_text_features(model, *args, **kwargs)
 
     @contextmanager
-    def rows(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
-        """Within it, row i of a batch is of the language `adapter_names[i]`."""
+    def rows(self, adapter_names: Sequence[str] | None, inputs: Collection[Any] = ()) -> Iterator[None]:
+        """Within it, row i of a batch, of which these are inputs, is of the language `adapter_names[i]`."""
         if adapter_names is None:
             yield
             return
-        unknown = sorted(set(adapter_names) - {BASE, *self.cross_lingual_adapter_language})
-        if unknown:
-            known = [BASE, *self.cross_lingual_adapter_language]
-            raise ValueError(f"No adapter for {unknown}; there are {known}. Load it: model.load_adapter(folder, name).")
+        check_rows(adapter_names, self.cross_lingual_adapter_language, inputs)
         if self.disable_adapters:
             raise ValueError("adapter_names=[...] was given while the adapters are disabled.")
         self.scope.open()
         self.scope.values["adapter_names"] = list(adapter_names)
         try:
-            yield
+            with rows_beside(self._model[0], adapter_names):
+                yield
         finally:
             self.scope.close()
 
@@ -568,9 +580,9 @@ class CrossLingualAdapterModel(MultimodalTuner):
             bias.copy_(mean)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def rows(self, adapter_names: Sequence[str], inputs: Collection[Any]) -> Iterator[None]:
         part: Any = self.language_tower()
-        with part.rows(kwargs.get("adapter_names")):
+        with part.rows(adapter_names, inputs):
             yield
 
 
@@ -578,7 +590,7 @@ def text_tower(model: nn.Module, found: Anatomy) -> str:
     """Path of the text tower that can be replaced as a whole.
 
     Raises:
-        ValueError: the model has none; the message says why and what to use.
+        NoMatchingPeftModuleError: the model has none; the message says why and what to use.
     """
     towers = [t for t in found.towers if t.name == "text" and t.attentions]
     instead = (
@@ -586,7 +598,7 @@ def text_tower(model: nn.Module, found: Anatomy) -> str:
         "(FLAVA), or train this one on the language with AuroraModeApprox."
     )
     if found.fusion_layers:
-        raise ValueError(
+        raise NoMatchingPeftModuleError(
             f"{found.model_class} reads the picture inside its text layers ("
             + found.fusion_layers[0]
             + ", ...), so its text "
@@ -598,7 +610,7 @@ def text_tower(model: nn.Module, found: Anatomy) -> str:
         read = (
             "several text towers" if len(towers) > 1 else "no text encoder of its own: one stack reads text and picture"
         )
-        raise ValueError(f"{found.model_class} has {read}. {instead}")
+        raise NoMatchingPeftModuleError(f"{found.model_class} has {read}. {instead}")
     path = towers[0].path
     if not path:  # the text side alone; its projection stands behind the tower
         children = [name for name, _ in model.named_children()]

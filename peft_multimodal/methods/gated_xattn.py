@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from peft import NoMatchingPeftModuleError
 from peft.utils import PeftType
 from torch import nn
 
@@ -159,21 +160,23 @@ def find_decoder(model: Any, found: Anatomy) -> Decoder:
     """The decoder of a language model, or of the language model inside a vision-language model.
 
     Raises:
-        ValueError: there is none that reads text alone; the message says why and what to use.
+        NoMatchingPeftModuleError: there is none that reads text alone; the message says why and what to use.
     """
     instead = "Use a decoder-only language model (Llama, Qwen, Gemma, Mistral, OPT, GPT-2, ...)."
     towers = [t for t in found.towers if t.name == "decoder"]
     if not towers:
-        raise ValueError(f"GatedXAttn stands before the layers of a decoder; {found.model_class} has none. {instead}")
+        raise NoMatchingPeftModuleError(
+            f"GatedXAttn stands before the layers of a decoder; {found.model_class} has none. {instead}"
+        )
     root = towers[0].path
     if not towers[0].attentions and getattr(model, "_is_stateful", False):
-        raise ValueError(
+        raise NoMatchingPeftModuleError(
             f"{found.model_class} keeps a recurrent state in place of attention's keys and values, by which GatedXAttn "
             f"knows where in its text generation is. {instead}"
         )
     configs = configs_of(model)
     if any((getattr(c, "hc_mult", None) or 1) > 1 for c in configs):
-        raise ValueError(
+        raise NoMatchingPeftModuleError(
             f"The layers of {found.model_class} pass several streams of states on (hyper-connections), and GatedXAttn adds to "
             f"one. {instead}"
         )
@@ -185,7 +188,7 @@ def find_decoder(model: Any, found: Anatomy) -> Decoder:
     embeddings = [e for e in token_embeddings(model) if is_below(e, root)]
     two = any(t.name == "text" for t in found.towers) or any(getattr(c, "is_encoder_decoder", False) for c in configs)
     if len(towers) > 1 or two or len(lists) != 1 or not embeddings:
-        raise ValueError(
+        raise NoMatchingPeftModuleError(
             f"{found.model_class} has no single stack of decoder layers that reads the text (an encoder and a decoder, or "
             f"several). GatedXAttn stands before the layers of one decoder. {instead}"
         )
@@ -253,6 +256,7 @@ class GatedXAttnModel(MultimodalTuner):
 
     prefix = "gated_xattn_"
     tuner_layer_cls = GatedXAttnLayer
+    uses_shared_state = True  # the reader's
     not_mergeable = (
         "Gated cross-attention is no weight update, so it can't be merged. Keep the adapter, or get the language model "
         "back by unload()."
@@ -266,7 +270,7 @@ class GatedXAttnModel(MultimodalTuner):
         decoder = find_decoder(model, found)
         chosen = [(i, path) for i, path in enumerate(decoder.layers) if (i + 1) % config.every_n_layers == 0]
         if not chosen:
-            raise ValueError(
+            raise NoMatchingPeftModuleError(
                 f"every_n_layers={config.every_n_layers}, but the decoder of {found.model_class} has {len(decoder.layers)} "
                 "layers."
             )

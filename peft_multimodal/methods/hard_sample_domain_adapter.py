@@ -22,12 +22,13 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import NoMatchingPeftModuleError
 from peft.utils import PeftType
 from torch import Tensor, nn
 
@@ -44,11 +45,10 @@ from ..anatomy import (
     stack_of,
 )
 from ..core.registry import Promises, method
-from ..layers import AttachedPart, CallScope, MultimodalLayer
+from ..layers import AttachedPart, CallScope, MultimodalLayer, check_rows, rows_beside
 from ..tuner import MultimodalConfig, MultimodalTuner
 from .blocks import TransformerBlock
 
-BASE = "__base__"  # PEFT's name for rows that no adapter acts on
 ENCODERS = tuple(tower for tower in TOWERS if tower != "decoder")
 
 
@@ -131,7 +131,7 @@ class DomainBranch(nn.Module):
 
     def read(self, h: Tensor, mask: Tensor | None) -> Tensor:
         """a: (B, L, d) -> (B, L, m). The mask (B or 1, 1, L or 1, L) is True where a token may look."""
-        a = self.down(self.norm(h.to(self.down.weight.dtype)))
+        a = self.down(self.norm(h))
         for block in self.blocks:
             a = block(a, mask)
         return a
@@ -141,7 +141,7 @@ class DomainBranch(nn.Module):
         return self.scale_norm * self.up(a)
 
     def forward(self, h: Tensor, mask: Tensor | None) -> Tensor:
-        return self.write(self.read(h, mask)).to(h.dtype)
+        return self.write(self.read(h, mask))
 
 
 class HardSampleDomainAdapterLayer(MultimodalLayer):
@@ -190,8 +190,13 @@ class DomainPart(nn.Module, AttachedPart, HardSampleDomainAdapterLayer):
         self.settle(adapter_name)
 
     def branch_output(self, branch: DomainBranch, h: Tensor, mask: Tensor | None) -> Tensor:
-        """What one adapter adds, for states h (B, L, d)."""
+        """What one branch makes of states h (B, L, d), in its own dtype."""
         return branch(h, mask)
+
+    def added(self, adapter_name: str, h: Tensor, mask: Tensor | None) -> Tensor:
+        """What one adapter adds, for states h (B, L, d) and in their dtype."""
+        branch = self.hard_sample_domain_adapter_branch[adapter_name]
+        return self.branch_output(branch, self._cast_input_dtype(h, branch.scale_norm.dtype), mask).to(h.dtype)
 
     def acting(self) -> list[str]:
         """The adapters that act in this call here, on all rows or on some."""
@@ -202,19 +207,19 @@ class DomainPart(nn.Module, AttachedPart, HardSampleDomainAdapterLayer):
 
     def residual(self, h: Tensor, mask: Tensor | None) -> Tensor:
         """What the acting adapters add: their sum, or to each row what its own adds."""
-        names, branches = self.scope.values.get("adapter_names"), self.hard_sample_domain_adapter_branch
+        names = self.scope.values.get("adapter_names")
         if names is None:
-            return sum(self.branch_output(branches[name], h, mask) for name in self.acting())  # type: ignore[return-value]
+            return sum(self.added(name, h, mask) for name in self.acting())  # type: ignore[return-value]
         if len(names) != len(h):
             raise ValueError(
-                f"{len(names)} adapter_names for {len(h)} rows: this tower doesn't see the batch row by row. Call "
+                f"{len(names)} adapter_names were given for {len(h)} rows: this tower doesn't see the batch row by row. Call "
                 "model.set_adapter(name) and pass the rows of each adapter separately."
             )
         total: Any = None
         for name in self.acting():
             rows = torch.tensor([i for i, n in enumerate(names) if n == name], device=h.device)
             seen = mask if mask is None or len(mask) == 1 else mask[rows]
-            part = self.branch_output(branches[name], h[rows], seen)
+            part = self.added(name, h[rows], seen)
             total = part.new_zeros(len(h), *part.shape[1:]) if total is None else total
             total = total.index_copy(0, rows, part)
         return total
@@ -302,7 +307,7 @@ class DomainTower(DomainPart):
         own = torch.ones(h.shape[:2], device=h.device) if mask is None else mask[:, 0, 0]
         a = branch.read(h, mask)
         weights = (own / own.sum(dim=1, keepdim=True)).to(a.dtype)
-        return branch.write(torch.einsum("bl,blm->bm", weights, a)).to(h.dtype)
+        return branch.write(torch.einsum("bl,blm->bm", weights, a))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the tower's `forward`."""
@@ -396,22 +401,17 @@ class HardSampleDomainAdapterModel(MultimodalTuner):
     # --- rows of a batch ---
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        names = kwargs.get("adapter_names")
-        if names is None:
-            yield
-            return
+    def rows(self, adapter_names: Sequence[str], inputs: Collection[Any]) -> Iterator[None]:
         if self.model.training:
             raise ValueError(
                 "adapter_names=[...] is for inference: call model.eval(), and train one adapter at a time."
             )
-        if unknown := sorted(set(names) - {BASE, *self.peft_config}):
-            raise ValueError(f"No adapter for {unknown}; there are {[BASE, *self.peft_config]}.")
-        with ExitStack() as stack:
+        check_rows(adapter_names, self.peft_config, inputs)
+        with rows_beside(self.model, adapter_names), ExitStack() as stack:
             for _, _, part in self.attached_parts():
                 scope: CallScope = part.scope  # type: ignore[attr-defined]
                 scope.open()
-                scope.values["adapter_names"] = list(names)
+                scope.values["adapter_names"] = list(adapter_names)
                 stack.callback(scope.close)
             yield
 
@@ -461,7 +461,7 @@ def dual_towers(model: Any, found: Anatomy) -> list[Matrix]:
     """
     towers = [t for t in found.towers if t.attentions]
     if sorted(t.name for t in towers) != ["text", "vision"] or found.fusion_layers or not all(t.path for t in towers):
-        raise ValueError(
+        raise NoMatchingPeftModuleError(
             f"placement='top' joins the one vector that each tower of a dual encoder gives; {found.model_class} has the "
             f"towers {[t.name for t in towers]} and reads their tokens. Use placement='layer'."
         )

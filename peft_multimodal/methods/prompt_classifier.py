@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from peft import NoMatchingPeftModuleError
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -479,6 +480,7 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
         texts = self.fitting(texts, adapter_name)
         if labels is not None:
             check_labels(labels, pixel_values, len(texts))
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PeftModel names what it got no
         if unread := kwargs.keys() - self.image_inputs:
             raise TypeError(f"Nothing reads {sorted(unread)} while an adapter of this method is active.")
         v, Z = self.look(pixel_values, **kwargs)
@@ -622,13 +624,13 @@ def text_tower(model: Any, found: Anatomy) -> str:
     """Path of a dual encoder's text tower.
 
     Raises:
-        ValueError: the model is no dual encoder.
+        NoMatchingPeftModuleError: the model is no dual encoder.
     """
     towers = [t.path for t in found.towers if t.path and any(is_below(e, t.path) for e in token_embeddings(model))]
     dual = all(hasattr(model, f"get_{kind}_features") for kind in ("text", "image"))
     scale = any(isinstance(getattr(model, name, None), Tensor) for name in ("logit_scale", "temperature"))
     if not dual or not scale or len(towers) != 1 or any(t.name == "fusion" for t in found.towers):
-        raise ValueError(
+        raise NoMatchingPeftModuleError(
             f"{found.model_class} doesn't compare pictures with texts by features of their own, which is how classes are "
             "told apart here. Use a dual encoder (CLIP, SigLIP, ChineseCLIP, AltCLIP, VisionTextDualEncoder, ...)."
         )

@@ -251,7 +251,7 @@ class StructuredPromptModel(MultimodalTuner):
         if part is None:
             tokens = next(p for p in token_embeddings(self.model) if is_below(p, current_key))
             part = PromptedClassifier(self.model, target, self.model.get_submodule(tokens))
-            target.add_module("structured_prompt_classifier", part)
+            target.add_module("structured_prompt_reader", part)
         part.add(adapter_name, peft_config, StructuredContext(peft_config, *self._widths))
         if adapter_name not in self.active_adapters:
             part.structured_prompt_context[adapter_name].requires_grad_(False)
