@@ -90,7 +90,7 @@ def check_rows(adapter_names: Sequence[str], known: Collection[str], inputs: Col
     rows = sorted({len(value) for value in inputs if isinstance(value, Tensor) and value.ndim})
     if rows and len(adapter_names) not in rows:
         raise ValueError(
-            f"{len(adapter_names)} adapter_names were given for a batch of {' or '.join(map(str, rows))} rows: name one "
+            f"{len(adapter_names)} adapter_names for {' or '.join(map(str, rows))} rows: name one "
             f"adapter a row, {BASE!r} for the base model."
         )
 

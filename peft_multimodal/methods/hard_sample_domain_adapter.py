@@ -212,7 +212,7 @@ class DomainPart(nn.Module, AttachedPart, HardSampleDomainAdapterLayer):
             return sum(self.added(name, h, mask) for name in self.acting())  # type: ignore[return-value]
         if len(names) != len(h):
             raise ValueError(
-                f"{len(names)} adapter_names were given for {len(h)} rows: this tower doesn't see the batch row by row. Call "
+                f"{len(names)} adapter_names for {len(h)} rows: this tower doesn't see the batch row by row. Call "
                 "model.set_adapter(name) and pass the rows of each adapter separately."
             )
         total: Any = None
