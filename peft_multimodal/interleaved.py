@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +17,18 @@ from transformers import AddedToken, AutoImageProcessor, AutoTokenizer, BatchEnc
 from transformers.utils import cached_file
 
 from .images import is_image, read_image
-from .rows import column_of, each, naming
+from .rows import column_of, each, naming, row_name
 
 Visual = Any  # an image as `read_image` takes it, or a sequence of them: the frames of a video
+Conversation = Sequence[Mapping[str, Any]]  # messages: {"role": ..., "content": a string or a list of parts}
+
+
+class Lesson(NamedTuple):
+    """A row's text, and which of it is learnt."""
+
+    text: str
+    learnt: list[tuple[str, str]] | None  # spans: the text before each, and up to its end; None: all of it
+    is_chat: bool = False
 
 
 class InterleavedProcessor:
@@ -34,7 +43,8 @@ class InterleavedProcessor:
             embedding needs no resizing. Its padding token is needed where texts differ in length.
         image_processor: Of the vision encoder; None for texts whose pictures come as `vision_features`.
         media_token: The marker.
-        text_column, images_column: Of the rows that `collate` takes: a string, and a list of pictures.
+        text_column, images_column, answer_column: Of the rows that `collate` takes: a string or a conversation, a list of
+            pictures, and what is to be answered, which rows may lack.
 
     Raises:
         ValueError: the marker isn't one token.
@@ -51,12 +61,14 @@ class InterleavedProcessor:
         media_token: str = "<image>",
         text_column: str = "text",
         images_column: str = "images",
+        answer_column: str = "answer",
     ) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.media_token = media_token
         self.text_column = text_column
         self.images_column = images_column
+        self.answer_column = answer_column
         if media_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([AddedToken(media_token, special=True, normalized=False)], special_tokens=True)
         if tokenizer.encode(media_token, add_special_tokens=False) != [self.media_token_id]:
@@ -69,7 +81,7 @@ class InterleavedProcessor:
 
     def __call__(
         self,
-        texts: str | Sequence[str],
+        texts: str | Sequence[str] | Conversation | Sequence[Conversation],
         images: Sequence[Sequence[Visual]] | None = None,
         padding_side: str | None = None,
         **kwargs: Any,
@@ -77,7 +89,9 @@ class InterleavedProcessor:
         """A batch for the model.
 
         Args:
-            texts: A text or B of them; for `generate`, texts of different length are padded on the left.
+            texts: A text or B of them; for `generate`, texts of different length are padded on the left. Or conversations,
+                which the tokenizer's chat template writes, with the beginning of an answer unless they end with one.
+                In a message's list of parts {"type": "image"} stands for the marker.
             images: The pictures of each text, one for each of its markers; a video is a list of frames. None where
                 texts have none, or where they come as `vision_features`.
             padding_side: "left" or "right"; by default the tokenizer's.
@@ -93,18 +107,21 @@ class InterleavedProcessor:
                 text.
             TypeError: a text is no string, or an image nothing that `read_image` takes.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        if wrong := [t for t in texts if not isinstance(t, str)]:
+        given: list[Any] = [texts] if isinstance(texts, str) or _is_conversation(texts) else list(texts)
+        if any(map(_is_conversation, given)):
+            given = [self.write(t, answering=t[-1]["role"] != "assistant") for t in self._only_conversations(given)]
+            kwargs = {"add_special_tokens": False, **kwargs}  # the template has them
+        if wrong := [t for t in given if not isinstance(t, str)]:
             raise TypeError(f"Texts are strings, got {type(wrong[0]).__name__}.")
         if images is not None:
             if is_image(images):
                 raise TypeError("images holds a list of images for each text: images=[[apple, pear], [plum]].")
             images = [() if row is None else row for row in images]
-            self._check_counts(texts, images)
+            self._check_counts(given, images)
         if self.tokenizer.pad_token is None:
             raise ValueError("The tokenizer has no padding token: set tokenizer.pad_token = tokenizer.eos_token.")
         sides = {} if padding_side is None else {"padding_side": padding_side}
-        found = self.tokenizer(texts, **{"padding": True, "return_tensors": "pt", **sides, **kwargs})
+        found = self.tokenizer(given, **{"padding": True, "return_tensors": "pt", **sides, **kwargs})
         batch = {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"]}
         if images is not None:
             images = self._left_by_truncation(images, found["input_ids"])
@@ -115,16 +132,103 @@ class InterleavedProcessor:
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Rows of a text and its pictures to a training batch: `data_collator=processor.collate`.
 
+        What is learnt of a row:
+
+        - where it has an answer, the answer alone. It follows on the text as it is written, a space between them
+          included, and the tokenizer's `eos_token` after it;
+        - of a conversation (a list of messages in the text's place), what the assistant says; an answer is its last
+          message. The tokenizer's chat template writes it;
+        - of any other text all of it. One that is to end somewhere ends with the tokenizer's `eos_token`.
+
         Returns:
-            A batch, padded on the right, with labels int64 (B, L): the text itself, -100 at padding and markers. A text
-            that is to end somewhere ends with the tokenizer's `eos_token`.
+            A batch, padded on the right, with labels int64 (B, L): -100 at what isn't learnt, padding and markers.
+
+        Raises:
+            ValueError: a column is missing, an answer is empty or wholly cut off, or the places of the assistant's messages
+                can't be told.
         """
-        texts = each(rows, lambda row, name: column_of(row, self.text_column, name, "text_column"))
         images = each(rows, lambda row, name: column_of(row, self.images_column, name, "images_column"))
+        lessons = each(rows, self._lesson)
+        if len({lesson.is_chat for lesson in lessons}) > 1:
+            raise ValueError(
+                f"Column {self.text_column!r} holds texts and conversations in one batch: use one of them."
+            )
+        special = {"add_special_tokens": False} if lessons[0].is_chat else {}  # a chat template has them
         with naming(rows, "id"):
-            batch = dict(self(texts, images, padding_side="right"))
-        ignored = (batch["attention_mask"] == 0) | (batch["input_ids"] == self.media_token_id)
-        return {**batch, "labels": batch["input_ids"].masked_fill(ignored, -100)}
+            batch = dict(self([lesson.text for lesson in lessons], images, padding_side="right", **special))
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        ignored = (mask == 0) | (ids == self.media_token_id)
+        for index, (row, lesson) in enumerate(zip(rows, lessons, strict=True)):
+            if lesson.learnt is not None:
+                length = int(mask[index].sum())
+                ignored[index, :length] |= ~self._learnt(lesson, length, special)
+                if bool(ignored[index].all()):
+                    raise ValueError(f"{row_name(row, index)}: nothing is left of its answer in {length} tokens.")
+        return {**batch, "labels": ids.masked_fill(ignored, -100)}
+
+    def write(self, conversation: Conversation, answering: bool = False) -> str:
+        """A conversation as the tokenizer's chat template writes it.
+
+        Args:
+            answering: With the beginning of an answer, for `generate`.
+
+        Raises:
+            ValueError: the tokenizer has no chat template.
+        """
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                "The tokenizer has no chat template, so it can't write a conversation. Set tokenizer.chat_template, or use "
+                "texts."
+            )
+        messages = [{**m, "content": self._content(m["content"])} for m in conversation]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering)
+
+    def _content(self, content: Any) -> str:
+        """Of a message: a text with markers. Language models' templates take nothing else."""
+        if isinstance(content, str):
+            return content
+        return "".join(self.media_token if part["type"] == "image" else part["text"] for part in content)
+
+    def _only_conversations(self, texts: Sequence[Any]) -> Sequence[Conversation]:
+        if not all(map(_is_conversation, texts)):
+            raise ValueError("Texts and conversations were given in one batch: use one of them.")
+        return texts
+
+    def _lesson(self, row: Mapping[str, Any], name: str) -> Lesson:
+        text, answer = column_of(row, self.text_column, name, "text_column"), row.get(self.answer_column)
+        if answer is not None and not (isinstance(answer, str) and answer.strip()):
+            raise ValueError(f"{name}: column {self.answer_column!r} is empty or no string: {answer!r}.")
+        if not _is_conversation(text):
+            if answer is None:
+                return Lesson(text, None)
+            end = self.tokenizer.eos_token or ""
+            whole = f"{text}{answer.removesuffix(end)}{end}"
+            return Lesson(whole, [(text, whole)])
+        said = [] if answer is None else [{"role": "assistant", "content": answer}]
+        messages = [*text, *said]
+        whole, turns = self.write(messages), [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        learnt = [(self.write(messages[:i], True) if i else "", self.write(messages[: i + 1])) for i in turns]
+        if not turns:
+            raise ValueError(
+                f"{name}: the conversation has no message of the assistant, and there is no column "
+                f"{self.answer_column!r}: there is nothing to learn."
+            )
+        if not all(whole.startswith(part) for span in learnt for part in span):
+            raise ValueError(
+                f"{name}: the tokenizer's chat template writes the beginning of this conversation otherwise than the whole, "
+                "so the places of its answers can't be told. Use one question a row, or a text and an answer."
+            )
+        return Lesson(whole, learnt, is_chat=True)
+
+    def _learnt(self, lesson: Lesson, length: int, special: dict[str, Any]) -> Tensor:
+        """bool (length): the tokens of the spans. The first one that differs from the prompt's own belongs to the answer."""
+        assert lesson.learnt is not None
+        ids = self.tokenizer.encode(lesson.text, **special)
+        found = torch.zeros(len(ids), dtype=torch.bool)
+        for before, upto in lesson.learnt:
+            start, end = (_common(ids, self.tokenizer.encode(text, **special)) for text in (before, upto))
+            found[start:end] = True
+        return found[len(found) - length :] if self.tokenizer.truncation_side == "left" else found[:length]
 
     def _check_counts(self, texts: list[str], images: Sequence[Sequence[Visual]]) -> None:
         if len(images) != len(texts):
@@ -183,6 +287,7 @@ class InterleavedProcessor:
             "media_token": self.media_token,
             "text_column": self.text_column,
             "images_column": self.images_column,
+            "answer_column": self.answer_column,
             "images": self.image_processor is not None,
         }
         (folder / self.FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -214,3 +319,12 @@ def _frames(row: Sequence[Visual], name: str) -> list[list[Any]]:
             raise ValueError(f"{name}: video {place} has no frames.")
         found.append([read_image(frame, f"{name}: image {place}") for frame in frames])
     return found
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, Sequence) and bool(value) and all(isinstance(m, Mapping) and "role" in m for m in value)
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the beginning that two lists share."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -87,7 +87,7 @@ def small(name: str) -> experiments.Experiment:
     item = experiments.load("captioning", name)
     if item.peft:
         item.peft.update(num_latents=2, resampler_depth=1, resampler_heads=2, head_dim=4)
-        item.peft["every_n_layers"] = min(2, item.peft.get("every_n_layers", 1))
+        item.peft["every_n_layers"] = min(2, item.peft["every_n_layers"])
     item.training.update(SMALL)
     item.settings.update(pages=2, things=9, candidates=3, eval_batch_size=4, lm="caption_lm")
     return item

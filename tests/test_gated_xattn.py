@@ -91,6 +91,7 @@ llama = LMS["llama"]
 
 def config(**changes) -> GatedXAttnConfig:
     sizes = {"num_latents": R, "resampler_depth": 1, "resampler_heads": 2, "head_dim": 8, "max_frames": 2}
+    sizes |= {"resampler": "perceiver", "ff_mult": 4}
     return GatedXAttnConfig(**{"media_token_id": M, "vision_hidden_size": D, **sizes, **changes})
 
 

@@ -41,6 +41,10 @@ OURS, DENSE, IDEFICS, FLOOR, BARE = "ours", "dense", "Idefics", "floor", "langua
 
 def block_config(**changes: Any) -> GatedXAttnConfig:
     sizes: dict[str, Any] = {
+        "resampler": "perceiver",
+        "every_n_layers": 1,
+        "ff_mult": 4,
+        "gate_init": 0.0,
         "resampler_depth": 1,
         "num_latents": TOKENS,
         "resampler_heads": HEADS,

@@ -4,12 +4,13 @@ A frozen vision encoder's features of each picture or video become R tokens m (`
 layer of a decoder stands a block that reads them, with y in R^{B x L x d} the decoder's stream:
 
     y1 = y  + tanh(a_x) XAttn(LN(y), m)                     Q = LN(y) W_q; K, V = m W_kv; out W_o; no biases
-    y2 = y1 + tanh(a_f) FFW(LN(y1))                         d -> 4 d -> d, exact GELU
+    y2 = y1 + tanh(a_f) FFW(LN(y1))                         d -> ff_mult d -> d, exact GELU
     then the frozen layer runs on y2
 
-The gates a_x and a_f start at 0 (with `gate_init` other than 0, what they gate does), so the model starts as the language
-model, to the last bit, whatever it is shown. A text token reads the last picture before it (`media.py`); earlier ones
-reach it through the decoder's own attention.
+At the start either the gates a_x and a_f are 0, as in the paper, or they are open (`gate_init`) and the output matrices
+behind them are 0: then all of them learn from the first step, where closed gates let no gradient through. Either way the
+model starts as the language model, to the last bit, whatever it is shown. A text token reads the last picture before it
+(`media.py`); earlier ones reach it through the decoder's own attention.
 Where there is no picture XAttn is exactly 0; FFW acts on every token, as in the paper.
 
 Pictures stand in the text as markers. The marker's row of the embedding is the only one that trains; it is put in
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from peft import NoMatchingPeftModuleError
 from peft.utils import PeftType
 from torch import nn
@@ -46,7 +48,14 @@ from ..anatomy import (
 from ..core.registry import Promises, method
 from ..tuner import MultimodalConfig, MultimodalTuner
 from .frozen_encoder import follow
-from .gated_xattn_layers import GatedXAttnLayer, MarkerEmbedding, MediaReader, SeeingLayer
+from .gated_xattn_layers import (
+    GatedBlock,
+    GatedXAttnLayer,
+    MarkerEmbedding,
+    MediaReader,
+    SeeingLayer,
+    make_resampler,
+)
 from .vision_encoder import load_vision_encoder
 
 
@@ -61,18 +70,21 @@ class GatedXAttnConfig(MultimodalConfig):
             is taken. `with_vision_encoder` takes a module instead. None where calls bring `vision_features`.
         vision_encoder_revision: Its commit, tag or branch; filled in with the commit that was loaded.
         vision_hidden_size: Width D of its features; measured where there is an encoder.
-        resampler: "perceiver", or for ablations "linear" (a linear map of the frames' mean) or "mean" (one token).
-        num_latents: R, the tokens of one picture.
-        resampler_depth: Layers of the Perceiver resampler.
+        resampler: "linear", a linear map of the frames' mean, whose R tokens are the encoder's S places; "perceiver", the
+            paper's, which tells a video's frames apart, makes `num_latents` tokens of any number of features, and takes
+            more data to train; or for ablations "mean" (one token).
+        num_latents: R of the Perceiver resampler, the tokens of one picture.
+        resampler_depth: Its layers (the paper has 6).
         resampler_heads, head_dim: Of the attentions of the resampler and of the blocks: I = heads head_dim.
         max_frames: Learned embeddings of a video's frames; longer videos get interpolated ones.
-        every_n_layers: A block stands before layer l = 0, 1, ... where l + 1 is a multiple of it.
-        ff_mult: Width of a block's FFW in multiples of d; 0 leaves the attention alone.
+        every_n_layers: A block stands before layer l = 0, 1, ... where l + 1 is a multiple of it. None: filled in with a
+            fifth of the decoder's layers, which gives five to nine blocks (the paper has 1 to 7).
+        ff_mult: Width of a block's FFW in multiples of d (the paper has 4); 0 leaves the attention alone.
         gate: "scalar", "vector" (one for each of the d channels), or for ablations "none": then the model doesn't start
             as the language model.
-        gate_init: a_x and a_f at the start. With the paper's 0 the gates alone have gradients at first, and a run of some
-            hundred steps may never open them. With another value the blocks' output matrices start at 0 in their place:
-            the model starts as the language model too, and learns to see from the first step.
+        gate_init: a_x and a_f at the start. With another value than 0 the blocks' output matrices start at 0: the model
+            starts as the language model, and learns to see from the first step. With the paper's 0 the gates alone have
+            gradients at first, and a run of some hundred steps may never open them.
         attend: "last", the last picture before a token, or "all_previous".
         share_blocks: One block for all layers.
         vision_encoder_type: Filled in; checked on loading.
@@ -82,16 +94,16 @@ class GatedXAttnConfig(MultimodalConfig):
     vision_encoder: str | None = None
     vision_encoder_revision: str | None = None
     vision_hidden_size: int | None = None
-    resampler: str = "perceiver"
+    resampler: str = "linear"
     num_latents: int = 64
-    resampler_depth: int = 6
+    resampler_depth: int = 2
     resampler_heads: int = 8
     head_dim: int = 64
     max_frames: int = 8
-    every_n_layers: int = 1
-    ff_mult: int = 4
+    every_n_layers: int | None = None
+    ff_mult: int = 1
     gate: str = "scalar"
-    gate_init: float = 0.0
+    gate_init: float = 1.0
     attend: str = "last"
     share_blocks: bool = False
     vision_encoder_type: str | None = None
@@ -99,9 +111,9 @@ class GatedXAttnConfig(MultimodalConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("GATED_XATTN")
-        self.check_number("media_token_id", 0, integer=True)
-        names = ("num_latents", "resampler_depth", "resampler_heads", "head_dim", "max_frames", "every_n_layers")
-        for name in names:
+        marker = "an integer >= 0, such as InterleavedProcessor.media_token_id"
+        self.check("media_token_id", marker, lambda v: type(v) is int and v >= 0)
+        for name in ("num_latents", "resampler_depth", "resampler_heads", "head_dim", "max_frames"):
             self.check_number(name, 1, integer=True)
         self.check_number("resampler_depth", 1, 1000, integer=True)
         self.check_number("ff_mult", 0, integer=True)
@@ -109,13 +121,14 @@ class GatedXAttnConfig(MultimodalConfig):
         self.check_choice("gate", ("scalar", "vector", "none"))
         self.check_choice("attend", ("last", "all_previous"))
         self.check_number("gate_init", -10, 10)
-        self.check("gate_init", "0 where gate='none'", lambda v: v == 0 or self.gate != "none")
+        self.check(
+            "gate_init", "left out where gate='none'", lambda v: self.gate != "none" or v in (0, type(self).gate_init)
+        )
         self.check_flag("share_blocks")
         for name in ("vision_encoder", "vision_encoder_revision", "vision_encoder_type"):
             self.check(name, "a string or None", lambda v: v is None or (isinstance(v, str) and v))
-        self.check(
-            "vision_hidden_size", "a positive integer or None", lambda v: v is None or (type(v) is int and v > 0)
-        )
+        for name in ("vision_hidden_size", "every_n_layers"):
+            self.check(name, "a positive integer or None", lambda v: v is None or (type(v) is int and v > 0))
         for name in ("target_modules", "exclude_modules", "layers_to_transform"):
             self.check(name, "None: every_n_layers chooses the decoder's layers", lambda v: v is None)
         self.check("towers", "None or ['decoder']", lambda v: v is None or list(v) == ["decoder"])
@@ -226,6 +239,51 @@ def check_vocabulary(config: GatedXAttnConfig, size: int, model_class: str) -> N
         )
 
 
+def spacing(config: GatedXAttnConfig, decoder: Decoder) -> int:
+    """`every_n_layers`, or what stands for None."""
+    return config.every_n_layers or max(1, len(decoder.layers) // 5)
+
+
+def check_marker(config: GatedXAttnConfig, model: Any) -> None:
+    """Refuse a token of the language model's own, which a tokenizer gives for a marker that it doesn't know."""
+    for own in configs_of(model) if not config.is_loaded else ():
+        for name in ("eos_token_id", "pad_token_id"):
+            value = getattr(own, name, None)
+            if config.media_token_id in (value if isinstance(value, list) else [value]):
+                raise ValueError(
+                    f"media_token_id={config.media_token_id} is the {name} of {type(model).__name__}, which no marker can be. A "
+                    "tokenizer gives such a token for a marker that it doesn't know: take media_token_id= from "
+                    "InterleavedProcessor(tokenizer, image_processor).media_token_id, which adds the marker."
+                )
+
+
+LARGE, SHARE = 10_000_000, 0.25
+"""More parameters than this, and than this share of the model's, are worth a warning."""
+
+
+def warn_of_size(config: GatedXAttnConfig, model: nn.Module, decoder: Decoder, blocks: int) -> None:
+    """Say before anything is made how large a large adapter will be, and what makes it smaller."""
+    count = count_parameters(config, decoder.width, blocks)
+    whole = sum(p.numel() for p in model.parameters())
+    if count > max(LARGE, SHARE * whole):
+        warnings.warn(
+            f"GatedXAttn will train {count:,} parameters ({4 * count / 1e6:,.0f} MB in float32), {count / whole:.0%} of the "
+            f"{whole:,} of {type(model).__name__}: {blocks} blocks with ff_mult={config.ff_mult}, and a resampler "
+            f"{config.resampler!r} with resampler_depth={config.resampler_depth}. A larger every_n_layers, ff_mult=1 or 0, "
+            "resampler_depth=1, resampler='linear' or share_blocks=True make it smaller.",
+            stacklevel=2,
+        )
+
+
+def count_parameters(config: GatedXAttnConfig, width: int, blocks: int) -> int:
+    """What an adapter trains, but for the marker's row."""
+    assert config.vision_hidden_size is not None
+    with torch.device("meta"):
+        block = GatedBlock(config, width, config.vision_hidden_size)
+        parts = [make_resampler(config), *[block] * (1 if config.share_blocks else blocks)]
+    return sum(p.numel() for part in parts for p in part.parameters())
+
+
 @method(
     "gated_xattn",
     GatedXAttnConfig,
@@ -268,7 +326,8 @@ class GatedXAttnModel(MultimodalTuner):
         """The token embedding, and every n-th layer of the decoder."""
         found, model = describe(model), base_model(model)
         decoder = find_decoder(model, found)
-        chosen = [(i, path) for i, path in enumerate(decoder.layers) if (i + 1) % config.every_n_layers == 0]
+        n = spacing(config, decoder)
+        chosen = [(i, path) for i, path in enumerate(decoder.layers) if (i + 1) % n == 0]
         if not chosen:
             raise NoMatchingPeftModuleError(
                 f"every_n_layers={config.every_n_layers}, but the decoder of {found.model_class} has {len(decoder.layers)} "
@@ -283,7 +342,9 @@ class GatedXAttnModel(MultimodalTuner):
         ]
 
     def check_model(self, config: GatedXAttnConfig, matrices: list[Matrix], found: Anatomy) -> None:
-        if config.has_encoder and "pixel_values" in inspect.signature(self.model.forward).parameters:
+        present = self.reader()  # it has taken the model's forward over
+        own = inspect.signature(self.model.forward).parameters if present is None else present.own_inputs
+        if config.has_encoder and "pixel_values" in own:
             raise ValueError(
                 f"{found.model_class} reads pixel_values itself, so vision_encoder= would get none. Leave it out, set "
                 "vision_hidden_size=D and pass vision_features (B, T, F, S, D)."
@@ -294,12 +355,15 @@ class GatedXAttnModel(MultimodalTuner):
                 "vision_hidden_size= of features that calls bring as vision_features."
             )
         check_vocabulary(config, matrices[0].d_in, found.model_class)
+        check_marker(config, self.model)
         self._decoder = find_decoder(self.model, found)
-        present = self.reader()
+        config.every_n_layers = spacing(config, self._decoder)
         encoder = load_vision_encoder(config, None if present is None else present.encoders)
         if encoder is not None:
             follow(encoder, self.model.get_submodule(matrices[1].module), keep_dtype=config._given is not None)
         self._encoder = (encoder,)  # a tuple is not registered: the reader holds it
+        if not config.is_loaded:
+            warn_of_size(config, self.model, self._decoder, blocks=len(matrices) - 1)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         peft_config = super()._prepare_adapter_config(peft_config, model_config)

@@ -60,7 +60,7 @@ class GatedBlock(nn.Module):
             self.ffw_norm = nn.LayerNorm(width)
             self.ffw = feed_forward(width, config.ff_mult)
             self.ffw_gate_norm = _gate(config, width)
-        if config.gate_init:  # the gates are open, so what they let through is nothing yet
+        if config.gate_init and config.gate != "none":  # the gates are open: what they let through is nothing yet
             lasts: list[Any] = [self.attention.out, *([self.ffw[-1]] if self.ffw else [])]
             for last in lasts:
                 nn.init.zeros_(last.weight)
@@ -198,8 +198,9 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
         self._model, self._stack = (model,), (stack,)  # tuples are not registered
         names = list(inspect.signature(model.forward).parameters)
         self._ids_argument = names.index("input_ids") if "input_ids" in names else None
-        own = set(names)  # a vision-language model's pixel_values are its own
-        self._inputs = [n for n in ("pixel_values", "vision_features", "frame_mask", "media") if n not in own]
+        self.own_inputs = frozenset(names)  # a vision-language model's pixel_values are its own
+        media = ("pixel_values", "vision_features", "frame_mask", "media")
+        self._inputs = [n for n in media if n not in self.own_inputs]
         self.hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
@@ -255,6 +256,8 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
     def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = dict(kwargs)
         given = self._take(kwargs)
+        if "past_key_values" in kwargs and "past_key_values" not in self.own_inputs and "cache" in self.own_inputs:
+            kwargs.setdefault("cache", kwargs.pop("past_key_values"))  # as transformers calls it from 5.24 on
         adapter = self._acting(given)
         if adapter is None or (self.scope.is_open and self.scope.seen.generating):
             return args, kwargs
@@ -384,7 +387,8 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
             goes_on: Whether the text follows on one whose pictures are in `media`.
 
         Raises:
-            ValueError: a row has more markers than pictures, a shape is wrong, or `media` is another adapter's.
+            ValueError: a row has more markers than pictures, no row has a marker though there are pictures, an id is
+                neither the marker nor in the vocabulary, a shape is wrong, or `media` is another adapter's.
         """
         config = self.configs[adapter]
         media = given.get("media")
@@ -405,6 +409,7 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
         if pictures is not None and len(pictures) != len(ids):
             raise ValueError(f"Pictures of {len(pictures)} rows were given for {len(ids)} rows of text.")
         marks: Any = ids == config.media_token_id
+        self._check_markers(config, ids, marks, given)
         known = media.counts(ids)
         if len(known) != len(ids):
             raise ValueError(f"media holds the pictures of {len(known)} rows, the text has {len(ids)}.")
@@ -415,6 +420,26 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
         keeps = "media" in given and not torch.is_grad_enabled()
         times = text_time(marks, known if goes_on else None)
         return Reading(media, times, config.attend, keeps=keeps, known=known_places)
+
+    def _check_markers(self, config: GatedXAttnConfig, ids: Tensor, marks: Tensor, given: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        model: Any = self._model[0]
+        marker, size = config.media_token_id, getattr(model.get_input_embeddings(), "num_embeddings", None)
+        largest = int(ids.masked_fill(marks, 0).max())
+        if size is not None and largest >= size:
+            raise ValueError(
+                f"input_ids hold {largest}, but the embedding of {type(model).__name__} has {size} rows and the marker is "
+                f"media_token_id={marker}. If {largest} is the tokenizer's marker, set media_token_id={largest} "
+                "(InterleavedProcessor.media_token_id tells it); if not, the tokenizer isn't this model's."
+            )
+        pictures = [name for name in ("pixel_values", "vision_features") if name in given]
+        if pictures and not bool(marks.any()):
+            raise ValueError(
+                f"{pictures[0]} hold images, but no row of input_ids has their marker, media_token_id={marker}: nothing would "
+                "read them. InterleavedProcessor.media_token stands in the text for each image; without images leave "
+                f"{pictures[0]} out."
+            )
 
     def _check_counts(self, new: Tensor, given: int, known: Tensor) -> None:
         if torch.compiler.is_compiling():
