@@ -57,7 +57,7 @@ class Family:
 
         Where an adapter reads media, each row brings a picture of its own, whose marker is BOS.
         """
-        batch = {**self.batch(), **(media() if reads_media(model) else {})}
+        batch = {**self.batch(), **media(model)}
         return batch if model is None else {k: v.to(model.device) for k, v in batch.items()}
 
     def train_inputs(self, model: Any = None) -> Inputs | None:
@@ -127,15 +127,21 @@ def pixels(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def media() -> Inputs:
-    """Features of one picture a row: [rows, pictures, frames, places, width]."""
+def media(model: Any) -> Inputs:
+    """One picture a row, as the adapter of the model takes it: pixels for its encoder, or features."""
+    readers = [m for m in model.modules() if isinstance(m, MediaReader)] if isinstance(model, nn.Module) else ()
+    acting = [(reader, adapter) for reader in readers for adapter in reader.live_adapters()]
+    if not acting:
+        return {}
+    if any(adapter in reader.encoder_of for reader, adapter in acting):
+        return {"pixel_values": pixels(ROWS, 1, 3, 16, 16)}  # [rows, pictures, channels, height, width]
+    # [rows, pictures, frames, places, width]
     return {"vision_features": torch.randn(ROWS, 1, 1, 5, 20, generator=torch.Generator().manual_seed(7))}
 
 
 def reads_media(model: Any) -> bool:
     """Whether an adapter of the model takes pictures out of a call."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    return any(isinstance(m, MediaReader) and m.live_adapters() for m in modules)
+    return bool(media(model))
 
 
 def text(end: int | None = None, images: tuple[int, ...] = (0,) * ROWS, left: bool = False) -> Inputs:
@@ -386,6 +392,21 @@ def llava() -> Family:
     )
 
 
+def llama() -> Family:
+    """A language model alone, which sees only by an adapter's eyes."""
+    return Family(
+        name="llama",
+        kind="generative",
+        build=tiny(hf.LlamaForCausalLM, hf.LlamaConfig(**text_tower(32, num_key_value_heads=2))),
+        batch=lambda: text(left=True),
+        targets=next_token,
+        output=lambda out: out.logits,
+        towers={"decoder": "model"},
+        generates=True,
+        text_only=True,
+    )
+
+
 def qwen2_5_vl() -> Family:
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
     text = text_tower(32, num_key_value_heads=2, rope_parameters=rope)
@@ -530,5 +551,6 @@ FAMILIES: dict[str, Family] = {
         *(clip, siglip, chinese_clip, altclip, vision_text_dual_encoder),
         *(blip_retrieval, flava, vilt, bridgetower),
         *(blip_vqa, blip_captioning, blip_2, llava, qwen2_5_vl, paligemma, idefics3, mllama, florence2),
+        llama,
     )
 }

@@ -86,7 +86,7 @@ def __getattr__(name: str) -> Any:
 def home(method: str) -> Family:
     """The family on which a method is looked at where one is enough."""
     applies = declared()[method].families()
-    return FAMILIES[next(name for name in ("blip_retrieval", "clip", "llava") if name in applies)]
+    return FAMILIES[next(name for name in ("blip_retrieval", "clip", "llava", "llama") if name in applies)]
 
 
 def promising(**what: Any) -> set[str]:

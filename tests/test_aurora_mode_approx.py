@@ -792,7 +792,9 @@ CROSS_ATTENTION = ("blip_retrieval", "bridgetower", "blip_vqa", "blip_captioning
 TEXT_ENCODER = ("blip_retrieval", "blip_vqa")
 
 
-def aurora(family: Family, **changes: Any) -> PeftConfig:
+def aurora(family: Family, **changes: Any) -> PeftConfig | None:
+    if family.name == "llama":  # decoders alone are among the auto mappings
+        return None
     return AuroraModeApproxConfig(**{"r": 4, "alpha": 8.0, "dropout": 0.0, **changes})
 
 

@@ -423,10 +423,11 @@ def test_named_targets_survive_a_rename_of_modules(tmp_path: Path):
 
 
 def frozen_parts(model: PeftModel, method: str) -> int:
-    """The parameters that a method brings along and never trains: a language's encoder, once."""
-    if method != "cross_lingual_adapter":
+    """The parameters that a method brings along and never trains: the encoder of a language or of images, once."""
+    field = {"cross_lingual_adapter": "encoder", "gated_xattn-encoder": "vision_encoder"}.get(method)
+    if field is None:
         return 0
-    encoder = hf.AutoModel.from_pretrained(model.peft_config["default"].encoder)
+    encoder = hf.AutoModel.from_pretrained(getattr(model.peft_config["default"], field))
     return sum(p.numel() for p in encoder.parameters())
 
 
@@ -645,10 +646,10 @@ BAD_VALUES = {
                 "resampler_heads",
                 "head_dim",
                 "max_frames",
-                "every_n_layers",
             )
             for value in (0, -1, "8", 8.0, True, None)
         ),
+        *(("every_n_layers", value) for value in (0, -1, "8", 8.0, True)),
         *(("ff_mult", value) for value in (-1, "4", 4.0, True, None)),
         *(("vision_hidden_size", value) for value in (0, -1, "8", 8.0, True)),
         *(("resampler", value) for value in ("attention", None, ["mean"], 0)),
@@ -748,6 +749,7 @@ def audit():
 LOADED = {  # documented to go to AutoModel, checked after it
     "cross_lingual_adapter": {"encoder", "encoder_revision"},
     "gated_xattn": {"vision_encoder", "vision_encoder_revision"},
+    "gated_xattn-encoder": {"vision_encoder", "vision_encoder_revision"},
 }
 
 

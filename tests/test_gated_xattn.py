@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
+import functools
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import warnings
 from pathlib import Path
@@ -1553,15 +1557,35 @@ def gated_xattn(family: Family, **changes: Any) -> PeftConfig | None:
     if family.name not in DECODER:
         return None
     sizes = {"num_latents": 3, "resampler_depth": 1, "resampler_heads": 2, "head_dim": 8, "max_frames": 2}
+    sizes |= {"resampler": "perceiver", "ff_mult": 4}
     return GatedXAttnConfig(**{"media_token_id": BOS, "vision_hidden_size": 20, **sizes, **changes})
 
 
+@functools.cache
+def eyes() -> str:
+    """A folder with a tiny vision encoder."""
+    folder = tempfile.mkdtemp(prefix="vision-encoder-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    tiny(hf.CLIPVisionModel, hf.CLIPVisionConfig(**vision_tower(20)))().save_pretrained(folder)
+    return folder
+
+
+def gated_xattn_encoder(family: Family, **changes: Any) -> PeftConfig | None:
+    """With eyes of its own and the default parts, for a language model that has none."""
+    if family.name != "llama":
+        return None
+    own = {"vision_encoder": eyes(), "resampler_heads": 2, "head_dim": 8, "max_frames": 2}
+    return GatedXAttnConfig(**{"media_token_id": BOS, **own, **changes})
+
+
 def gated_xattn_parameters(base: nn.Module, config: GatedXAttnConfig) -> int:
-    """R D + F D + depth (4 D + 4 D I + 2 D + 8 D^2) + 2 D; 2 d + d I + 2 D I + I d + 1 + 2 d + 8 d^2 + 1 a layer; a row."""
+    """R D + F D + depth (4 D + 4 D I + 2 D + 8 D^2) + 2 D, or linear F D + 2 D + D^2; a layer has
+    2 d + d I + 2 D I + I d + 1 + 2 d + 2 ff_mult d^2 + 1; the marker a row."""
     D, R, F, depth = config.vision_hidden_size, config.num_latents, config.max_frames, config.resampler_depth
     I, d = config.resampler_heads * config.head_dim, base.get_input_embeddings().embedding_dim  # noqa: E741
-    resampler = R * D + F * D + depth * (4 * D + 4 * D * I + 2 * D + 8 * D**2) + 2 * D
-    block = 2 * d + d * I + 2 * D * I + I * d + 1 + 2 * d + 8 * d**2 + 1
+    perceiver = R * D + depth * (4 * D + 4 * D * I + 2 * D + 8 * D**2)
+    resampler = F * D + 2 * D + (perceiver if config.resampler == "perceiver" else D**2)
+    block = 2 * d + d * I + 2 * D * I + I * d + 1 + 2 * d + 2 * config.ff_mult * d**2 + 1
     return resampler + 2 * block + d
 
 
@@ -1578,5 +1602,6 @@ CASES = [
         gated_xattn_parameters,
         anywhere=gated_xattn_anywhere,
         refusal="Use a decoder-only language model",
-    )
+    ),
+    Case("gated_xattn-encoder", gated_xattn_encoder, gated_xattn_parameters),
 ]

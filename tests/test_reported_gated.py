@@ -11,7 +11,7 @@ import docs_models
 import pytest
 import torch
 import transformers as hf
-from families import EOS, VOCAB, text_tower, tiny, vision_tower
+from families import VOCAB, text_tower, tiny, vision_tower
 from methods import adapter, distance, stir, trace
 from peft import PeftModel, get_peft_model
 from PIL import Image
@@ -191,7 +191,7 @@ def smol(**changes: Any) -> hf.LlamaForCausalLM:
 
 def test_a_large_adapter_is_announced_with_its_numbers():
     own = {"media_token_id": 49152, "vision_hidden_size": 384}
-    paper = {"every_n_layers": 1, "ff_mult": 4, "resampler_depth": 6}
+    paper = {"resampler": "perceiver", "every_n_layers": 1, "ff_mult": 4, "resampler_depth": 6}
     with pytest.warns(
         UserWarning, match=r"will train 1[12]\d,\d{3},\d{3} parameters \(4\d\d MB .*% of .*30 blocks with ff_mult=4"
     ):
