@@ -297,7 +297,7 @@ def test_an_answer_that_is_cut_off_is_an_error():
     short.limit = full - 1
     assert (short.collate([row])["labels"] != -100).sum() >= 1
     short.limit = 3
-    with pytest.raises(ValueError, match=r"Row 0 of the batch: nothing is left of its answer in 3 tokens"):
+    with pytest.raises(ValueError, match=r"Row 0: nothing is left of its answer in 3 tokens"):
         short.collate([row])
     short.tokenizer.truncation_side, short.limit = "left", full - 2
     text = short.collate([{**row, "images": [RED]}])
