@@ -337,21 +337,21 @@ class AuroraModeApproxModel(MultimodalTuner):
 
     @torch.no_grad()
     def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "sum"
     ) -> None:
         """Add an adapter whose update is exactly sum_a weights[a] dW_a: factors side by side, rank sum of ranks.
 
         Args:
-            combination_type: "cat", as PEFT calls it for LoRA. Its other types approximate the sum.
+            combination_type: "sum", or "cat" as PEFT calls it for LoRA, whose other types approximate the sum.
 
         Raises:
             ValueError: the adapters differ in matched modules or sharing, have a Tucker core, or parts that are no
                 weight updates (GQT, ICE, modules_to_save).
         """
-        if combination_type != "cat":
+        if combination_type not in ("sum", "cat"):
             raise ValueError(
                 f"combination_type={combination_type!r} isn't supported: Aurora adds updates up exactly, by factors side by "
-                'side. Leave it out, or pass "cat".'
+                'side. Leave it out, or pass "sum" or "cat".'
             )
         if unknown := [a for a in adapters if a not in self.peft_config]:
             raise ValueError(f"No such adapter: {unknown}. There are {list(self.peft_config)}.")
