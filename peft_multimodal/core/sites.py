@@ -1,0 +1,144 @@
+"""Places where a method can put something, found on a model's modules by their shape and by what they are part of.
+
+A site has a *role*, such as `vision.ffn.3`, which stays the same when a release of transformers renames modules.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..anatomy import LETTER, Anatomy, Matrix, describe, is_below, is_cross, layer_of
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a model.
+
+    Args:
+        module: Path of the module.
+        kind: What is there: "ffn", "attention" (the end of one), "cross" (the end of one that reads another sequence).
+        tower: One of `anatomy.TOWERS`, or "other".
+        role: The name that adapters are stored under.
+        d_in, d_out: Widths of what the module reads and gives.
+    """
+
+    module: str
+    kind: str
+    tower: str
+    role: str
+    d_in: int
+    d_out: int
+
+
+@dataclass(frozen=True)
+class FFN(Site):
+    """A feed-forward network: `module` is its last linear map, `first` are those that read the stream (two if gated)."""
+
+    first: tuple[str, ...]
+    hidden: int  # width between the first and the last
+
+
+def ffns(model: nn.Module, found: Anatomy | None = None) -> list[FFN]:
+    """The feed-forward networks of all layers, in the model's order.
+
+    Of the linear maps outside attentions, an FFN's first ones widen the stream of their layer, d -> D, and its last one
+    narrows it again, D -> d; a first one may hold two in one, d -> 2 D. Mixtures of experts are left out: which of them
+    reads a token is decided inside.
+    """
+    found = found or describe(model)
+    attentions = set(_attentions(found))
+    layers: dict[str, list[Matrix]] = defaultdict(list)
+    for matrix in found.matrices:
+        layer = layer_of(matrix.module)
+        if layer and not any(is_below(matrix.module, a) for a in attentions):
+            layers[layer].append(matrix)
+    mixtures = {experts for experts, n in Counter(map(_inner_list, layers)).items() if experts and n > 1}
+    ordinals: Counter[str] = Counter()
+    sites = []
+    for layer, matrices in layers.items():
+        if _inner_list(layer) in mixtures or (d := _stream_width(layer, found)) is None:
+            continue
+        first: list[Matrix] = []  # those since the last FFN of this layer
+        for matrix in matrices:
+            widened = [m for m in first if m.d_out in (matrix.d_in, 2 * matrix.d_in)]
+            if matrix.d_out == d and matrix.d_in > d and widened:
+                role = f"{matrix.tower}.ffn.{ordinals[matrix.tower]}"
+                ordinals[matrix.tower] += 1
+                paths = tuple(m.module for m in widened)
+                sites.append(FFN(matrix.module, "ffn", matrix.tower, role, d, d, paths, matrix.d_in))
+                first = []
+            elif matrix.d_in == d and matrix.d_out > d:
+                first.append(matrix)
+    return sites
+
+
+def ends(model: nn.Module, found: Anatomy | None = None) -> list[Site]:
+    """The last linear map of every sub-layer: of attentions, of those that read another sequence, and of FFNs.
+
+    An `nn.MultiheadAttention` reads its last map instead of calling it, and has no end.
+    """
+    found = found or describe(model)
+    networks = {ffn.module for ffn in ffns(model, found)}
+    attention_of = dict(_attention_ends(found, networks))
+    ordinals: Counter[tuple[str, str]] = Counter()
+    sites: list[Site] = []
+    for matrix in found.matrices:
+        tower, kind = matrix.tower, "ffn"
+        if matrix.module in attention_of:
+            query = attention_of[matrix.module]
+            tower, kind = query.tower, "cross" if is_cross(query.module) else "attention"
+        elif matrix.module not in networks:
+            continue
+        role = f"{tower}.{kind}-end.{ordinals[tower, kind]}"
+        ordinals[tower, kind] += 1
+        sites.append(Site(matrix.module, kind, tower, role, matrix.d_in, matrix.d_out))
+    return sites
+
+
+def _attentions(found: Anatomy) -> dict[str, Matrix]:
+    """{path of an attention: its query}."""
+    queries = [m for m in found.matrices if m.letter in ("q", "qkv")]
+    fused = Counter(m.module for m in found.matrices)  # nn.MultiheadAttention is a module of three matrices itself
+    modules = {
+        m.module for m in found.matrices if LETTER.get(m.module.rpartition(".")[2]) is None and fused[m.module] > 1
+    }
+    return {m.module if m.module in modules else m.module.rpartition(".")[0]: m for m in queries}
+
+
+def _stream_width(layer: str, found: Anatomy) -> int | None:
+    """d of the stream in a numbered module, as the queries in it or around it read it; None where there are none."""
+    parts = layer.split(".")
+    for end in range(len(parts), 0, -1):
+        if parts[end - 1].isdigit():
+            around = ".".join(parts[:end])
+            widths = Counter(m.d_in for m in found.matrices if m.letter in ("q", "qkv") and is_below(m.module, around))
+            if widths:
+                return widths.most_common(1)[0][0]
+    return None
+
+
+def _inner_list(layer: str) -> str:
+    """The list inside a layer that a numbered module is in (`layers.3.mlp.experts` of `layers.3.mlp.experts.7`); ""
+    for the layers of a stack themselves."""
+    parent = layer.rpartition(".")[0]
+    return parent if re.search(r"\.\d+\.", parent + ".") else ""
+
+
+def _attention_ends(found: Anatomy, networks: set[str]) -> Iterator[tuple[str, Matrix]]:
+    """(last linear map of an attention, its query): inside it, or beside it (BERT's `attention.output.dense`)."""
+    attentions = _attentions(found)
+    reading = {m.module for m in found.matrices if m.letter in ("q", "k", "v", "qkv")}
+    linear = [m.module for m in found.matrices if m.module not in reading | networks]
+    for attention, query in attentions.items():
+        if query.module == attention:  # nn.MultiheadAttention
+            continue
+        parent = attention.rpartition(".")[0]
+        inside = [path for path in linear if is_below(path, attention)]
+        beside = [path for path in linear if is_below(path, parent)] if layer_of(parent + ".") != parent else []
+        if parts := inside or beside:
+            yield parts[-1], query
