@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .evaluation import RetrievalRecall, VQAAccuracy
     from .images import read_image
     from .interleaved import InterleavedProcessor
+    from .training.callback import AdapterCallback
     from .training.checkpoints import last_checkpoint
     from .training.contrastive import ContrastiveTrainer
     from .training.distillation import CrossLingualTrainer, DistillationLoss
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from .training.trainer import ImageTextRetrievalTrainer
 
 _LAZY = {
+    "AdapterCallback": "training.callback",
     "ContrastiveTrainer": "training.contrastive",
     "FiniteBatches": "data",
     "HardSampleBank": "training.hard_samples",
@@ -57,6 +59,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "AdapterCallback",
     "AdapterError",
     "AuroraModeApproxConfig",
     "AuroraModeApproxModel",

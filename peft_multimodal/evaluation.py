@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -193,6 +194,13 @@ def _unit(embeds: Tensor) -> Tensor:
 def _recall(i2t: Tensor, t2i: Tensor, ks: Sequence[int]) -> dict[str, float]:
     if not ks or min(ks) < 1:
         raise ValueError(f"ks={tuple(ks)}: recall@k needs k >= 1.")
+    fewest = min(len(i2t), len(t2i))  # each side is the other's gallery
+    if trivial := [k for k in ks if k >= fewest]:
+        warnings.warn(
+            f"Recall@{trivial[0]} among {fewest} items is 100 % for any model, and mean_recall counts it: pass ks= below "
+            "the number of items, or evaluate on more.",
+            stacklevel=3,
+        )
     sides = {"i2t": i2t, "t2i": t2i}
     recall = {f"{side}_r@{k}": 100 * (ranks <= k).double().mean().item() for side, ranks in sides.items() for k in ks}
     return recall | {"mean_recall": sum(recall.values()) / len(recall)}

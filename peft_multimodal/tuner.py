@@ -11,6 +11,7 @@ A method subclasses `MultimodalConfig`, `MultimodalTuner` and, in `layers.py`, `
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ class MultimodalConfig(PeftConfig):
         super().__post_init__()
         self.is_loaded = False
         self.has_weights = False  # of a loaded one: they have been found to fit
+        self.best_is_loaded = False  # whether somebody cares for load_best_model_at_end
         self._local_base: str | None = None  # the base, if it was in a folder as seen where the model was wrapped
         self._card: tuple[str, CardNotes] | None = None  # the adapter's name and what its model knows for the card
         self.package_version = self.package_version or __version__
@@ -126,11 +128,23 @@ class MultimodalConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Also renews the model card, which PEFT has begun: PEFT writes it before the weights, the config after them."""
         super().save_pretrained(save_directory, **kwargs)
+        self._warn_of_checkpoint(Path(save_directory))
         if self._card is not None:
             adapter_name, notes = self._card
             folder = Path(save_directory)
             root = folder if adapter_name == "default" else folder.parent
             write_card(root, root.name, notes, self._local_base)
+
+    def _warn_of_checkpoint(self, folder: Path) -> None:
+        """Once: the stock Trainer looks for its best model in a checkpoint's root, where "default" is."""
+        if re.fullmatch(r"checkpoint-\d+", folder.parent.name) and not self.best_is_loaded:
+            self.best_is_loaded = True
+            warnings.warn(
+                f"The adapter {folder.name!r} is saved in {folder}, where Trainer(load_best_model_at_end=True) doesn't look: "
+                'it knows one adapter, called "default", and would keep the last weights. Give it '
+                "callbacks=[peft_multimodal.AdapterCallback()], which loads the best of every adapter.",
+                stacklevel=4,
+            )
 
     def check(self, name: str, expected: str, accepts: Callable[[Any], Any]) -> None:
         """Raise the one message for a bad field unless `accepts(value)`."""
@@ -170,6 +184,8 @@ class MultimodalTuner(BaseTuner):
     """Ends of names of parameters that are one number: 1-D in the model, as FSDP2 shards no scalars, 0-D in the file."""
     owns_token_rows = False
     """Whether an adapter brings the rows of new tokens, so that no embedding is ever saved with it."""
+    learning_rates: tuple[float, float] | None = None
+    """From where to where a method's learning rate is sane, for optimizers of Adam's kind."""
     not_beside: dict[str, str] = {}
     """{PEFT type of another method: why no model can have both, and what to do instead}."""
 

@@ -17,7 +17,6 @@ import random
 import shutil
 import socket
 import warnings
-from dataclasses import fields
 from pathlib import Path
 
 import datasets
@@ -1174,10 +1173,8 @@ def test_arguments_are_kept(folder, tmp_path):
     )
     before = args.to_dict()
     run = trainer(adapted("clip", folder), tmp_path, pairs(8), eval_dataset=pairs(4), args=args)
-    assert run.args.remove_unused_columns is False
-    assert {**run.args.to_dict(), "remove_unused_columns": True} == before
-    assert args.to_dict() == before  # the caller's own are untouched
-    assert {f.name for f in fields(run.args)} == {f.name for f in fields(args)}
+    assert run.args is args  # what is changed later, or hung on it, arrives
+    assert args.to_dict() == before
 
 
 def test_data_sets_of_any_kind(folder, tmp_path):

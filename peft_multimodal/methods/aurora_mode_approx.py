@@ -136,6 +136,7 @@ class AuroraModeApproxModel(MultimodalTuner):
 
     prefix = "aurora_mode_approx_"
     tuner_layer_cls = AuroraModeApproxLayer
+    learning_rates = (1e-4, 1e-2)
     uses_shared_state = True  # U, V and lambda
     scalars = ("_gate_norm", ".gamma_norm")
 

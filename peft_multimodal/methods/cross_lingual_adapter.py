@@ -494,6 +494,7 @@ class CrossLingualAdapterModel(MultimodalTuner):
 
     prefix = "cross_lingual_adapter_"
     tuner_layer_cls = CrossLingualAdapterLayer
+    learning_rates = (3e-4, 1e-2)
     not_mergeable = (
         "A language's encoder takes the text tower's place; that is no weight update, so it can't be merged. Keep the "
         "adapter, or get the English model back by unload()."

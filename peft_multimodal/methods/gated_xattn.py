@@ -314,6 +314,7 @@ class GatedXAttnModel(MultimodalTuner):
 
     prefix = "gated_xattn_"
     tuner_layer_cls = GatedXAttnLayer
+    learning_rates = (3e-4, 5e-3)
     uses_shared_state = True  # the reader's
     not_mergeable = (
         "Gated cross-attention is no weight update, so it can't be merged. Keep the adapter, or get the language model "

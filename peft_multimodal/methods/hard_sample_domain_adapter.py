@@ -353,6 +353,7 @@ class HardSampleDomainAdapterModel(MultimodalTuner):
 
     prefix = "hard_sample_domain_adapter_"
     tuner_layer_cls = HardSampleDomainAdapterLayer
+    learning_rates = (1e-4, 5e-3)
     scalars = (".scale_norm",)
     not_mergeable = (
         "The adapter is a network of its own beside the frozen layers; that is no weight update, so it can't be merged. "

@@ -225,6 +225,7 @@ class StructuredPromptModel(MultimodalTuner):
 
     prefix = "structured_prompt_"
     tuner_layer_cls = StructuredPromptLayer
+    learning_rates = (3e-4, 1e-2)
     not_mergeable = (
         "A prompt is read by the text tower beside the names; that is no weight update, so it can't be merged. Keep the "
         "adapter, or get the base model back by unload()."

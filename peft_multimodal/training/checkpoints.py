@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 STATE = "trainer_state.json"
+BATCHES = "batches.json"  # of the trainers of this package
 _NUMBER = re.compile(r"checkpoint-(\d+)")
 _RANK = re.compile(r"rng_state_(\d+)\.pth")
 # One of each list: of transformers, of FSDP with whole and with sharded states, of DeepSpeed.
@@ -87,6 +88,16 @@ def to_resume(asked: Any, output_dir: str | os.PathLike | None) -> Any:
     if found is None:
         raise ValueError(f"{output_dir} has no complete checkpoint to resume from: train() without it starts anew.")
     return found
+
+
+def batches_of(checkpoint: Path) -> dict[str, int]:
+    """The batches that a checkpoint was trained with, as `AdapterTrainer` has them; what isn't known is left out."""
+    found = _read(checkpoint / BATCHES) if (checkpoint / BATCHES).is_file() else None
+    if isinstance(found, dict):
+        return {name: value for name, value in found.items() if isinstance(value, int)}
+    state = _read(checkpoint / STATE) if (checkpoint / STATE).is_file() else None
+    size = state.get("train_batch_size") if isinstance(state, dict) else None
+    return {"per_device_train_batch_size": size} if isinstance(size, int) else {}
 
 
 def _is_whole(file: Path) -> bool:

@@ -5,16 +5,15 @@ Over the B pairs of a step on all processes together, with l_i a pair's loss of 
 
     L = 1/B sum_i w_i c_i l_i + lambda 1/B sum_i (||v_i - v_i'||^2 + ||t_i - t_i'||^2) / 2
 
-where v', t' are what the model gives with its adapters off: staying near to it is what keeps general knowledge.
+l_i is InfoNCE's, or the sigmoid loss's for a model that was trained by it (see `losses`). v', t' are what the model gives with its adapters off: staying near to it is what keeps general knowledge.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,10 +21,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainingArguments
 
+from ..anatomy import base_model
 from ..methods.hard_sample_domain_adapter import HardSampleDomainAdapterConfig
-from .checkpoints import to_resume
 from .hard_samples import (
     FILE,
     HardSampleBank,
@@ -34,20 +32,20 @@ from .hard_samples import (
     default_collator,
     difficulties,
     load_arrays,
-    logit_scale,
     save_arrays,
     split_keys,
     streams,
 )
-from .losses import dual_embeddings, pair_losses
+from .losses import dual_embeddings, pair_losses, sigmoid_pair_losses
 from .sampling import HardSampleSampler
-from .trainer import AdapterTrainer, call_inside
+from .temperature import logit_bias, logit_scale
+from .trainer import AdapterTrainer, call_inside, rows_of_a_step
 
 SAMPLER_FILE = "hard_sample_sampler.safetensors"
 
 
 class ContrastiveTrainer(AdapterTrainer):
-    """`transformers.Trainer` with the symmetric contrastive loss of all processes' pairs, for every dual encoder.
+    """`transformers.Trainer` with the contrastive loss of all processes' pairs, for every dual encoder.
 
         >>> bank = HardSampleBank.from_model(model, dataset, id_column="id")
         >>> trainer = ContrastiveTrainer(model, args, train_dataset=dataset, hard_samples=bank)
@@ -72,11 +70,15 @@ class ContrastiveTrainer(AdapterTrainer):
             embeddings first, then the loss of the whole batch, then each part again with its share of the gradient.
         chunk_size: Draws of the sampler between two looks at the difficulties; None draws an epoch at once.
         encode: `(model, batch) -> (image, text)` for models whose output has no `image_embeds` and `text_embeds`.
+        loss: "softmax" (InfoNCE) or "sigmoid"; None takes the one that the model was trained by: sigmoid where it has a
+            `logit_bias`, as SigLIP has.
     """
+
+    joint_loss = True
 
     def __init__(
         self,
-        model: Any,
+        model: Any = None,
         args: Any = None,
         data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
         train_dataset: Any = None,
@@ -86,12 +88,13 @@ class ContrastiveTrainer(AdapterTrainer):
         rows_at_once: int | None = None,
         chunk_size: int | None = 1024,
         encode: Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]] | None = None,
+        loss: Literal["softmax", "sigmoid"] | None = None,
         **kwargs: Any,
     ) -> None:
         if not (isinstance(keep_close, (int, float)) and 0 <= keep_close < float("inf")):
             raise ValueError(f"keep_close must be a number >= 0, got {keep_close!r}.")
-        if keep_close and not hasattr(model, "disable_adapter"):
-            raise ValueError("keep_close compares with the model without its adapters: it needs a PeftModel.")
+        if loss not in (None, "softmax", "sigmoid"):
+            raise ValueError(f"loss must be 'softmax', 'sigmoid' or None, got {loss!r}.")
         for name, value in (("rows_at_once", rows_at_once), ("chunk_size", chunk_size)):
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be a positive integer or None, got {value!r}.")
@@ -100,23 +103,34 @@ class ContrastiveTrainer(AdapterTrainer):
         self.bank, self.keep_close, self.rows_at_once = hard_samples, keep_close, rows_at_once
         self.chunk_size = chunk_size
         self.encode = encode or dual_embeddings
+        self.loss = loss
         self.sampler: HardSampleSampler | None = None
         self._resume_sampler: dict[str, np.ndarray] | None = None
         self._positions = None
         if self.bank is not None and train_dataset is not None and not streams(train_dataset):
             self._positions = self.bank.positions_in(train_dataset)  # another data set is an error here
             self.bank.dataset = train_dataset
-        if data_collator is None:
-            rows = train_dataset if train_dataset is not None else kwargs.get("eval_dataset")
-            data_collator = None if rows is None else default_collator(model, next(iter(rows)))
-        args = replace(args or TrainingArguments("trainer_output"), remove_unused_columns=False)
-        if self._positions is not None and args.world_size > 1 and args.accelerator_config.dispatch_batches:
+        if self._positions is not None and args and args.world_size > 1 and args.accelerator_config.dispatch_batches:
             raise ValueError(
                 "dispatch_batches=True lets the first process alone draw, and the other processes' banks fall behind: "
                 "leave it out, or stream the data set."
             )
+        self._first_bank = None  # what each model that model_init makes starts from
+        if self.bank is not None and kwargs.get("model_init") is not None:
+            self._first_bank = {name: array.copy() for name, array in self.bank.state().items()}
         super().__init__(model, args, data_collator, train_dataset, *fixed, **kwargs)
         self.can_return_loss = True
+        if data_collator is None and (row := _first_row(self.train_dataset, self.eval_dataset)) is not None:
+            self.data_collator.collator = default_collator(self.model, row)
+
+    def _adopt(self, model: Any) -> None:
+        if self.keep_close and not hasattr(model, "disable_adapter"):
+            raise ValueError("keep_close compares with the model without its adapters: it needs a PeftModel.")
+        if self.loss == "sigmoid" and logit_bias(model) is None:
+            raise ValueError(
+                f"{type(base_model(model)).__name__} has no logit_bias, which the sigmoid loss needs: it was trained by "
+                "softmax; leave loss= out."
+            )
         for name in model.active_adapters if self.bank is not None and isinstance(model, PeftModel) else ():
             config: Any = model.peft_config[name]
             if isinstance(config, HardSampleDomainAdapterConfig):
@@ -127,18 +141,22 @@ class ContrastiveTrainer(AdapterTrainer):
     def get_train_dataloader(self) -> Any:
         if self.bank is None:
             return super().get_train_dataloader()
-        plain = self.data_collator
-        self.data_collator = SampleIds(plain, self.bank.id_column, self.bank.image_id_column)
-        try:
+        with self._collating(SampleIds(self.data_collator, self.bank.id_column, self.bank.image_id_column)):
             return super().get_train_dataloader()
-        finally:
-            self.data_collator = plain
+
+    def _draws(self) -> int | None:
+        return super()._draws() if self._positions is None else len(self._sampler())
+
+    def _sampler(self) -> HardSampleSampler:
+        assert self.bank is not None
+        assert self._positions is not None
+        rows = rows_of_a_step(self._batches())
+        return HardSampleSampler(self.bank, self._positions, rows, self.chunk_size, self.args.seed)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self._positions is None or self.bank is None:
             return super()._get_train_sampler(train_dataset)
-        rows = self._train_batch_size * self.args.world_size
-        self.sampler = HardSampleSampler(self.bank, self._positions, rows, self.chunk_size, self.args.seed)
+        self.sampler = self._sampler()
         if self._resume_sampler is not None:
             self.sampler.load_state(self._resume_sampler)
             self._resume_sampler = None
@@ -146,21 +164,23 @@ class ContrastiveTrainer(AdapterTrainer):
 
     # --- checkpoints ---
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def _make_ready(self, checkpoint: Path | None) -> None:
+        super()._make_ready(checkpoint)
         if self.bank is not None:
-            resume_from_checkpoint = to_resume(resume_from_checkpoint, self.args.output_dir)
-            if resume_from_checkpoint:
-                self._resume(Path(resume_from_checkpoint))
+            if self._first_bank is not None:
+                self.bank.load_state(self._first_bank)
+            if checkpoint is not None:
+                self._resume(checkpoint)
             self._agree()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _resume(self, folder: Path) -> None:
         assert self.bank is not None
         if not (folder / FILE).is_file():
             raise FileNotFoundError(f"{folder} has no {FILE}: it is a checkpoint of a training without a bank.")
-        self.bank.load_state(load_arrays(folder / FILE)[0])
         if self._positions is not None and not self.args.ignore_data_skip:
             self._resume_sampler = load_arrays(folder / SAMPLER_FILE)[0]
+            self._sampler().load_state(self._resume_sampler)  # refuses another sampler's
+        self.bank.load_state(load_arrays(folder / FILE)[0])
 
     def _agree(self) -> None:
         """Every process starts from the first one's bank."""
@@ -191,7 +211,7 @@ class ContrastiveTrainer(AdapterTrainer):
     ) -> Any:
         inputs, keys = self._keys(inputs)
         image, text = self._embed(model, inputs)
-        loss = self._loss(model, image, text, logit_scale(self._module(model)), inputs, keys)
+        loss = self._loss(model, image, text, self._temper(model), inputs, keys)
         return (loss, {"image_embeds": image, "text_embeds": text}) if return_outputs else loss
 
     def _keys(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -204,6 +224,12 @@ class ContrastiveTrainer(AdapterTrainer):
 
     def _module(self, model: nn.Module) -> Any:
         return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+
+    def _temper(self, model: nn.Module) -> list[Tensor]:
+        """What stands between cosines and the loss: the scale, and for the sigmoid loss the bias."""
+        module = self._module(model)
+        scale, bias = logit_scale(module).float(), logit_bias(module)
+        return [scale] if bias is None or self.loss == "softmax" else [scale, bias]
 
     def _embed(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Unit embeddings, float32 (B, d) each."""
@@ -221,7 +247,7 @@ class ContrastiveTrainer(AdapterTrainer):
         model: nn.Module,
         image: Tensor,
         text: Tensor,
-        scale: Tensor,
+        temper: list[Tensor],
         inputs: Mapping[str, Any],
         keys: dict[str, Tensor],
     ) -> Tensor:
@@ -232,11 +258,11 @@ class ContrastiveTrainer(AdapterTrainer):
         every = {name: gather(key) for name, key in keys.items()}
         first = self.args.process_index * len(image) if gather is gather_with_gradients else 0
         with torch.autocast(image.device.type, enabled=False):
-            losses = pair_losses(
-                image, text, every_image, every_text, scale.float(), every["image"], every["text"], first
-            )
+            of_pairs: Any = sigmoid_pair_losses if len(temper) == 2 else pair_losses
+            losses = of_pairs(image, text, every_image, every_text, *temper, every["image"], every["text"], first)
         if training and self.bank is not None:
-            weights = self._visit(every_image.detach(), every_text.detach(), scale.detach(), every, first, len(image))
+            scale = temper[0].detach()
+            weights = self._visit(every_image.detach(), every_text.detach(), scale, every, first, len(image))
             losses = losses * weights.to(losses)
         loss = losses.mean()
         if training and self.keep_close:
@@ -283,12 +309,11 @@ class ContrastiveTrainer(AdapterTrainer):
                 states.append(_random_states(self.args.device))
                 embedded.append(self._embed(self._module(model), part))
         image, text = (torch.cat(side).requires_grad_() for side in zip(*embedded, strict=True))
-        own_scale = logit_scale(self._module(model))
-        scale = own_scale.detach().requires_grad_()
+        temper = [number.detach().requires_grad_() for number in self._temper(model)]
         with self.compute_loss_context_manager():
-            loss = self._loss(model, image, text, scale, inputs, keys)
+            loss = self._loss(model, image, text, temper, inputs, keys)
         share = loss / self.current_gradient_accumulation_steps
-        by_image, by_text, by_scale = torch.autograd.grad(share, (image, text, scale))
+        by_image, by_text, *by_temper = torch.autograd.grad(share, (image, text, *temper))
         for i, part in enumerate(parts):
             rows = slice(i * self.rows_at_once, (i + 1) * self.rows_at_once)
             last = i == len(parts) - 1
@@ -300,8 +325,9 @@ class ContrastiveTrainer(AdapterTrainer):
                 with self.compute_loss_context_manager():
                     again = self._embed(model, part)
                     surrogate = (again[0] * by_image[rows]).sum() + (again[1] * by_text[rows]).sum()
-                    if last and own_scale.requires_grad:
-                        surrogate = surrogate + logit_scale(self._module(model)) * by_scale
+                    if last:
+                        own = zip(self._temper(model), by_temper, strict=True)
+                        surrogate = surrogate + sum(number * by for number, by in own if number.requires_grad)
                 self.accelerator.backward(surrogate)
         return share.detach()
 
@@ -335,6 +361,12 @@ class _Gather(torch.autograd.Function):
 def gather_with_gradients(x: Tensor) -> Tensor:
     """(B, ...) of each process -> (processes * B, ...), with gradients; every process has as many rows."""
     return _Gather.apply(x)
+
+
+def _first_row(*datasets: Any) -> Any:
+    """Of the first data set that there is; evaluation takes a dict of them."""
+    parts = [part for data in datasets for part in (data.values() if isinstance(data, dict) else [data])]
+    return next((next(iter(part), None) for part in parts if part is not None), None)
 
 
 def _alone(x: Tensor) -> Tensor:

@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import TrainingArguments
 
 from ..anatomy import base_model, describe
 from ..data import LanguageProcessor
@@ -204,11 +203,11 @@ def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 class KeptOutputs(torch.utils.data.Dataset):
-    """The frozen towers' outputs of translation pairs, memory-mapped: a row is {"student", "teacher", "pairs"}.
+    """The frozen towers' outputs of translation pairs, memory-mapped: a row is {"student", "teacher", "pairs", "ids"}.
 
-    student: (L_s, d_s); teacher: (d_t,), at the level of tokens (L_t, d_t). They lie in the cache of `datasets` under a
-    key of both towers' weights, the texts' tokens and the dtype: whatever changes, they are made again. Rows are sorted
-    by the length of the target.
+    student: (L_s, d_s); teacher: (d_t,), at the level of tokens (L_t, d_t); ids: (L_s,), the target's tokens. The outputs
+    lie in the cache of `datasets` under a key of both towers' weights, the texts' tokens and the dtype: whatever changes,
+    they are made again. Rows are sorted by the length of the target.
     """
 
     def __init__(
@@ -224,10 +223,15 @@ class KeptOutputs(torch.utils.data.Dataset):
         self.dtype = np.dtype(dtype)
         pairs = sorted(pairs, key=lambda pair: len(pair["target"]))
         batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+        self.ids: list[np.ndarray] = []  # the targets' tokens
         digest = _weights_hash(part, adapter_name)
         digest.update(f"{dtype} {part.level}".encode())
         for batch in batches:
-            for name, value in collator(batch).items():
+            tokenised = collator(batch)
+            lengths = tokenised["target_attention_mask"].sum(dim=1).tolist()
+            ids = tokenised["target_input_ids"].numpy().astype(np.int32)
+            self.ids += [row[:length].copy() for row, length in zip(ids, lengths, strict=True)]
+            for name, value in tokenised.items():
                 tokens = value.numpy().tobytes() if isinstance(value, Tensor) else json.dumps(value).encode()
                 digest.update(f"{name} {len(tokens)}".encode() + tokens)
 
@@ -283,8 +287,11 @@ class KeptOutputs(torch.utils.data.Dataset):
                 "student": np.frombuffer(student, self.dtype).reshape(-1, self.widths["student"]),
                 "teacher": np.frombuffer(teacher, self.dtype).reshape(-1, self.widths["teacher"]),
                 "pairs": pairs,
+                "ids": self.ids[i],
             }
-            for student, teacher, pairs in zip(found["student"], found["teacher"], found["pairs"], strict=True)
+            for i, student, teacher, pairs in zip(
+                indices, found["student"], found["teacher"], found["pairs"], strict=True
+            )
         ]
 
     def mean_teacher(self, rows: int = 512) -> Tensor:
@@ -344,7 +351,8 @@ class PairCollator:
         return batch | {"pairs": [row.get("pairs") or [] for row in rows]}
 
     def _kept(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = {"pairs": [row["pairs"] for row in rows]}
+        ids = nn.utils.rnn.pad_sequence([torch.from_numpy(row["ids"]).long() for row in rows], batch_first=True)
+        batch: dict[str, Any] = {"pairs": [row["pairs"] for row in rows], "target_input_ids": ids}
         for name in ("student", "teacher"):
             lengths = [len(row[name]) for row in rows]
             states = np.zeros((len(rows), max(lengths), rows[0][name].shape[-1]), np.float32)
@@ -380,7 +388,7 @@ class CrossLingualTrainer(AdapterTrainer):
 
     def __init__(
         self,
-        model: Any,
+        model: Any = None,
         args: Any = None,
         *,
         processing_class: LanguageProcessor,
@@ -393,18 +401,29 @@ class CrossLingualTrainer(AdapterTrainer):
         cache_dir: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
-        part = _tower(model)
-        active = part.active_adapters
-        if len(active) != 1:
-            raise ValueError(f"One adapter is trained at a time; active are {active}. Call model.set_adapter(name).")
         if cache_dtype not in ("float32", "float16"):
             raise ValueError(f"cache_dtype must be 'float32' or 'float16', got {cache_dtype!r}.")
         if not isinstance(processing_class, LanguageProcessor):
             raise TypeError("processing_class must be a LanguageProcessor: LanguageProcessor(en=..., zh=...).")
+        self._processor, self._language, self._asked = processing_class, language, loss or DistillationLoss()
+        self._keep: dict[str, Any] | None = {"dtype": cache_dtype, "cache_dir": cache_dir} if cache else None
+        self._counts: dict[str, int | FullPairs] = {}
+        self._data: tuple[Any, Any] | None = None
+        super().__init__(model, args, eval_dataset=eval_dataset, processing_class=processing_class, **kwargs)
+        self.can_return_loss = True
+        self._data = train_dataset, eval_dataset
+        self._prepare(self.model)
+        self._check_batches()
+
+    def _adopt(self, model: Any) -> None:
+        part = _tower(model)
+        active = part.active_adapters
+        if len(active) != 1:
+            raise ValueError(f"One adapter is trained at a time; active are {active}. Call model.set_adapter(name).")
         self.adapter_name = active[0]
-        self.distillation_loss = loss or DistillationLoss()
-        if self.distillation_loss.tokens is None:
-            self.distillation_loss = replace(self.distillation_loss, tokens=float(part.level == "tokens"))
+        self.distillation_loss = self._asked
+        if self._asked.tokens is None:
+            self.distillation_loss = replace(self._asked, tokens=float(part.level == "tokens"))
         if part.level != "tokens" and (self.distillation_loss.tokens or self.distillation_loss.functional):
             raise ValueError(
                 "The losses tokens= and functional= need an adapter with level='tokens': a fusion encoder reads its states."
@@ -413,61 +432,90 @@ class CrossLingualTrainer(AdapterTrainer):
             raise ValueError(
                 "The loss functional= needs the fusion encoder: train in the whole model, not its text side."
             )
-        language = language or self.adapter_name
-        processing_class.tokenizer(language)  # an unknown one is an error here
-        self.skipped: dict[str, int] = {}
-        collator = PairCollator(processing_class, language)
-        keep = {"part": part, "adapter_name": self.adapter_name, "collator": collator}
-        keep |= {"dtype": cache_dtype, "cache_dir": cache_dir} if cache else {"part": None}
-        self._keep = keep
-        args = replace(args or TrainingArguments("trainer_output"), remove_unused_columns=False)
-        if args.place_model_on_device:
-            model.to(args.device)  # the frozen outputs are computed there too
-        super().__init__(
-            model,
-            args,
-            train_dataset=self._prepared(train_dataset, "train"),
-            eval_dataset=self._prepared(eval_dataset, "eval"),
-            data_collator=collator,
-            processing_class=processing_class,
-            **kwargs,
-        )
-        self.can_return_loss = True
+        language = self._language or self.adapter_name
+        others = self._processor.languages[1:]
+        if self._language is None and language not in self._processor.languages and (others or language == "default"):
+            others = others or ["zh"]
+            raise ValueError(
+                f"The adapter is called {language!r}, and the processor has the languages {self._processor.languages}. Call "
+                f"the adapter as its language, get_peft_model(model, config, adapter_name={others[0]!r}), or pass "
+                f"language={others[0]!r}."
+            )
+        self._processor.tokenizer(language)  # an unknown one is an error here
+        self._collator = PairCollator(self._processor, language)
 
-    def _prepared(self, data: Any, name: str) -> Any:
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        model = super().call_model_init(trial)
+        if self._data is not None:  # train() makes a model of its own
+            if self.place_model_on_device:
+                self._move_model_to_device(model, self.args.device)
+            self._prepare(model)
+            self._start(model)
+        return model
+
+    def _prepare(self, model: Any) -> None:
+        """Make the data ready for this model: its frozen towers' outputs are found again if they are the same."""
+        assert self._data is not None
+        self.train_dataset, self.eval_dataset = (
+            self._prepared(data, name, _tower(model)) for data, name in zip(self._data, ("train", "eval"), strict=True)
+        )
+        self.data_collator.collator = self._collator
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Pairs with an empty side that were left out, by data set; of one that streams, in its latest pass."""
+        return {name: count if isinstance(count, int) else count.skipped for name, count in self._counts.items()}
+
+    def _needs_negatives(self) -> bool:
+        loss = self.distillation_loss
+        return bool(loss.contrastive) and not (loss.mse or loss.cosine or loss.tokens or loss.functional)
+
+    def _check_batches(self) -> None:
+        super()._check_batches()
+        if self.train_dataset is not None and self.distillation_loss.contrastive and self._train_batch_size == 1:
+            warnings.warn(
+                "A batch of one pair has no negatives: the term contrastive= teaches nothing. Set "
+                "per_device_train_batch_size to 2 or more, or contrastive=0.",
+                stacklevel=3,
+            )
+
+    def _prepared(self, data: Any, name: str, part: LanguageTower) -> Any:
         if isinstance(data, dict):
-            return {key: self._prepared(part, f"{name}_{key}") for key, part in data.items()}
+            return {key: self._prepared(rows, f"{name}_{key}", part) for key, rows in data.items()}
         if data is None:
             return None
         if not hasattr(data, "__len__"):
-            if self._keep["part"] is not None:
+            if self._keep is not None:
                 raise ValueError("A data set that streams has no end to compute beforehand: set cache=False.")
-            return data
+            self._counts[name] = FullPairs(data, self.args.dataloader_num_workers)
+            return self._counts[name]
         pairs = [dict(row) for row in data]
         lacking = next((i for i, pair in enumerate(pairs) if not {"source", "target"} <= pair.keys()), None)
         if not pairs or lacking is not None:
             has = "no rows" if lacking is None else f"row {lacking} has {sorted(pairs[lacking])}"
             raise ValueError(f"The {name} data needs the columns 'source' and 'target'; {has}.")
-        full = [p for p in pairs if all(isinstance(p[s], str) and p[s].strip() for s in ("source", "target"))]
-        self.skipped[name] = len(pairs) - len(full)
-        if self.skipped[name]:
-            warnings.warn(
-                f"{self.skipped[name]} of {len(pairs)} {name} pairs have an empty side and are left out.", stacklevel=4
-            )
+        full = [pair for pair in pairs if _is_full(pair)]
+        self._counts[name] = skipped = len(pairs) - len(full)
+        if skipped:
+            warnings.warn(f"{skipped} of {len(pairs)} {name} pairs have an empty side and are left out.", stacklevel=5)
         if (len(full) > 1 and len({(p["source"], p["target"]) for p in full}) == 1) or not full:
             raise ValueError(
                 f"All {len(pairs)} {name} pairs are {'equal' if full else 'empty'}: there is nothing to learn."
             )
-        if self._keep["part"] is None:
+        if self._keep is None:
             return full
-        return KeptOutputs(pairs=full, **self._keep)
+        return KeptOutputs(part, self.adapter_name, full, self._collator, **self._keep)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        part = _tower(self.model)
+    def _make_ready(self, checkpoint: Path | None) -> None:
+        super()._make_ready(checkpoint)
+        if self.model_init is None:
+            self._start(self.model)
+
+    def _start(self, model: Any) -> None:
+        part = _tower(model)
         adapter: Any = part.cross_lingual_adapter_language[self.adapter_name]
         if not adapter.up.bias.is_meta and not adapter.up.bias.any():  # untrained
-            self.accelerator.unwrap_model(self.model).base_model.start_at(self._mean_teacher(part), self.adapter_name)
-        return super().train(*args, **kwargs)
+            self.accelerator.unwrap_model(model).base_model.start_at(self._mean_teacher(part), self.adapter_name)
 
     def _mean_teacher(self, part: LanguageTower) -> Tensor:
         if isinstance(self.train_dataset, KeptOutputs):
@@ -516,11 +564,51 @@ class CrossLingualTrainer(AdapterTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if "inputs" in self.args.include_for_metrics:  # transformers takes them by this name
+            inputs.setdefault(getattr(self.model, "main_input_name", "input_ids"), inputs["target_input_ids"])
         with torch.no_grad():
             loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
         if prediction_loss_only:
             return loss.detach(), None, None
         return loss.detach(), outputs["y"].detach(), outputs["e"].detach()
+
+
+class FullPairs(torch.utils.data.IterableDataset):
+    """The pairs of a stream that have both sides; the others are counted."""
+
+    def __init__(self, pairs: Any, workers: int = 0) -> None:
+        self.pairs = pairs
+        self.counts = torch.zeros(max(1, workers), dtype=torch.long).share_memory_()  # one for each worker
+
+    @property
+    def skipped(self) -> int:
+        """Of the latest pass."""
+        return int(self.counts.sum())
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.pairs, "set_epoch"):
+            self.pairs.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = torch.utils.data.get_worker_info()
+        place = 0 if worker is None else worker.id
+        self.counts[place] = 0
+        for i, pair in enumerate(self.pairs):
+            if not {"source", "target"} <= pair.keys():
+                raise ValueError(f"The data needs the columns 'source' and 'target'; row {i} has {sorted(pair)}.")
+            if _is_full(pair):
+                yield pair
+                continue
+            if not self.counts[place]:
+                warnings.warn(
+                    f"Row {i} has an empty side. Such pairs are left out, and counted in `trainer.skipped`.",
+                    stacklevel=2,
+                )
+            self.counts[place] += 1
+
+
+def _is_full(pair: dict[str, Any]) -> bool:
+    return all(isinstance(pair[side], str) and pair[side].strip() for side in ("source", "target"))
 
 
 def text_projection(model: Any) -> nn.Module | None:

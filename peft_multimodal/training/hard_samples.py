@@ -41,8 +41,9 @@ from tqdm.auto import tqdm
 
 from ..data import ImageTextCollator, evaluating
 from ..rows import hash_ids, ids_of, naming, row_name
-from .losses import LOGIT_SCALE, dual_embeddings
+from .losses import dual_embeddings, text_keys
 from .sampling import PART, SumTree, distinct
+from .temperature import logit_scale
 
 FILE = "hard_sample_bank.safetensors"
 FORMAT = 1
@@ -183,16 +184,6 @@ def split_keys(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tens
     image = next(batch[name] for name in ("image_ids", "ids", "sample_ids") if name in batch)
     text = text_keys(batch["input_ids"], batch.get("attention_mask"))
     return inputs, {"sample": batch["sample_ids"], "image": image, "text": text}
-
-
-def text_keys(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """int64 (B,) keys of tokenised texts (B, L): equal texts have equal keys, however they are padded."""
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
-    place = mask.cumsum(dim=1) * mask  # from 1; of padding 0
-    # Odd factors of 64 bits, and products that wrap around: a sum that depends on each token and its place.
-    mixed = (input_ids.long() + 1) * -7046029254386353131 ^ (place.long() * -4417276706812531889)
-    mixed = (mixed ^ (mixed >> 29)) * 0x2545F4914F6CDD1D
-    return ((mixed ^ (mixed >> 32)) * mask.long()).sum(dim=1)
 
 
 # --- difficulty ------------------------------------------------------------------------------------------------------
@@ -687,22 +678,6 @@ def as_it_was(model: Any) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def logit_scale(model: Any) -> Tensor:
-    """1 / temperature of a model: its own, or that of BLIP and CLIP at their start."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    log_scale, temperature = (getattr(base, name, None) for name in ("logit_scale", "temperature"))
-    if isinstance(log_scale, Tensor):
-        return _whole(log_scale).float().exp()
-    if isinstance(temperature, Tensor):  # ALIGN, TIPSv2
-        return 1 / _whole(temperature).float()
-    return torch.tensor(LOGIT_SCALE, device=next(base.parameters()).device)
-
-
-def _whole(parameter: Any) -> Tensor:
-    """A scalar's value: under FSDP2, which wants it to have a dimension, a process has a part of it."""
-    return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).squeeze()
 
 
 def _embedded(loader: Iterable[Mapping[str, Any]], model: Any, encode: Any) -> Iterator[tuple[Tensor, Tensor, dict]]:

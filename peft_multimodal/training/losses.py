@@ -4,12 +4,18 @@ ITC, for unit embeddings v_i, t_j of B pairs, scale s = 1 / temperature, and N(i
 
     L = -1/2B Σ_i [log e^{s v_i·t_i} / (e^{s v_i·t_i} + Σ_{j∈N(i)} e^{s v_i·t_j}) + the same with v and t exchanged]
 
-(CLIP, Radford et al. 2021). ITM is the cross-entropy of a two-class head on fused pairs, against negatives sampled in
-proportion to e^{s v_i·t_j} (ALBEF, Li et al. 2021; BLIP, Li et al. 2022).
+(CLIP, Radford et al. 2021). Models like SigLIP (Zhai et al. 2023) were trained by the sigmoid loss instead, which looks at
+each image and text alone, with a bias beta beside the scale:
+
+    L = -1/B Σ_i Σ_{j = i or j∈N(i)} log σ(y_ij (s v_i·t_j + beta)),   y_ij = 1 if i = j, else -1
+
+ITM is the cross-entropy of a two-class head on fused pairs, against negatives sampled in proportion to e^{s v_i·t_j}
+(ALBEF, Li et al. 2021; BLIP, Li et al. 2022).
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -17,9 +23,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # BLIP's and CLIP's initial temperature; transformers' BLIP retrieval model holds none.
 LOGIT_SCALE = 1 / 0.07
+
+CHUNK = 128  # texts, or images, that the sigmoid loss looks at together
 
 Reduction = Literal["mean", "none"]
 
@@ -47,12 +56,27 @@ def similarity_loss(
         raise ValueError(f"Rows must be pairs: the similarities have shape {tuple(logits_per_image.shape)}.")
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction={reduction!r} is neither "mean" nor "none".')
-    logits = logits_per_image.float()
-    same = _same_ids(image_ids, text_ids, size, logits.device)
+    same = _same_ids(image_ids, text_ids, size, logits_per_image.device)
+    loss = _symmetric(logits_per_image.float(), same)
+    return loss.mean() if reduction == "mean" else loss
+
+
+def _symmetric(logits: Tensor, same: Tensor) -> Tensor:
+    """ITC (B,) of float32 logits (B, B), but for the pairs off the diagonal that are the same (B, B)."""
+    size = len(logits)
+    _warn_of_one(size)
     logits = logits.masked_fill(same & ~torch.eye(size, dtype=torch.bool, device=logits.device), -torch.inf)
     target = torch.arange(size, device=logits.device)
-    loss = (F.cross_entropy(logits, target, reduction="none") + F.cross_entropy(logits.T, target, reduction="none")) / 2
-    return loss.mean() if reduction == "mean" else loss
+    return (F.cross_entropy(logits, target, reduction="none") + F.cross_entropy(logits.T, target, reduction="none")) / 2
+
+
+def _warn_of_one(size: int) -> None:
+    if size == 1:
+        warnings.warn(
+            "A batch of one pair has no negatives, so its contrastive loss teaches nothing. Use batches of two pairs or "
+            "more; dataloader_drop_last=True leaves out a last batch of one.",
+            stacklevel=4,
+        )
 
 
 def contrastive_loss(
@@ -97,6 +121,7 @@ def pair_losses(
         image_ids: Integers `(B,)`, of all.
         text_ids: Integers `(B,)`.
     """
+    _warn_of_one(len(all_images))
     target = torch.arange(first, first + len(image_embeds), device=image_embeds.device)
     same = (image_ids[target, None] == image_ids) | (text_ids[target, None] == text_ids)
     same[torch.arange(len(target), device=same.device), target] = False
@@ -105,6 +130,75 @@ def pair_losses(
         for one, other in ((image_embeds, all_texts), (text_embeds, all_images))
     ]
     return (losses[0] + losses[1]) / 2
+
+
+def sigmoid_loss(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """The module's sigmoid loss of embeddings, in float32 also under autocast; the (B, B) logits are never held whole.
+
+    Args:
+        image_embeds: `(B, d)`, of any length: cosines are taken.
+        text_embeds: `(B, d)`, row i the match of image i.
+        logit_scale: The factor itself; SigLIP's parameter is its logarithm: pass `logit_scale.exp()`.
+        logit_bias: beta.
+        image_ids: Integers `(B,)`: pairs of equal image ids are no negatives of each other. By default all differ.
+        text_ids: Integers `(B,)`, likewise.
+        reduction: `"none"` gives `(B,)`, the mean of a pair's row and column sums; `"mean"` their mean.
+    """
+    own = torch.arange(len(image_embeds), device=image_embeds.device)
+    with torch.autocast(image_embeds.device.type, enabled=False):
+        image, text = (F.normalize(side.float(), dim=-1) for side in (image_embeds, text_embeds))
+        images, texts = (own if ids is None else ids.to(own.device) for ids in (image_ids, text_ids))
+        loss = sigmoid_pair_losses(image, text, image, text, logit_scale, logit_bias, images, texts)
+    return loss.mean() if reduction == "mean" else loss
+
+
+def sigmoid_pair_losses(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    all_images: Tensor,
+    all_texts: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    image_ids: Tensor,
+    text_ids: Tensor,
+    first: int = 0,
+    chunk_size: int = CHUNK,
+) -> Tensor:
+    """Each pair's share of the sigmoid loss among the pairs of several processes, `(b,)`: see `pair_losses`.
+
+    A pair's share is the mean of its image's terms with all texts and of its text's with all images, so their mean over
+    all pairs is the module's equation. Logits are made for `chunk_size` columns at a time, and again in backward.
+    """
+    _warn_of_one(len(all_images))
+    own = torch.arange(first, first + len(image_embeds), device=image_embeds.device)
+
+    def of_columns(columns: Tensor, *tensors: Tensor) -> Tensor:
+        image, text, images, texts, scale, bias = tensors
+        match = own[:, None] == columns
+        same = (image_ids[own, None] == image_ids[columns]) | (text_ids[own, None] == text_ids[columns])
+        y = match.to(image.dtype) * 2 - 1
+        left_out = same & ~match
+        terms = [
+            F.softplus(-y * (one @ other.T * scale + bias)).masked_fill(left_out, 0).sum(dim=1)
+            for one, other in ((image, texts), (text, images))
+        ]
+        return (terms[0] + terms[1]) / 2
+
+    scale, bias = (torch.as_tensor(x, device=own.device) for x in (logit_scale, logit_bias))
+    loss = image_embeds.new_zeros(len(own))
+    for part in torch.arange(len(all_images), device=own.device).split(chunk_size):
+        columns = slice(int(part[0]), int(part[0]) + len(part))
+        tensors = (image_embeds, text_embeds, all_images[columns], all_texts[columns], scale, bias)
+        loss = loss + checkpoint(of_columns, part, *tensors, use_reentrant=False, preserve_rng_state=False)
+    return loss
 
 
 def matching_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -137,19 +231,32 @@ def hard_negative_indices(
     Raises:
         ValueError: A row has no negative, as every row has its id.
     """
-    same = _same_ids(ids, ids, len(similarity), similarity.device) | torch.eye(
-        len(similarity), dtype=torch.bool, device=similarity.device
-    )
-    if same.all(dim=1).any():
+    same = _same_ids(ids, ids, len(similarity), similarity.device)
+    rows, texts, images = _hard_negatives(similarity, same, generator)
+    if len(rows) < len(similarity):
+        lacking = sorted({*range(len(similarity))} - {*rows.tolist()})
         raise ValueError(
-            f"Rows {same.all(dim=1).nonzero().flatten().tolist()} have no negative: all {len(similarity)} rows share "
-            "one id. Use a larger batch of more ids, or drop a last batch of one row (dataloader_drop_last=True)."
+            f"Rows {lacking} have no negative: all {len(similarity)} rows share one id. Use a larger batch of more ids, "
+            "or drop a last batch of one row (dataloader_drop_last=True)."
         )
+    return texts, images
+
+
+def _hard_negatives(
+    similarity: Tensor, same: Tensor, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows, texts, images), int64 (n,) each: the rows that have a negative, and a text and an image of another one.
+
+    same: symmetric (B, B); what is the same as a row, like the row itself, is no negative of it.
+    """
+    same = same | torch.eye(len(same), dtype=torch.bool, device=same.device)
+    rows = (~same).any(dim=1).nonzero()[:, 0]
     logits = similarity.float().masked_fill(same, -torch.inf)
     texts, images = (
-        torch.multinomial(rows.softmax(dim=1), 1, generator=generator)[:, 0] for rows in (logits, logits.T)
+        torch.multinomial(side[rows].softmax(dim=1), 1, generator=generator)[:, 0] if len(rows) else rows
+        for side in (logits, logits.T)
     )
-    return texts, images
+    return rows, texts, images
 
 
 def contrastive_loss_func(
@@ -216,7 +323,8 @@ def retrieval_loss(
     """ITC + ITM with in-batch hard negatives, for a model made like `BlipForImageTextRetrieval`.
 
     The towers run once; only the fusion pass sees 3 B pairs: the B matches, each image with a hard negative text and
-    each text with a hard negative image. Where no row has a negative (one row, or one id) ITM sees the matches alone.
+    each text with a hard negative image. Pairs that share their caption, or their id, are no negatives of each other; of
+    a row without negatives (one row, or all the same) ITM sees the match alone.
     Negatives come from this process's batch only. Momentum distillation and queues of ALBEF and BLIP are left out.
 
     Args:
@@ -228,22 +336,35 @@ def retrieval_loss(
         generator: Of the negatives, on the model's device.
 
     Returns:
-        `{"loss", "itc_loss", "itm_loss"}`, scalars, the first the sum of the others.
+        `{"loss", "itc_loss", "itm_loss"}`, scalars, the first the sum of the others; and the unit embeddings
+        `{"image_embeds", "text_embeds"}`, `(B, d)` each, without gradient.
     """
     with _adapters_active(model):
         base = _base(model)
         image_states, image_embeds, text_embeds = _encode(base, batch)
         ids, size = batch.get("ids"), len(image_embeds)
         similarity = _cosines(image_embeds, text_embeds) * logit_scale
-        itc = similarity_loss(similarity, ids, ids)
+        captions = text_keys(batch["input_ids"], batch.get("attention_mask"))
+        same = _same_ids(ids, ids, size, similarity.device) | (captions[:, None] == captions)
+        itc = _symmetric(similarity, same).mean()
 
-        image_index = text_index = own = torch.arange(size, device=similarity.device)
-        if not _same_ids(ids, ids, size, similarity.device).all() and size > 1:
-            texts, images = hard_negative_indices(similarity, ids, generator)
-            image_index, text_index = torch.cat([own, own, images]), torch.cat([own, texts, own])
+        own = torch.arange(size, device=similarity.device)
+        rows, texts, images = _hard_negatives(similarity, same, generator)
+        image_index, text_index = torch.cat([own, rows, images]), torch.cat([own, texts, rows])
         logits = _match_logits(base, image_states[image_index], batch, text_index)
         itm = matching_loss(logits, torch.arange(len(logits), device=logits.device) < size)
-    return {"loss": itc + itm, "itc_loss": itc.detach(), "itm_loss": itm.detach()}
+    embeds = {"image_embeds": image_embeds.detach(), "text_embeds": text_embeds.detach()}
+    return {"loss": itc + itm, "itc_loss": itc.detach(), "itm_loss": itm.detach(), **embeds}
+
+
+def text_keys(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """int64 (B,) keys of tokenised texts (B, L): equal texts have equal keys, however they are padded."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
+    place = mask.cumsum(dim=1) * mask  # from 1; of padding 0
+    # Odd factors of 64 bits, and products that wrap around: a sum that depends on each token and its place.
+    mixed = (input_ids.long() + 1) * -7046029254386353131 ^ (place.long() * -4417276706812531889)
+    mixed = (mixed ^ (mixed >> 29)) * 0x2545F4914F6CDD1D
+    return ((mixed ^ (mixed >> 32)) * mask.long()).sum(dim=1)
 
 
 def _same_ids(image_ids: Tensor | None, text_ids: Tensor | None, size: int, device: torch.device) -> Tensor:

@@ -215,9 +215,22 @@ class HardSampleSampler(Sampler[int]):
         numbers = (self.epoch, self.chunks, self.done, self.first)
         kept = np.concatenate([np.empty(0, np.int64), *self.kept]).astype(np.int64)
         lengths = np.array([len(chunk) for chunk in self.kept], np.int64)
-        return {"numbers": np.array(numbers, np.int64), "kept": kept, "lengths": lengths}
+        shape = np.array([self.batch_size, self.batches], np.int64)
+        return {"numbers": np.array(numbers, np.int64), "kept": kept, "lengths": lengths, "shape": shape}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where another sampler stood.
+
+        Raises:
+            ValueError: its batches or chunks were of another size: the draws that are left couldn't be told.
+        """
+        shape = [self.batch_size, self.batches]
+        if "shape" in state and state["shape"].tolist() != shape:
+            size, batches = state["shape"].tolist()
+            raise ValueError(
+                f"The sampler was saved with {size} rows a step and {batches} batches a chunk, and has {self.batch_size} and "
+                f"{self.batches} now: it can't go on there. Keep the batch size, the number of processes and chunk_size."
+            )
         self.epoch, self.chunks, self.done, self.first = (int(n) for n in state["numbers"])
         ends = np.cumsum(state["lengths"])
         self.kept = deque(np.split(state["kept"], ends)[:-1])  # the last part is what stands behind them: nothing

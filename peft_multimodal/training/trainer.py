@@ -2,42 +2,184 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
-from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
-from ..data import FiniteBatches
-from .checkpoints import STATE, to_resume
+from ..data import FiniteBatches, evaluating
+from .callback import AdapterCallback
+from .checkpoints import BATCHES, STATE, batches_of, to_resume
 from .losses import LOGIT_SCALE, retrieval_loss
+
+BATCH = "per_device_train_batch_size"
+
+
+def rows_of_a_step(batches: dict[str, int]) -> int:
+    """Of all processes together; with split_batches they share a batch out."""
+    return batches[BATCH] * (1 if batches.get("split_batches") else batches["processes"])
+
+
+class _OwnCallback(AdapterCallback):
+    stock = False
 
 
 class AdapterTrainer(Trainer):
     """What the trainers of the package have in common: their own loss, adapters of any name, no NaN in their data,
-    and exact restarts after a kill."""
+    evaluations that don't draw, batches that have negatives, and exact restarts after a kill.
 
+    All columns of the data reach the collator, whatever `remove_unused_columns` says."""
+
+    data_collator: Any
     loss_is_scaled_for_ga = False  # a mean over its own batch
+    joint_loss = False  # whether it is one loss of all processes' rows
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: Any = None, args: Any = None, *fixed: Any, **kwargs: Any):
+        if model is not None:
+            self._adopt(model)
+        super().__init__(model, args or TrainingArguments("trainer_output"), *fixed, **kwargs)
         self.model_accepts_loss_kwargs = False
         self.data_collator = FiniteBatches(self.data_collator, getattr(self.data_collator, "id_column", None) or "id")
         if self.args.n_gpu > 1:
             raise ValueError("DataParallel isn't supported: start one process a GPU with `accelerate launch`.")
+        self.remove_callback(AdapterCallback)
+        self.add_callback(_OwnCallback())
+        self._check_batches()
+
+    def _adopt(self, model: Any) -> None:
+        """Refuse a model that this trainer can't train, and make ready what belongs to it."""
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        model = super().call_model_init(trial)
+        self._adopt(model)
+        return model
+
+    # --- data ---
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        return dataset
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        return data_collator
+
+    def get_train_dataloader(self) -> Any:
+        self._check_batches()  # of the size that auto_find_batch_size has come to
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        with self._collating(evaluating(self.data_collator)):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        with self._collating(evaluating(self.data_collator)):
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _collating(self, collator: Any) -> Iterator[None]:
+        plain, self.data_collator = self.data_collator, collator
+        try:
+            yield
+        finally:
+            self.data_collator = plain
+
+    def _draws(self) -> int | None:
+        """Rows of an epoch; None of a data set that streams."""
+        return len(self.train_dataset) if has_length(self.train_dataset) else None
+
+    def _needs_negatives(self) -> bool:
+        """Whether a batch of one pair teaches nothing."""
+        return True
+
+    def _check_batches(self) -> None:
+        if self.train_dataset is None:
+            return
+        processes, draws = self.args.world_size, self._draws()
+        rows = rows_of_a_step(self._batches())
+        batch = rows if self.joint_loss else rows // processes
+        if self.args.dataloader_drop_last and draws is not None and draws < rows:
+            raise ValueError(
+                f"An epoch has {draws} rows, a batch of all processes {rows}: with dataloader_drop_last=True "
+                "no batch is left. Lower per_device_train_batch_size, or set dataloader_drop_last=False."
+            )
+        if not self._needs_negatives():
+            return
+        if draws == 1 or batch == 1:
+            of = "The data set has" if draws == 1 else "A batch has"
+            raise ValueError(
+                f"{of} one pair, which has no negatives: the loss would teach nothing, whatever "
+                "gradient_accumulation_steps is. Set per_device_train_batch_size to 2 or more."
+            )
+        if draws is not None and processes == 1 and draws % batch == 1 and not self.args.dataloader_drop_last:
+            warnings.warn(
+                f"The last of an epoch's batches has one pair ({draws} rows in batches of {batch}), which has no negatives "
+                "and teaches nothing: set dataloader_drop_last=True.",
+                stacklevel=3,
+            )
+
+    # --- restarts ---
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer.train`; True resumes from the newest checkpoint that is complete (see `last_checkpoint`)."""
-        return super().train(to_resume(resume_from_checkpoint, self.args.output_dir), *args, **kwargs)
+        """`Trainer.train`; True resumes from the newest checkpoint that is complete (see `last_checkpoint`).
+
+        Raises:
+            ValueError: the batches have changed since the checkpoint, so that training can't go on exactly.
+        """
+        found = to_resume(resume_from_checkpoint, self.args.output_dir) or None
+        self._make_ready(None if found is None else Path(found))
+        return super().train(found, *args, **kwargs)
+
+    def _make_ready(self, checkpoint: Path | None) -> None:
+        """What comes before training, or before it goes on from a checkpoint."""
+        if checkpoint is not None and not self.args.ignore_data_skip:
+            self._check_same_batches(checkpoint)
+
+    def _batches(self) -> dict[str, int]:
+        accelerator: Any = self.args.accelerator_config
+        return {
+            "per_device_train_batch_size": self._train_batch_size,
+            "processes": self.args.world_size,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            "dataloader_drop_last": int(self.args.dataloader_drop_last),
+            "split_batches": int(accelerator.split_batches),
+        }
+
+    def _check_same_batches(self, checkpoint: Path) -> None:
+        then = batches_of(checkpoint)
+        now = {**self._batches(), **({BATCH: then[BATCH]} if self.args.auto_find_batch_size and BATCH in then else {})}
+        changed = [name for name in now if then.get(name, now[name]) != now[name]]
+        if changed and not self._goes_on_exactly({**now, **then}, now):
+            was = ", ".join(f"{name}={then[name]} (now {now[name]})" for name in changed)
+            raise ValueError(
+                f"{checkpoint} was saved with {was}: which rows were trained on couldn't be told, and training would not "
+                "go on as it began. Use the same again, or start a run that takes over the weights alone "
+                "(ignore_data_skip=True begins its epoch anew)."
+            )
+
+    def _goes_on_exactly(self, then: dict[str, int], now: dict[str, int]) -> bool:
+        """Whether every step still to come sees the rows, and has the loss, that it would have had."""
+        rows = [rows_of_a_step(batches) for batches in (then, now)]
+        draws = self._draws()
+        whole = draws is not None and draws % rows[0] == 0  # every batch is full
+        dropped = bool(then["dataloader_drop_last"] and now["dataloader_drop_last"])
+        if then["gradient_accumulation_steps"] != now["gradient_accumulation_steps"] or rows[0] != rows[1]:
+            return False
+        if then["processes"] != now["processes"]:  # several processes fill up a last batch
+            return self.joint_loss and draws is not None and (whole or dropped)
+        return whole or then["dataloader_drop_last"] == now["dataloader_drop_last"]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             (folder / STATE).unlink(missing_ok=True)  # an older run's would vouch for a save that is killed
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / BATCHES).write_text(json.dumps(self._batches(), indent=2) + "\n", encoding="utf-8")
             self._save_beside(folder)
         super()._save_checkpoint(model, trial)
 
@@ -45,23 +187,17 @@ class AdapterTrainer(Trainer):
         """Write into a checkpoint what transformers knows nothing of, before transformers makes it complete."""
 
     def _load_best_model(self) -> None:
-        # transformers looks for an adapter in the checkpoint's root, where PEFT keeps that which is called "default".
-        model: Any = self.accelerator.unwrap_model(self.model)
-        named = [name for name in getattr(model, "peft_config", {}) if name != "default"]
-        best = Path(self.state.best_model_checkpoint or "")
-        for name in named:
-            if (best / name / SAFETENSORS_WEIGHTS_NAME).is_file():
-                model.load_adapter(str(best / name), name, is_trainable=model.peft_config[name].inference_mode is False)
-        if (best / SAFETENSORS_WEIGHTS_NAME).is_file() or not named:
+        # transformers knows one adapter, that is called "default": the callback loads every one.
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not hasattr(self.model, "peft_config"):
             super()._load_best_model()
 
 
 class ImageTextRetrievalTrainer(AdapterTrainer):
     """`transformers.Trainer` whose loss is `retrieval_loss`: ITC + ITM, for models like `BlipForImageTextRetrieval`.
 
-    Use it with `ImageTextCollator` and `TrainingArguments(remove_unused_columns=False)`. Evaluation gives eval_loss
-    with negatives drawn from `args.seed`, thus the same each time; recall is for `peft_multimodal.evaluation`.
-    Gradient accumulation, mixed precision and DDP work as ever; `torch_compile` doesn't reach this loss.
+    Use it with `ImageTextCollator`. Evaluation gives eval_loss with negatives drawn from `args.seed`, thus the same each
+    time; `compute_metrics` and `predict` get image embeddings as predictions and text embeddings as labels, `(rows, d)`
+    each, of unit length: ITC's, while ITM re-ranks by `peft_multimodal.evaluation.rerank_recall`. Gradient accumulation, mixed precision and DDP work as ever; `torch_compile` doesn't reach this loss.
 
     Args:
         logit_scale: 1 / temperature of ITC and of the hard negatives.
@@ -96,8 +232,11 @@ class ImageTextRetrievalTrainer(AdapterTrainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         generator = torch.Generator(device=self.args.device).manual_seed(self.args.seed)
         with torch.no_grad():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs), generator=generator)
-        return loss.detach(), None, None  # type: ignore[union-attr]
+            inputs = self._prepare_inputs(inputs)
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True, generator=generator)
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        return loss.detach(), outputs["image_embeds"], outputs["text_embeds"]
 
 
 def call_inside(wrapper: nn.Module, module: nn.Module, function: Callable[[dict[str, Any]], Any], batch: Any) -> Any:

@@ -1,0 +1,104 @@
+"""What an adapter needs from a `Trainer`, as a callback for any of them."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import nn
+from transformers import TrainerCallback
+
+from .temperature import ScaleBounds
+
+
+class AdapterCallback(TrainerCallback):
+    """For the stock `Trainer`; the trainers of this package bring their own.
+
+        >>> Trainer(model, args, callbacks=[AdapterCallback()], ...)
+
+    - `load_best_model_at_end=True` loads every adapter of the best checkpoint, whatever its name. `Trainer` alone looks
+      for one adapter that is called "default", and otherwise keeps the last weights.
+    - A learning rate outside the range of the adapter's method is said when training starts, such as `Trainer`'s default
+      of 5e-5, at which most methods hardly learn.
+    - A temperature that is trained stays within its family's bounds (see `ScaleBounds`).
+    """
+
+    stock = True  # whether the trainer is; one of this package loads no adapter into another
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Raises ValueError where the stock Trainer's own loading of the best model would mix adapters up."""
+        adapters = getattr(model, "peft_config", {})
+        if (
+            self.stock
+            and args.load_best_model_at_end
+            and "default" in adapters
+            and model.active_adapters[0] != "default"
+        ):
+            raise ValueError(
+                f"With load_best_model_at_end=True Trainer would load the adapter 'default' into {model.active_adapters[0]!r}, "
+                "which is active. Give none of several adapters the name 'default'."
+            )
+        for config in adapters.values():
+            config.best_is_loaded = True  # by this callback: there is nothing to warn of
+        for message in rate_messages(model, kwargs.get("optimizer")):
+            warnings.warn(message, stacklevel=2)
+        self.bounds = ScaleBounds(model)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bounds()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        # FSDP and DeepSpeed keep whole states, which `Trainer` finds.
+        if args.load_best_model_at_end and state.best_model_checkpoint and not (args.fsdp or args.deepspeed):
+            load_adapters(model, Path(state.best_model_checkpoint))
+
+
+def load_adapters(model: Any, checkpoint: Path) -> list[str]:
+    """Read all of a `PeftModel`'s adapters that a checkpoint has; their names.
+
+    PEFT keeps the adapter "default" in the checkpoint's root, and each other one in a folder of its name.
+    """
+    found = []
+    for name, config in getattr(model, "peft_config", {}).items():
+        folder = checkpoint if name == "default" else checkpoint / name
+        if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+            model.load_adapter(str(folder), name, is_trainable=config.inference_mode is False)
+            found.append(name)
+    return found
+
+
+def rate_messages(model: Any, optimizer: Any) -> list[str]:
+    """A sentence for each active adapter whose learning rate is out of its method's range.
+
+    Ranges are for optimizers of Adam's kind, whose steps don't depend on the gradients' size; others are passed over.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    if "adam" not in type(optimizer).__name__.lower():
+        return []
+    messages = []
+    tuners: dict[Any, Any] = dict(PEFT_TYPE_TO_TUNER_MAPPING)
+    for name, config in getattr(model, "peft_config", {}).items():
+        low, high = getattr(tuners.get(config.peft_type), "learning_rates", None) or (0.0, float("inf"))
+        rate = _rate(model, name, optimizer)
+        if rate and not low <= rate <= high:
+            effect = "it will hardly learn" if rate < low else "training may be unstable"
+            messages.append(
+                f"The adapter {name!r} trains at a learning rate of {rate:g}: {effect}. "
+                f"{tuners[config.peft_type].__name__.removesuffix('Model')} takes {low:g} to {high:g}: set "
+                "TrainingArguments(learning_rate=...)."
+            )
+    return messages
+
+
+def _rate(model: nn.Module, adapter_name: str, optimizer: Any) -> float:
+    """The largest rate of an adapter's parameters; 0 where none is trained."""
+    names = {id(p): n for n, p in model.named_parameters() if p.requires_grad}
+    own = [
+        group
+        for group in optimizer.param_groups
+        if any(adapter_name in names.get(id(p), "").split(".") for p in group["params"])
+    ]
+    return max((float(group.get("initial_lr", group["lr"])) for group in own), default=0.0)
