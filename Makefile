@@ -13,7 +13,7 @@ TORCH_NEWEST ?= torch
 CORE = test_registry.py test_families.py test_contract.py test_trainer.py test_saving.py test_life.py \
 	test_peft_expectations.py test_auto_contract.py
 
-.PHONY: help install lock quickstart test test-all test-newest test-oldest quality format package benchmark gpu-check clean
+.PHONY: help install lock quickstart test test-all test-newest test-oldest test-peft quality format package benchmark gpu-check clean
 
 help:
 	@grep -E '^# make' Makefile | cut -c3-
@@ -55,6 +55,13 @@ test-oldest:
 	$(PYTHON) -m venv build/oldest
 	build/oldest/bin/python -m pip install --quiet torch==2.6.0 transformers==5.0.0 peft==0.21.0 accelerate==1.3.0 ".[test]"
 	cd tests && OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore ../build/oldest/bin/python oldest.py
+
+# PEFT's own tests (of its sdist, in build/) on every method, compared with the kept list of what they refuse
+test-peft: install
+	version=$$($(BIN)/python -c 'import peft; print(peft.__version__)') && \
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest build "peft==$$version" && \
+	tar -xzf build/peft-$$version.tar.gz -C build && \
+	OMP_NUM_THREADS=1 $(BIN)/python tests/peft_own.py build/peft-$$version
 
 quality: install
 	$(BIN)/ruff check .
