@@ -32,18 +32,11 @@ import peft
 import torch
 import transformers as hf
 from _pytest.outcomes import OutcomeException, Skipped
-from case import declared
-from families import BOS, FAMILIES, VOCAB, WORDS, Family, tiny
+from families import BOS, FAMILIES, WORDS, Family
 from methods import METHODS, ready, stir
 from peft import LoraConfig, PeftConfig
 
 LIST = Path(__file__).with_suffix(".json")
-TEXT = {"input_ids": torch.tensor([[3, 4, 5, 6, 2], [3, 9, 8, 7, 2]]), "attention_mask": torch.ones(2, 5).long()}
-LLAMA = hf.LlamaConfig(
-    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB, pad_token_id=0
-)
-MODELS: dict[str, Callable[[], Any]] = {name: FAMILIES[name].build for name in ("clip", "blip_retrieval", "llava")}
-MODELS["llama"] = tiny(hf.LlamaForCausalLM, LLAMA)
 WHOLE = {
     "clip": "visual_projection",
     "blip_retrieval": "itm_head",
@@ -59,22 +52,18 @@ def lora(family: Family, **changes: Any) -> PeftConfig:
 
 def inputs(name: str) -> dict[str, Any]:
     """Without BOS, by which tests of this package mark an image: PEFT's tests bring none."""
-    batch = dict(TEXT) if name == "llama" else FAMILIES[name].inputs()
+    batch = FAMILIES[name].inputs()
     return {**batch, "input_ids": batch["input_ids"].masked_fill(batch["input_ids"] == BOS, WORDS[0])}
 
 
 def configs() -> Iterator[tuple[str, str, PeftConfig]]:
-    """(method, model, config), LoRA first."""
+    """(method, model, config), LoRA first; each also with a module that is trained beside it."""
     for method, make in {"lora": lora, **METHODS}.items():
-        for name in MODELS:
-            text = {"task_type": "CAUSAL_LM"} if name == "llama" else {}
-            family = FAMILIES["llava" if name == "llama" else name]
-            config = make(family, **text)
-            if config is not None and (
-                not text or method == "lora" or declared()[method].promises.acts_on in ("matrices", "decoder")
-            ):
+        for name, whole in WHOLE.items():
+            task = {"task_type": "CAUSAL_LM"} if name == "llama" else {}
+            if (config := make(FAMILIES[name], **task)) is not None:
                 yield method, name, config
-                yield f"{method} and a module", name, make(family, modules_to_save=[WHOLE[name]], **text)
+                yield f"{method} and a module", name, make(FAMILIES[name], modules_to_save=[whole], **task)
 
 
 def given(config: PeftConfig) -> dict[str, Any]:
@@ -120,11 +109,11 @@ class Tiny:
 
     def __init__(self, folder: str, name: str) -> None:
         self.folder, self.name = folder, name
-        MODELS[name]().save_pretrained(f"{folder}/{name}")
+        FAMILIES[name].build().save_pretrained(f"{folder}/{name}")
 
     def from_pretrained(self, path: str, **kwargs: Any) -> Any:
         at_hub = path == f"tiny/{self.name}"
-        made: Any = type(MODELS[self.name]())
+        made: Any = type(FAMILIES[self.name].build())
         model = made.from_pretrained(f"{self.folder}/{self.name}" if at_hub else path, **kwargs)
         if at_hub:
             model.name_or_path = model.config._name_or_path = path
@@ -163,7 +152,7 @@ def run_all(common: types.ModuleType) -> tuple[Counter[str], dict[str, dict[str,
     failed: dict[str, dict[str, str]] = {}
     beyond_lora: set[tuple[str, ...]] = set()  # (model, variant, test)
     with tempfile.TemporaryDirectory() as folder:
-        classes = {name: Tiny(folder, name) for name in MODELS}
+        classes = {name: Tiny(folder, name) for name in WHOLE}
         for method, name, config in configs():
             tester = type("Tester", (common.PeftCommonTester,), {"torch_device": "cpu"})()
             tester.transformers_class = classes[name]

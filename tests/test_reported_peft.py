@@ -29,7 +29,12 @@ from peft_multimodal import (
 )
 from peft_multimodal.layers import AttachedPart
 
-WHOLE = {"clip": "visual_projection", "llava": "multi_modal_projector", "blip_retrieval": "itm_head"}
+WHOLE = {
+    "clip": "visual_projection",
+    "llava": "multi_modal_projector",
+    "blip_retrieval": "itm_head",
+    "llama": "lm_head",
+}
 each_method = pytest.mark.parametrize("method", METHODS)
 ROUTES_ROWS = promising(rows=True)
 
