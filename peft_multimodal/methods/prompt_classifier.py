@@ -137,6 +137,8 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
                 if context is None or context.is_meta:
                     continue
                 ids = self.reader.tokenizer_frame().words(self.tokenizer, [getattr(config, field)])[0]
+                if getattr(config, field) == getattr(type(config), field):
+                    ids = ids[-context.shape[-2] :]  # nobody chose these words for this length
                 if len(ids) > context.shape[-2]:
                     raise ValueError(
                         f"{field}={getattr(config, field)!r} is {len(ids)} tokens, but num_{WORDS[field]} is "
@@ -217,7 +219,7 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
             own = join(*self._domain(adapter_name, texts), self.reader.tail())
             return self.reader.continued(self.reader.prefix(self.common(adapter_name)), own)
         prefix = self.reader.prefix(*self.beginning(adapter_name, texts, instance)) if known is None else known
-        w = self.reader.continued(prefix, self.ending(adapter_name, texts, instance).repeat_all(len(prefix)))
+        w = self.reader.continued(prefix, self.ending(adapter_name, texts, instance).repeat_all(prefix.count))
         return w if self.configs[adapter_name].order == "GID" else w.transpose(0, 1)
 
     def beginning(self, adapter_name: str, texts: Texts, instance: Tensor) -> tuple[Piece, Piece]:
@@ -333,7 +335,7 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
     def _prefixes(self, adapter_name: str, texts: Texts, instance: Tensor) -> PrefixStates:
         size = self.configs[adapter_name].chunk_size
         common, own = self.beginning(adapter_name, texts, instance)
-        chunks = (own.rows(slice(start, start + size)) for start in range(0, len(own), size))
+        chunks = (own.rows(slice(start, start + size)) for start in range(0, own.count, size))
         return PrefixStates.cat([cast(PrefixStates, self.reader.prefix(common, chunk)) for chunk in chunks])
 
     # --- logits ---
@@ -415,7 +417,7 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
             else:
                 begun = self.reader.prefix(*self.beginning(adapter_name, own, instance)) if known is None else known.rows(classes)  # fmt: skip
                 w = self.reader.continued(begun, self.ending(adapter_name, own, instance).repeat_each(times))
-            found.append((w.reshape(len(v), times, -1).to(v.dtype) @ v[..., None])[..., 0])
+            found.append((w.flatten(0, 1).unflatten(0, (-1, times)).to(v.dtype) @ v[..., None])[..., 0])
         best = torch.cat(found, dim=1)
         return torch.minimum(cos, best.amin(dim=1, keepdim=True)).scatter(1, top, best)
 
@@ -429,7 +431,7 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
         """v (B, e), of norm 1, and the patches Z (B, S, d_v) without CLS and its like; no gradient goes through Z."""
         if pixel_values is None:
             raise ValueError("The batch has no pixel_values: the classifier needs pictures.")
-        if not len(pixel_values):
+        if not torch.compiler.is_compiling() and not len(pixel_values):
             raise ValueError("The batch is empty: pixel_values holds no picture.")
         model = self._model[0]
         with in_eval(model):
@@ -535,12 +537,12 @@ def check_labels(labels: Tensor, pixel_values: Tensor | None, classes: int) -> N
     if (
         labels.ndim != 1
         or labels.is_floating_point()
-        or (pixel_values is not None and len(labels) != len(pixel_values))
+        or (pixel_values is not None and labels.shape[0] != pixel_values.shape[0])
     ):
         raise ValueError(
             f"labels must be one class number a picture, got {labels.dtype} of shape {tuple(labels.shape)}."
         )
-    if torch.compiler.is_compiling() or not len(labels):
+    if torch.compiler.is_compiling() or not labels.shape[0]:
         return
     low, high = (int(x) for x in labels.aminmax())
     if low < 0 or high >= classes:

@@ -33,6 +33,7 @@ from ..anatomy import device_of
 from ..layers import CallScope
 
 ATTENTION = "structured_prompt"  # the name under which transformers knows the attention that can continue a prefix
+ROWS_TO_SPARE = 512  # embeddings are filled up to a round number beyond their tokenizer's size
 WIDEST = 128  # tokens of continuations side by side: more are masked in vain, fewer repeat their prefix more often
 
 
@@ -47,24 +48,26 @@ class Piece:
     ids: Tensor  # (rows, L)
     keep: Tensor | None = None  # (rows, L)
 
-    def __len__(self) -> int:
-        return len(self.ids)
+    @property
+    def count(self) -> int:
+        """Rows; not `len`, which would fix a batch that `torch.export` keeps open to one size."""
+        return self.ids.shape[0]
 
     def rows(self, index: Any) -> Piece:
         return Piece(self.embeds[index], self.ids[index], None if self.keep is None else self.keep[index])
 
     def repeat_each(self, times: int) -> Piece:
         """Each row so many times: a a b b."""
-        return self.rows(torch.arange(len(self), device=self.ids.device).repeat_interleave(times))
+        return self.rows(torch.arange(self.count, device=self.ids.device).repeat_interleave(times))
 
     def repeat_all(self, times: int) -> Piece:
         """All rows so many times: a b a b."""
-        return self.rows(torch.arange(len(self), device=self.ids.device).repeat(times))
+        return self.rows(torch.arange(self.count, device=self.ids.device).repeat(times))
 
 
 def join(*pieces: Piece) -> Piece:
     """The pieces one behind the other, padding last, trimmed to the longest. A single row goes with every row."""
-    rows = max(len(piece) for piece in pieces)
+    rows = max(piece.count for piece in pieces)
     embeds = torch.cat([p.embeds.expand(rows, -1, -1) for p in pieces], dim=1)
     ids = torch.cat([p.ids.expand(rows, -1) for p in pieces], dim=1)
     if all(piece.keep is None for piece in pieces):
@@ -159,8 +162,9 @@ class PrefixStates:
     layers: tuple[tuple[Tensor, Tensor], ...]  # keys and values (rows, heads, P, d_h)
     keep: Tensor | None  # (rows, P)
 
-    def __len__(self) -> int:
-        return len(self.layers[0][0])
+    @property
+    def count(self) -> int:
+        return self.layers[0][0].shape[0] if self.layers else 0
 
     def rows(self, index: Any) -> PrefixStates:
         layers = tuple((keys[index], values[index]) for keys, values in self.layers)
@@ -179,21 +183,21 @@ class PrefixStates:
         """This one row, as it is continued by each row of `text`, of which the layers kept `layers`."""
 
         def behind(one: Tensor, own: Tensor) -> Tensor:
-            return torch.cat([one.expand(len(own), -1, -1, -1), own], dim=2)
+            return torch.cat([one.expand(own.shape[0], -1, -1, -1), own], dim=2)
 
         both = tuple(
             (behind(k, own_k), behind(v, own_v)) for (k, v), (own_k, own_v) in zip(self.layers, layers, strict=True)
         )
         if text.keep is None:
             return PrefixStates(both, None)
-        whole = text.keep.new_ones(len(text), self.layers[0][0].shape[2])
+        whole = text.keep.new_ones(text.count, self.layers[0][0].shape[2])
         return PrefixStates(both, torch.cat([whole, text.keep], dim=1))
 
     def lengths(self) -> Tensor:
         """(rows)"""
         keys = self.layers[0][0]
         if self.keep is None:
-            return torch.full((len(self),), keys.shape[2], device=keys.device)
+            return torch.full((self.count,), keys.shape[2], device=keys.device)
         return self.keep.sum(dim=1)
 
 
@@ -258,12 +262,19 @@ class Continue:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """(G n, heads, L, d_h) each, of one layer."""
         keys, values = next(self.layers)
-        times = len(query) // len(keys)
-        copies = -(-times // max(WIDEST // query.shape[2], 1))  # of a prefix
-        together = -(-times // copies)
+        times = query.shape[0] // keys.shape[0]
+        copies, together = side_by_side(times, query.shape[2])
         query, key, value = (fill_up(x, times, copies * together) for x in (query, key, value))
         h = continue_prefix(query, key, value, keys, values, self.keep, together, scaling)
-        return h.unflatten(0, (len(keys), -1))[:, :times].flatten(0, 1)
+        return h.unflatten(0, (keys.shape[0], -1))[:, :times].flatten(0, 1)
+
+
+def side_by_side(times: int, length: int) -> tuple[int, int]:
+    """Into how many sequences the continuations of a prefix go, each of `length` tokens, and how many into each."""
+    if not isinstance(times, int):  # torch.export keeps the batch open: no layout fits all sizes
+        return times, 1
+    copies = -(-times // max(WIDEST // length, 1))
+    return copies, -(-times // copies)
 
 
 def continue_prefix(
@@ -285,7 +296,7 @@ def continue_prefix(
             mask keeps them apart, as long as they are finite.
     """
     P, L = keys.shape[2], query.shape[2]
-    copies = len(query) // len(keys) // together
+    copies = query.shape[0] // keys.shape[0] // together
     q, k, v = (in_one(x, together) for x in (query, key, value))
     place = torch.arange(together * L, device=query.device)
     own = (place[:, None] // L == place // L) & (place[:, None] >= place)
@@ -420,7 +431,7 @@ class PromptReader:
         embeds = torch.cat([filled.embeds.unflatten(1, (front, L))[0], own.embeds])
         ids = torch.cat([filled.ids.unflatten(1, (front, L))[0], own.ids])
         front_places = torch.arange(front * L, device=ids.device).clamp(max=P - 1).view(front, L)
-        places = torch.cat([front_places, P + torch.arange(L, device=ids.device).expand(len(own), L)])
+        places = torch.cat([front_places, P + torch.arange(L, device=ids.device).expand(own.count, L)])
         note: list[tuple[Tensor, Tensor]] = []
         own_note: list[tuple[Tensor, Tensor]] = []
         self._run(Piece(embeds, ids), position_ids=places, prompt_prefix=BeginAlike(front, P, note, own_note))
@@ -428,7 +439,7 @@ class PromptReader:
 
     def continued(self, prefix: PrefixStates | Piece, text: Piece) -> Tensor:
         """(G, n, e): the features of sequences, of which row g n + i of `text` continues prefix g."""
-        shape = (len(prefix), len(text) // len(prefix))
+        shape = (prefix.count, text.count // prefix.count)
         if isinstance(prefix, Piece):
             return self.features(join(prefix.repeat_each(shape[1]), text)).unflatten(0, shape)
         places = prefix.lengths()[:, None] + torch.arange(text.ids.shape[1], device=text.ids.device)
@@ -453,6 +464,7 @@ class PromptReader:
 
     def measure(self, tokenizer: Any) -> None:
         """Learn the tokenizer's frame, whether the tower reads its padding, and whether it can continue a prefix."""
+        self._check_size(tokenizer)
         frame = Frame.of(tokenizer)
         if self.frame == frame:
             return
@@ -467,6 +479,13 @@ class PromptReader:
         tail = self.tokens(frame.tail)
         with torch.no_grad():
             whole = self.features(join(begin, end, tail)).float()
+            if torch.equal(self.features(join(begin, other, tail)).float(), whole) and not whole.is_meta:
+                self.frame = None
+                raise ValueError(
+                    f"With this tokenizer, whose texts end in {list(frame.tail)}, {type(self.tower).__name__} doesn't read what "
+                    f"stands in a text: its config looks for eos_token_id {getattr(self.tower.config, 'eos_token_id', None)}. "
+                    "Pass the tokenizer of the base model."
+                )
             padded = join(begin, end, tail, self.tokens([frame.pad]))
             keep = torch.arange(padded.ids.shape[1], device=padded.ids.device) < padded.ids.shape[1] - 1
             moved = self.features(Piece(padded.embeds, padded.ids, keep[None])).float() - whole
@@ -478,7 +497,7 @@ class PromptReader:
             self._take_attention()
             try:
                 states = self.states(begin)
-                exact = len(states) > 0 and (self.continued(states, join(end, tail))[0].float() - whole).norm()
+                exact = states.count > 0 and (self.continued(states, join(end, tail))[0].float() - whole).norm()
             except (TypeError, IndexError):  # a tower without position_ids; one that hands nothing to its attention
                 exact = apart
             reusable = bool(exact < 0.05 * apart)
@@ -491,6 +510,19 @@ class PromptReader:
                     "them. With attn_implementation='sdpa' it is read once, and the results are the same.",
                     stacklevel=4,  # where set_classes or set_tokenizer is called
                 )
+
+    def _check_size(self, tokenizer: Any) -> None:
+        """Refuse a tokenizer whose ids the tower doesn't have; warn of one with far fewer."""
+        rows, size = self.embedding.num_embeddings, len(tokenizer)
+        sizes = f"The tokenizer knows {size} tokens, the text tower {rows}"
+        if tokenizer.vocab_size > rows:
+            raise ValueError(f"{sizes}: it belongs to another model. Pass the tokenizer of the base model.")
+        if size < rows - ROWS_TO_SPARE:
+            warnings.warn(
+                f"{sizes}: it looks like another model's, and then all names mean something else. Pass the tokenizer of the "
+                "base model.",
+                stacklevel=5,  # where set_classes or set_tokenizer is called
+            )
 
     def reuses_prefix(self) -> bool:
         return bool(self._own_attention) and all(c._attn_implementation == ATTENTION for c, _ in self._own_attention)

@@ -60,9 +60,10 @@ class StructuredPromptConfig(MultimodalConfig):
             "per_group", the groups being named in `set_classes`.
         num_domains: n_dom, how many classes or groups there are.
         general_init, domain_init, instance_init: Words that a context starts from, at its end where they are fewer
-            tokens than it has; None draws from N(0, 0.02^2). They are read by the tokenizer of `set_classes`.
+            tokens than it has; None draws from N(0, 0.02^2). They are read by the tokenizer of `set_classes`. Of the
+            default words the last that fit are taken; other words have to fit.
         attention_dim: Width a of the attention over the patches.
-        num_heads: Its heads.
+        num_heads: Its heads; None takes 4, or fewer where 4 doesn't divide the width.
         mode: "prompt", or "feature" for attention on the class features.
         chunk_size: How many classes are computed at a time. Sets the memory of a step, whatever the class count.
         shortlist: In eval mode, give instance prompts to the k classes alone that static prompts (I = Q) rank first;
@@ -83,7 +84,7 @@ class StructuredPromptConfig(MultimodalConfig):
     domain_init: str | None = None
     instance_init: str | None = None
     attention_dim: int = 128
-    num_heads: int = 4
+    num_heads: int = None  # type: ignore[assignment]  # chosen in __post_init__
     mode: str = "prompt"
     chunk_size: int = 32
     shortlist: int | None = None
@@ -96,8 +97,10 @@ class StructuredPromptConfig(MultimodalConfig):
         self.peft_type = PeftType("STRUCTURED_PROMPT")
         for name in ("num_general", "num_instance", "num_domain"):
             self.check_number(name, 0, integer=True)
-        for name in ("num_domains", "attention_dim", "num_heads", "chunk_size"):
+        for name in ("num_domains", "attention_dim", "chunk_size"):
             self.check_number(name, 1, integer=True)
+        self.default_heads("attention_dim")
+        self.check_number("num_heads", 1, integer=True)
         self.check("num_heads", "a divisor of attention_dim", lambda v: self.attention_dim % v == 0)
         self.check_choice("order", ("GDI", "GID"))
         self.check_choice("mode", ("prompt", "feature"))
