@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -20,32 +21,18 @@ import transformers
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 from peft import PeftConfig, PeftModel
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from . import anatomy
 from ._version import __version__
+from .core.registry import METHODS, Method, method_of
 from .layers import MultimodalLayer
-from .methods import (
-    AuroraModeApproxConfig,
-    CrossLingualAdapterConfig,
-    GatedXAttnConfig,
-    HardSampleDomainAdapterConfig,
-    StructuredPromptConfig,
-)
 from .saving import UNCLEAR, AdapterError, check_files, find_adapter
 from .tuner import FORMAT_VERSION, MultimodalConfig, matched_modules
 
 PACKAGE = "peft-multimodal"
 CHECKED = ("torch", "transformers", "peft", "safetensors", "tensorly")
-# The least that a config needs to say what its method would match.
-METHODS: dict[str, Any] = {
-    "AuroraModeApprox": AuroraModeApproxConfig,
-    "CrossLingualAdapter": CrossLingualAdapterConfig,
-    "HardSampleDomainAdapter": HardSampleDomainAdapterConfig,
-    "StructuredPrompt": StructuredPromptConfig,
-    "GatedXAttn": lambda: GatedXAttnConfig(media_token_id=0),
-}
 
 
 @dataclass
@@ -65,13 +52,25 @@ class Finding:
 
 @dataclass
 class Report:
-    """What the doctor found; `print(report)` shows it, `report.healthy` is the exit code's side."""
+    """What the doctor found; `print(report)` shows it, `report.healthy` is the exit code's side.
+
+    Args:
+        versions: {package: version}.
+        model: Its class.
+        towers: Of each its name, path, attentions, width, parameters, and how many of them are trained.
+        methods: {method: {"fits", "places": {"vision q": 12, ...}, "reason": why it doesn't fit, or None}}.
+        adapter: Of the folder that was named: what its config says, its format, and whether it fits.
+        adapters: {name: {"method", "active", "towers": {tower: {"parameters", "trained"}}, "left_alone": towers}} of the
+            model, or of one onto which the folder's adapter was loaded. "shared" parameters belong to no tower.
+        findings: Problems and warnings.
+    """
 
     versions: dict[str, str] = field(default_factory=dict)
     model: str | None = None
     towers: list[dict[str, Any]] = field(default_factory=list)
-    methods: dict[str, str] = field(default_factory=dict)
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
+    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -90,16 +89,43 @@ class Report:
     def __str__(self) -> str:
         parts = ["versions: " + ", ".join(f"{name} {version}" for name, version in self.versions.items())]
         if self.model:
+            header = ("tower", "module", "attentions", "width", "parameters", "trained")
             rows = [
-                (t["name"], t["path"] or "(the model)", str(t["attentions"]), str(t["width"] or "-"))
+                (t["name"], t["path"] or "(the model)", t["attentions"], t["width"] or "-", f"{t['parameters']:,}", f"{t['trained']:,}")
                 for t in self.towers
-            ]
-            parts.append(f"model: {self.model}\n" + anatomy.table(("tower", "module", "attentions", "width"), rows))
-            parts.append("methods, with their defaults:\n" + "\n".join(f"  {m}: {w}" for m, w in self.methods.items()))
+            ]  # fmt: skip
+            parts.append(f"model: {self.model}\n" + anatomy.table(header, rows))
+            parts.append("methods, with their defaults:\n" + "\n".join(map(_method_line, self.methods.items())))
         if self.adapter:
-            parts.append("adapter:\n" + "\n".join(f"  {key}: {value}" for key, value in self.adapter.items()))
+            parts.append("adapter:\n" + "\n".join(f"  {line}" for line in _file_lines(self.adapter)))
+        parts += [_adapter_text(name, adapter) for name, adapter in self.adapters.items()]
         parts += [f"{f.level.upper()}: {f.what}" + (f"\n  {f.way_out}" if f.way_out else "") for f in self.findings]
         return "\n\n".join([*parts, "healthy" if self.healthy else "not healthy"])
+
+
+def _method_line(entry: tuple[str, dict[str, Any]]) -> str:
+    name, method = entry
+    places = ", ".join(f"{count} x {place}" for place, count in method["places"].items())
+    return f"  {name}: {places}" if method["fits"] else f"  {name}: no. {method['reason']}"
+
+
+def _file_lines(adapter: dict[str, Any]) -> Iterator[str]:
+    yield from (f"{key}: {value}" for key, value in adapter.items() if key not in ("format", "fits"))
+    if written := adapter.get("format"):
+        yield f"format: {written['version']}, written by {PACKAGE} {written['package']}; read up to {written['newest']}"
+    if "fits" in adapter:
+        yield "fits: " + ("every weight has its place" if adapter["fits"] else "no")
+
+
+def _adapter_text(name: str, adapter: dict[str, Any]) -> str:
+    rows = [(tower, f"{n['parameters']:,}", f"{n['trained']:,}") for tower, n in adapter["towers"].items()]
+    state = "active" if adapter["active"] else "not active"
+    left = f"\nleft as they are: {', '.join(adapter['left_alone'])}" if adapter["left_alone"] else ""
+    return (
+        f"adapter {name!r} ({adapter['method']}, {state}):\n"
+        + anatomy.table(("tower", "parameters", "trained"), rows)
+        + left
+    )
 
 
 def examine(model: nn.Module | str | Path, adapter: str | Path | None = None, **kwargs: Any) -> Report:
@@ -123,6 +149,7 @@ def examine(model: nn.Module | str | Path, adapter: str | Path | None = None, **
                 "attentions": t.attentions,
                 "width": t.hidden_size,
                 "parameters": t.parameters,
+                "trained": _trained(built, t),
             }
             for t in found.towers
         ]
@@ -131,9 +158,9 @@ def examine(model: nn.Module | str | Path, adapter: str | Path | None = None, **
                 f"{found.model_class} has no tower that is known: nothing reads pixels or tokens.",
                 "Name a vision-language model, or one of its towers.",
             )
-        report.methods = {name: _would_match(built, make) for name, make in METHODS.items()}
-        if isinstance(built, PeftModel):
-            _frozen_towers(report, built)
+        report.methods = {method.title: _would_match(built, method) for method in METHODS.values()}
+        if isinstance(anatomy.unwrapped(built), PeftModel):
+            _adapters(report, anatomy.unwrapped(built), found)
     if adapter is not None:
         _adapter(report, built, adapter, kwargs)
     return report
@@ -215,17 +242,15 @@ def _empty_twin(model: nn.Module) -> Any:
         return type(base)(copy.deepcopy(base.config))
 
 
-def _would_match(model: nn.Module, make: Any) -> str:
+def _would_match(model: nn.Module, method: Method) -> dict[str, Any]:
     base = anatomy.base_model(model)
     try:
         with _quietly():
-            matrices = list(matched_modules(base, make()))
+            matrices = list(matched_modules(base, method.smallest()))
     except ValueError as error:
-        return f"no. {_one_line(error)}"
-    counts: dict[str, int] = {}
-    for matrix in matrices:
-        counts[f"{matrix.tower} {matrix.letter}"] = counts.get(f"{matrix.tower} {matrix.letter}", 0) + 1
-    return ", ".join(f"{count} x {what}" for what, count in counts.items())
+        return {"fits": False, "places": {}, "reason": _one_line(error)}
+    places = Counter(f"{matrix.tower} {matrix.letter}" for matrix in matrices)
+    return {"fits": True, "places": dict(places), "reason": None}
 
 
 def _adapter(report: Report, model: nn.Module | None, name: str | Path, kwargs: dict[str, Any]) -> None:
@@ -246,9 +271,11 @@ def _adapter(report: Report, model: nn.Module | None, name: str | Path, kwargs: 
             f"{str(name)!r} is an adapter of {written['peft_type']}, which is PEFT's own and not looked at here.",
             "It loads by PEFT's PeftModel.from_pretrained.",
         )
-    report.adapter["format"] = (
-        f"{config.format_version}, written by {PACKAGE} {config.package_version}; read up to {FORMAT_VERSION}"
-    )
+    report.adapter["format"] = {
+        "version": config.format_version,
+        "package": config.package_version,
+        "newest": FORMAT_VERSION,
+    }
     for package, then in (("peft", config.peft_version), (PACKAGE, config.package_version)):
         if _newer(then, report.versions.get(package)):
             report.warning(
@@ -263,27 +290,70 @@ def _adapter(report: Report, model: nn.Module | None, name: str | Path, kwargs: 
                 _empty_twin(model), str(name), low_cpu_mem_usage=True, is_trainable=True, **kwargs
             )
     except (ValueError, OSError, *UNCLEAR) as error:
+        report.adapter["fits"] = False
         base_name = report.adapter["base_model_name_or_path"]
         return report.problem(
             f"The adapter doesn't fit: {_one_line(error)}",
             f"It was trained on {base_name!r}." if base_name else "Load the base that it was trained on.",
         )
-    report.adapter["fits"] = "every weight has its place"
-    return _frozen_towers(report, loaded)
+    report.adapter["fits"] = True
+    return _adapters(report, loaded, anatomy.describe(loaded))
 
 
-def _frozen_towers(report: Report, model: PeftModel) -> None:
-    """Towers that an adapter sits in without a parameter that trains, while others train."""
-    for name, config in model.peft_config.items():
-        if not isinstance(config, MultimodalConfig):
+def _trained(model: nn.Module, tower: anatomy.Tower) -> int:
+    """Trained parameters in a tower: its own, and those of adapters."""
+    base = anatomy.base_model(model)
+    own = {
+        p
+        for path, m in anatomy.own_modules(base).items()
+        if anatomy.is_below(path, tower.path)
+        for p in m.parameters(recurse=False)
+    }
+    names = getattr(anatomy.unwrapped(model), "peft_config", {})
+    adapters = {p for name in names for p in _by_tower(base, name).get(tower.name, ())}
+    return sum(p.numel() for p in own | adapters if p.requires_grad)
+
+
+def _by_tower(model: nn.Module, adapter_name: str) -> dict[str, list[nn.Parameter]]:
+    """{tower: an adapter's parameters in it}; of those that all towers share, "shared"."""
+    towers: dict[str, list[nn.Parameter]] = {}
+    roots = {t.path: t.name for t in anatomy.describe(model).towers}
+    for path, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
             continue
-        trains: dict[str, bool] = {}
-        layer_class = dict(PEFT_TYPE_TO_TUNER_MAPPING)[config.peft_type].tuner_layer_cls  # type: ignore[index]
-        for layer in model.modules():
-            if isinstance(layer, MultimodalLayer) and isinstance(layer, layer_class) and layer.role:
-                tower = layer.role.partition(".")[0]
-                own = [p for n in layer.adapter_layer_names for p in _parameters(getattr(layer, n), name)]
-                trains[tower] = trains.get(tower, False) or any(p.requires_grad for p in own)
+        if isinstance(layer, MultimodalLayer):
+            tower = layer.role.partition(".")[0] or "shared"
+        else:  # of a method of PEFT's own
+            inside = [(len(root), name) for root, name in roots.items() if anatomy.is_below(path, root)]
+            tower = max(inside)[1] if inside else "other"
+        parameters = [p for n in layer.adapter_layer_names for p in _parameters(getattr(layer, n, None), adapter_name)]
+        if parameters:
+            towers.setdefault(tower, []).extend(parameters)
+    return towers
+
+
+def _adapters(report: Report, model: PeftModel, found: anatomy.Anatomy) -> None:
+    """What a model's adapters hold, and towers in which one has no parameter that trains while elsewhere it has."""
+    base = anatomy.base_model(model)
+    for name, config in model.peft_config.items():
+        towers = _by_tower(base, name)
+        counts = {
+            tower: {
+                "parameters": sum(p.numel() for p in parameters),
+                "trained": sum(p.numel() for p in parameters if p.requires_grad),
+            }
+            for tower, parameters in towers.items()
+        }
+        method = method_of(config)
+        report.adapters[name] = {
+            "method": method.title if method else str(getattr(config.peft_type, "value", config.peft_type)),
+            "active": name in model.active_adapters,
+            "towers": counts,
+            "left_alone": [t.name for t in found.towers if t.attentions and t.name not in counts] if counts else [],
+        }
+        if method is None:
+            continue
+        trains = {tower: bool(n["trained"]) for tower, n in counts.items() if tower != "shared"}
         frozen = [tower for tower, does in trains.items() if not does]
         if frozen and any(trains.values()):
             report.warning(
@@ -295,9 +365,6 @@ def _frozen_towers(report: Report, model: PeftModel) -> None:
                 f"No parameter of adapter {name!r} trains.",
                 f"To train it: model.set_adapter({name!r}), or load it with is_trainable=True.",
             )
-        left_out = [t.name for t in anatomy.describe(model).towers if t.attentions and t.name not in trains]
-        if left_out and trains:
-            report.adapter[f"towers of {name!r}"] = f"{', '.join(trains)}; left as they are: {', '.join(left_out)}"
 
 
 def _parameters(container: Any, name: str) -> Iterator[nn.Parameter]:

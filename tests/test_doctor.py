@@ -81,7 +81,7 @@ def test_an_adapter_that_fits(method: str, tmp_path: Path, capsys):
     code, text = run(capsys, tmp_path / "base", tmp_path / "adapter", "--json")
     report = json.loads(text)
     assert (code, report["healthy"], report["findings"]) == (0, True, [])
-    assert report["adapter"]["fits"] == "every weight has its place"
+    assert report["adapter"]["fits"] is True
     assert set(report["methods"]) == {"AuroraModeApprox", "CrossLingualAdapter", "HardSampleDomainAdapter",
                                       "StructuredPrompt", "GatedXAttn"}  # fmt: skip
 
@@ -94,7 +94,8 @@ def test_every_family_can_be_looked_at(name: str):
     names = {"aurora_mode_approx": "AuroraModeApprox", "cross_lingual_adapter": "CrossLingualAdapter",
              "structured_prompt": "StructuredPrompt", "hard_sample_domain_adapter": "HardSampleDomainAdapter"}  # fmt: skip
     for method, shown in names.items():
-        assert ((name, method) in CASES) == (not report.methods[shown].startswith("no.")), report.methods[shown]
+        expected = (name, method) in CASES or (name, method) == ("llama", "aurora_mode_approx")  # a case of GatedXAttn's alone
+        assert report.methods[shown]["fits"] == expected, report.methods[shown]
 
 
 def test_by_the_command_line(clip: Path, adapter: Path):
