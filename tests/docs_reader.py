@@ -2,7 +2,7 @@
 
     python tests/docs_reader.py README.md      # in an empty folder; the last line is [the lines of the blocks it has done]
 
-Python blocks run in one namespace. Names that a page uses without making them are the reader's own data: `GIVEN`. Files
+Python blocks run in one namespace, and in a new one for each section of a page that says so: `STAND_ALONE`. Names that a page uses without making them are the reader's own data: `GIVEN`. Files
 shown in a block (```csv pairs.csv) are written. Of commands the doctor runs; of the others, which take minutes or
 change the machine, what they name has to exist. There is no other kind of block.
 """
@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).parents[1]
 STEPS = 2
+STAND_ALONE = "Each section's code runs by itself."  # a page with this sentence is read section by section
 
 
 # --- pages -----------------------------------------------------------------------------------------------------------
@@ -34,24 +35,26 @@ STEPS = 2
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: the line of the page that it begins after, what its fence says, its text."""
+    """A fenced block: the line of the page that it begins after, what its fence says, its text, and its section."""
 
     line: int
     info: str
     text: str
+    section: str = ""
 
 
 def blocks(page: str) -> list[Block]:
     """The fenced blocks of a page; indented fences belong to lists."""
-    found, start, opened = [], 0, None
+    found, start, opened, section = [], 0, None, ""
     lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         if (fence := re.match(r"\s*```(.*)", line)) is None:
+            section = line if opened is None and line.startswith("## ") else section
             continue
         if opened is None:
             start, opened = number, fence.group(1).strip()
         else:
-            found.append(Block(start, opened, "\n".join(lines[start : number - 1]) + "\n"))
+            found.append(Block(start, opened, "\n".join(lines[start : number - 1]) + "\n", section))
             opened = None
     assert opened is None, f"{page}: the block of line {start} has no end"
     return found
@@ -187,9 +190,12 @@ def few_steps() -> None:
 def main(page: str) -> None:
     few_steps()
     folders_of_pictures()
-    namespace: dict[str, Any] = {"__name__": "__main__"}
-    done = []
+    alone = STAND_ALONE in (ROOT / page).read_text(encoding="utf-8")
+    namespace: dict[str, Any] = {}
+    section, done = None, []
     for block in blocks(page):
+        if section is None or (alone and block.section != section):
+            section, namespace = block.section, {"__name__": "__main__"}
         do(page, block, namespace)
         done.append(block.line)
     print(json.dumps(done))
