@@ -26,7 +26,7 @@ from .methods import (
 )
 from .model_card import CardNotes
 from .saving import AdapterError, load, push_to_hub, save
-from .tuner import matched_modules
+from .tuner import MultimodalConfig, matched_modules
 
 if TYPE_CHECKING:
     from .data import FiniteBatches, ImageTextCollator, LanguageProcessor, QuestionAnswerCollator
@@ -80,6 +80,7 @@ __all__ = [
     "InterleavedProcessor",
     "LanguageProcessor",
     "MediaCache",
+    "MultimodalConfig",
     "QuestionAnswerCollator",
     "RetrievalRecall",
     "StructuredPromptConfig",
@@ -103,4 +104,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -186,6 +186,8 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
             attached += [f"{path}.{name}" for name in module.adapter_layer_names]
         elif not path.startswith(tuple(attached)):
             found[path] = module
+            if isinstance(module, BaseTunerLayer):
+                attached += [f"{path}.{name}" for name in module.adapter_layer_names]
     return found
 
 
@@ -206,8 +208,21 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 def base_model(model: Any) -> Any:
-    """The Hugging Face model inside a `PeftModel` or a tuner, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The Hugging Face model inside a `PeftModel` or a tuner, whatever is wrapped around them, or the model itself."""
+    model = unwrapped(model)
+    return unwrapped(model.get_base_model()) if hasattr(model, "get_base_model") else model
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside what `torch.compile`, DistributedDataParallel and FSDP wrap around it, or the model itself."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, nn.Module):
+        names = ("module",) if isinstance(model, parallel) else ("_orig_mod", "_fsdp_wrapped_module")
+        inner = next((model._modules[name] for name in names if name in model._modules), None)
+        if inner is None:
+            break
+        model = inner
+    return model
 
 
 def is_below(path: str, root: str) -> bool:
@@ -230,6 +245,29 @@ def layer_of(path: str) -> str | None:
     return match.group(1) if match else None
 
 
+def unread_layers(model: Any, found: Anatomy) -> list[str]:
+    """Paths of the vision tower's last layers, where the model takes its image features from an earlier one.
+
+    LLaVA and its like run layers behind `vision_feature_layer` (-2) in vain: they get no gradient. Where the config names
+    other layers to read as well, none is taken to be unread.
+    """
+    unread: list[str] = []
+    for config in _configs(getattr(base_model(model), "config", None)):
+        fields = {name: value for name, value in vars(config).items() if re.search(r"vision.*layer|deepstack", name)}
+        chosen = fields.pop("vision_feature_layer", None)
+        chosen = list(chosen) if isinstance(chosen, (list, tuple)) else [chosen]
+        if not hasattr(config, "vision_config") or fields or not all(isinstance(i, int) for i in chosen):
+            continue
+        stacks: dict[str, list[str]] = defaultdict(list)
+        for matrix in found.matrices:
+            layer = layer_of(matrix.module)
+            if matrix.tower == "vision" and layer and layer not in stacks[stack_of(matrix.module)]:
+                stacks[stack_of(matrix.module)].append(layer)
+        for layers in stacks.values():  # hidden states are those of the embeddings and one of each layer
+            unread += layers[max(i if i >= 0 else len(layers) + 1 + i for i in chosen) :]
+    return unread
+
+
 def is_cross(path: str) -> bool:
     """Whether an attention reads another sequence than its own, by the name that the library gives such modules."""
     return bool(re.search(r"cross_?att|encoder_attn|encdecattention|cross_attention", path.lower()))
@@ -248,7 +286,7 @@ def table(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
 
 def _tower_roots(model: Any, modules: dict[str, nn.Module]) -> dict[str, str]:
     """{module path: tower name} for the vision, text and decoder towers; what remains is fusion (or no tower)."""
-    tokens = token_embeddings(model)
+    tokens = token_embeddings(model) if getattr(model, "config", None) is not None else _read_by_text(model, modules)
     pixels = pixel_readers(model)
     if not pixels:  # patches are read by a linear layer: ask the model
         encoder = model.get_encoder(modality="image") if hasattr(model, "get_encoder") else model
@@ -262,6 +300,35 @@ def _tower_roots(model: Any, modules: dict[str, nn.Module]) -> dict[str, str]:
         else:
             roots[path] = "decoder" if _predicts_tokens(model, modules, path, len(text)) else "text"
     return roots
+
+
+def _read_by_text(model: Any, modules: dict[str, nn.Module]) -> list[str]:
+    """What reads the text in a model that has no config (open_clip's layout).
+
+    The attentions that run in its `encode_text`; without one, the embeddings that aren't called after positions.
+
+    Raises:
+        ValueError: `encode_text` can't be run, so that nothing tells the towers apart.
+    """
+    if not hasattr(model, "encode_text"):
+        return token_embeddings(model)
+    ran: list[str] = []
+    attentions = {path: modules[path] for path in _attentions(modules)}
+    hooks = [m.register_forward_pre_hook(lambda *_, path=path: ran.append(path)) for path, m in attentions.items()]
+    ids = torch.zeros(1, getattr(model, "context_length", 77), dtype=torch.long, device=device_of(model))
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model.encode_text(ids)
+    except Exception as error:  # whatever a model's own code says
+        raise ValueError(
+            f"{type(model).__name__} has no config, so its towers are told apart by which attentions run in "
+            f"encode_text, and encode_text of {tuple(ids.shape)} token ids fails: {error}. Give it a `context_length`, "
+            "or adapt its image tower and its text tower as models of their own."
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(dict.fromkeys(ran))
 
 
 def _encoder_and_decoder(modules: dict[str, nn.Module], path: str) -> dict[str, str]:
@@ -282,9 +349,9 @@ def pixel_readers(model: nn.Module) -> list[str]:
 
 
 def token_embeddings(model: Any) -> list[str]:
-    """Paths of the embeddings that read tokens (not positions, not types)."""
+    """Paths of the embeddings that read tokens (not positions, not types); without a config any that may."""
     modules = own_modules(model)
-    sizes = {getattr(c, "vocab_size", None) for c in _configs(getattr(model, "config", None))}
+    sizes = {getattr(c, "vocab_size", None) for c in _configs(getattr(model, "config", None))} or {None}
     try:
         primary = unwrap(model.get_input_embeddings()) if hasattr(model, "get_input_embeddings") else None
     except (NotImplementedError, AttributeError):
@@ -293,8 +360,8 @@ def token_embeddings(model: Any) -> list[str]:
         path
         for path, module in modules.items()
         if isinstance(module, nn.Embedding)
-        and (module is primary or module.num_embeddings in sizes)
-        and not re.search(r"position|type|segment", path.rpartition(".")[2])
+        and (module is primary or module.num_embeddings in sizes or (primary is None and sizes == {None}))
+        and not re.search(r"pos|type|segment", path.rpartition(".")[2])
     ]
 
 

@@ -64,7 +64,14 @@ def _named(names: list[str] | str | None, path: str) -> bool:
     return any(path == n or path.endswith(f".{n}") for n in names)
 
 
-def nothing_matched(config: Any, found: Anatomy, candidates: list[Matrix]) -> str:
+def nothing_matched(config: Any, found: Anatomy, candidates: list[Matrix], places: str) -> str:
+    """The message; `places` says where a method puts its adapters at all."""
+    if not candidates:
+        towers = (
+            ", ".join(f"{t.name} ({t.attentions} attentions)" for t in found.towers)
+            or "none that reads pixels or tokens"
+        )
+        return f"Nothing in {found.model_class} can be adapted: {places}. Its towers: {towers}."
     counts: dict[str, dict[str, int]] = {}
     for matrix in candidates:
         parent, _, leaf = matrix.module.rpartition(".")
@@ -100,8 +107,19 @@ def check_same_base(config: MultimodalConfig, found: Anatomy) -> None:
         raise ValueError(
             f"This adapter belongs to another base: it was trained on {trained.get('model_class')} "
             f"({config.base_model_name_or_path or 'unnamed'}), this is {found.model_class}. {details}. Load the base "
-            "that the adapter's adapter_config.json names."
+            f"that the adapter's adapter_config.json names.{_one_tower(theirs, ours)}"
         )
+
+
+def _one_tower(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """The way out where a tower of the adapter's base stands alone."""
+    alone = [tower for tower in ours if ours[tower] == theirs.get(tower)]
+    if not alone or len(ours) != len(alone):
+        return ""
+    return (
+        f" This is its {' and '.join(alone)} tower alone: an adapter that is made with towers={alone} fits it and the whole "
+        "model."
+    )
 
 
 def fold(matrices: list[Matrix]) -> dict[str, list[list[int]]]:

@@ -160,6 +160,12 @@ class MultimodalConfig(PeftConfig):
         )
         self.check(name, expected, lambda v: type(v) in kinds and low <= v <= high)
 
+    def default_heads(self, width: str) -> None:
+        """`num_heads=None` becomes 4, or the largest number below that divides the field `width`."""
+        if getattr(self, "num_heads", 0) is None:
+            heads = next(n for n in (4, 3, 2, 1) if getattr(self, width) % n == 0)
+            self.num_heads = heads
+
     def check_choice(self, name: str, choices: Collection[str]) -> None:
         self.check(name, "one of " + ", ".join(map(repr, choices)), lambda v: isinstance(v, str) and v in choices)
 
@@ -182,6 +188,8 @@ class MultimodalTuner(BaseTuner):
     """Why this method's adapters can't be merged and what to do instead; None where they are weight updates."""
     scalars: tuple[str, ...] = ()
     """Ends of names of parameters that are one number: 1-D in the model, as FSDP2 shards no scalars, 0-D in the file."""
+    places = "it has no weight matrices"
+    """Why a model may have no place for this method; ends the sentence "Nothing in it can be adapted"."""
     owns_token_rows = False
     """Whether an adapter brings the rows of new tokens, so that no embedding is ever saved with it."""
     learning_rates: tuple[float, float] | None = None
@@ -190,6 +198,7 @@ class MultimodalTuner(BaseTuner):
     """{PEFT type of another method: why no model can have both, and what to do instead}."""
 
     def __init__(self, model: Any, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_bare(model)
         model = anatomy.base_model(model)  # a model that has adapters of another method
         present = getattr(model, "peft_config", None) or {}
         if isinstance(peft_config, PeftConfig):  # a PeftModel passes {name: config}
@@ -250,7 +259,9 @@ class MultimodalTuner(BaseTuner):
         if roles:
             return [m for m in candidates if is_among(m, roles)]  # names may have changed since, roles have not
         if config.target_modules is None:
-            selected = cls.default_targets(config, candidates)
+            unread = () if config.layers_to_transform is not None else anatomy.unread_layers(model, found)
+            read = [m for m in candidates if anatomy.layer_of(m.module) not in unread]
+            selected = cls.default_targets(config, read)
         elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             head = getattr(anatomy.base_model(model), "get_output_embeddings", lambda: None)()
             heads = {p for p, m in anatomy.base_model(model).named_modules() if head is not None and m is head}
@@ -260,7 +271,7 @@ class MultimodalTuner(BaseTuner):
         selected = [m for m in selected if (wanted is None or m.tower in wanted) and not left_out(config, m.module)]
         selected = [m for m in selected if in_layers(config, m.module)]
         if not selected:
-            raise NoMatchingPeftModuleError(nothing_matched(config, found, candidates))
+            raise NoMatchingPeftModuleError(nothing_matched(config, found, candidates, cls.places))
         return selected
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
@@ -272,6 +283,8 @@ class MultimodalTuner(BaseTuner):
         self._check_reach(matrices)
         self._check_wholes(peft_config)
         self.check_model(peft_config, matrices, found)
+        if not peft_config.is_loaded:
+            self._say_what_is_unread(peft_config, matrices, found)
         base = peft_config.base_model_name_or_path or getattr(self.model, "name_or_path", None)
         peft_config._local_base = None if is_hub_id(base) else base
         adapted = {m.tower for m in matrices}
@@ -285,6 +298,23 @@ class MultimodalTuner(BaseTuner):
             by_module.setdefault(matrix.module, []).append(matrix)
         self._matched = by_module
         return peft_config
+
+    def _say_what_is_unread(self, config: Any, matrices: list[Matrix], found: Anatomy) -> None:
+        unread = anatomy.unread_layers(self.model, found)
+        if not unread or not any(m.tower == "vision" for m in matrices):
+            return
+        adapted = [p for p in unread if any(anatomy.is_below(m.module, p) for m in matrices)]
+        names = ", ".join(adapted or unread)
+        what = (
+            f"The adapter has parts there that won't train; target_modules=None leaves {'them' if len(unread) > 1 else 'it'} out."
+            if adapted
+            else "The adapter has nothing there."
+        )
+        warnings.warn(
+            f"{found.model_class} reads its image features from an earlier layer of the vision tower (vision_feature_layer in "
+            f"its config): {names} gets no gradient. {what}",
+            stacklevel=2,
+        )
 
     def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
         with suppress(NotImplementedError):  # a model without `get_input_embeddings` has nothing tied to it
@@ -519,8 +549,9 @@ class MultimodalTuner(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        expected = cls.checkpoint_keys(model, adapter_name)
         own = model.state_dict()
+        real = {_WRAPPERS.sub("", key): key for key in own}  # parts of the model may be compiled
+        expected = {stored: real[key] for stored, key in cls.checkpoint_keys(model, adapter_name).items()}
         stored, others = {}, {}
         for key, value in state_dict.items():
             canonical = _PEFT_PREFIX + key.removeprefix(_PEFT_PREFIX)
@@ -572,6 +603,17 @@ class _WithoutBase(dict[str, Tensor]):
 
     def update(self, other: Any) -> None:  # type: ignore[override]
         super().update({k: v for k, v in other.items() if _WRAPPERS.sub("", k) not in self._of_model})
+
+
+def check_bare(model: nn.Module) -> None:
+    """Refuse a model that something is wrapped around, which would go on running what was there before."""
+    if (bare := anatomy.unwrapped(model)) is not model:
+        kind, name = type(model).__name__, type(bare).__name__
+        wrap = "torch.compile" if kind == "OptimizedModule" else kind
+        raise ValueError(
+            f"{name} is wrapped in {kind}. An adapter goes onto the model itself, and the wrapper around both: make or load the "
+            f"adapter first, then {wrap}(model)."
+        )
 
 
 def tuner_of(config: Any) -> type:

@@ -505,7 +505,7 @@ SELF_ATTENDING = {
     "BlipForQuestionAnswering": [32, 32, 32, 32],
     "BlipForConditionalGeneration": [48, 48],
     "Blip2ForConditionalGeneration": [48, 48, 32, 32],
-    "LlavaForConditionalGeneration": [48, 48, 48],
+    "LlavaForConditionalGeneration": [48, 48],  # of three the last is read by nobody
     "Qwen2_5_VLForConditionalGeneration": [48, 48],
     "PaliGemmaForConditionalGeneration": [48, 48],
     "Idefics3ForConditionalGeneration": [48, 48],

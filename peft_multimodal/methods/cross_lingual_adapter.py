@@ -72,7 +72,7 @@ class CrossLingualAdapterConfig(MultimodalConfig):
         encoder_revision: Its commit, tag or branch; filled in with the commit that was loaded.
         bottleneck_dim: Width m of the adapter.
         num_layers: Transformer layers n; 0 leaves a linear map.
-        num_heads: Their attention heads.
+        num_heads: Their attention heads; None takes 4, or fewer where 4 doesn't divide the width.
         ff_mult: Their FFN's width in multiples of m.
         dropout: On what the adapter reads and in its transformer layers, in training.
         pool: How y is taken from Y: "mean" over the text's tokens, "cls" (the first token) or "attention" (a learned query).
@@ -86,7 +86,7 @@ class CrossLingualAdapterConfig(MultimodalConfig):
     encoder_revision: str | None = None
     bottleneck_dim: int = 256
     num_layers: int = 1
-    num_heads: int = 4
+    num_heads: int = None  # type: ignore[assignment]  # chosen in __post_init__
     ff_mult: int = 4
     dropout: float = 0.0
     pool: str = "mean"
@@ -101,8 +101,10 @@ class CrossLingualAdapterConfig(MultimodalConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("CROSS_LINGUAL_ADAPTER")
-        for name in ("bottleneck_dim", "num_heads", "ff_mult"):
+        for name in ("bottleneck_dim", "ff_mult"):
             self.check_number(name, 1, integer=True)
+        self.default_heads("bottleneck_dim")
+        self.check_number("num_heads", 1, integer=True)
         self.check_number("num_layers", 0, 1000, integer=True)
         self.check_number("dropout", 0, 0.999)
         self.check_choice("pool", ("mean", "cls", "attention"))
@@ -594,10 +596,16 @@ def text_tower(model: nn.Module, found: Anatomy) -> str:
         NoMatchingPeftModuleError: the model has none; the message says why and what to use.
     """
     towers = [t for t in found.towers if t.name == "text" and t.attentions]
+    embeddings = token_embeddings(model)
     instead = (
         "Use a dual encoder (CLIP, SigLIP, VisionTextDualEncoder, ...) or a fusion model whose text encoder stands apart "
-        "(FLAVA), or train this one on the language with AuroraModeApprox."
+        "(FLAVA)"
     )
+    if not embeddings and not towers:
+        raise NoMatchingPeftModuleError(
+            f"{found.model_class} has no text encoder: nothing in it reads text. {instead}."
+        )
+    instead += ", or train this one on the language with AuroraModeApprox."
     if found.fusion_layers:
         raise NoMatchingPeftModuleError(
             f"{found.model_class} reads the picture inside its text layers ("
@@ -605,12 +613,10 @@ def text_tower(model: nn.Module, found: Anatomy) -> str:
             + ", ...), so its text "
             f"encoder can't be exchanged for another language's. {instead}"
         )
-    embeddings = token_embeddings(model)
     towers = [t for t in towers if any(is_below(e, t.path) for e in embeddings)]
     if len(towers) != 1 or found.media_tokens or (not towers[0].path and _sees(model)):
-        read = (
-            "several text towers" if len(towers) > 1 else "no text encoder of its own: one stack reads text and picture"
-        )
+        one = "its decoder reads the text" if found.tower_names() == ["decoder"] else "one stack reads text and image"
+        read = "several text towers" if len(towers) > 1 else f"no text encoder of its own: {one}"
         raise NoMatchingPeftModuleError(f"{found.model_class} has {read}. {instead}")
     path = towers[0].path
     if not path:  # the text side alone; its projection stands behind the tower

@@ -31,6 +31,7 @@ import torch
 from peft import NoMatchingPeftModuleError
 from peft.utils import PeftType
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from ..anatomy import (
     TOWERS,
@@ -59,7 +60,7 @@ class HardSampleDomainAdapterConfig(MultimodalConfig):
     Args:
         bottleneck_dim: Width m of the adapter.
         num_layers: Its transformer layers n; 0 leaves a linear bottleneck.
-        num_heads: Their attention heads.
+        num_heads: Their attention heads; None takes 4, or fewer where 4 doesn't divide the width.
         ff_mult: Their FFN's width in multiples of m.
         dropout: In the transformer layers, in training.
         placement: "layer" puts adapters into the chosen layers, "top" one beside each tower of a dual encoder.
@@ -72,7 +73,7 @@ class HardSampleDomainAdapterConfig(MultimodalConfig):
 
     bottleneck_dim: int = 64
     num_layers: int = 1
-    num_heads: int = 4
+    num_heads: int = None  # type: ignore[assignment]  # chosen in __post_init__
     ff_mult: int = 4
     dropout: float = 0.0
     placement: str = "layer"
@@ -81,8 +82,10 @@ class HardSampleDomainAdapterConfig(MultimodalConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("HARD_SAMPLE_DOMAIN_ADAPTER")
-        for name in ("bottleneck_dim", "num_heads", "ff_mult"):
+        for name in ("bottleneck_dim", "ff_mult"):
             self.check_number(name, 1, integer=True)
+        self.default_heads("bottleneck_dim")
+        self.check_number("num_heads", 1, integer=True)
         self.check_number("num_layers", 0, 1000, integer=True)
         self.check_number("dropout", 0, 0.999)
         self.check_choice("placement", ("layer", "top"))
@@ -239,13 +242,13 @@ class DomainLayer(DomainPart):
         self.sequence_first = any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in modules)
         self.is_causal = any(getattr(m, "is_causal", None) is True for m in modules)
         indices = [m.layer_idx for m in modules if isinstance(getattr(m, "layer_idx", None), int)]
-        self.layer_idx = indices[0] if indices else 0
+        self.layer_idx: int = indices[0] if indices else 0  # type: ignore[assignment]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the layer's `forward`."""
         if not self.acting():
             return self.own(*args, **kwargs)
-        self._check_cache(self.argument("past_key_values", args, kwargs))
+        self._check_cache(next((v for v in (*args, *kwargs.values()) if isinstance(v, Cache)), None))
         output = self.own(*args, **kwargs)
         h = output[0] if isinstance(output, tuple) else output
         states = h.transpose(0, 1) if self.sequence_first else h
@@ -257,8 +260,8 @@ class DomainLayer(DomainPart):
         h = h + (added.transpose(0, 1) if self.sequence_first else added)
         return (h, *output[1:]) if isinstance(output, tuple) else h
 
-    def _check_cache(self, past: Any) -> None:
-        if past is not None and hasattr(past, "get_seq_length") and past.get_seq_length(self.layer_idx) > 0:
+    def _check_cache(self, past: Cache | None) -> None:
+        if past is not None and past.get_seq_length(self.layer_idx) > 0:
             raise ValueError(
                 f"{type(self.host()).__name__} generates from a cache of past tokens, which the adapter doesn't keep: "
                 "call generate(..., use_cache=False)."
@@ -358,6 +361,11 @@ class HardSampleDomainAdapterModel(MultimodalTuner):
     not_mergeable = (
         "The adapter is a network of its own beside the frozen layers; that is no weight update, so it can't be merged. "
         "Keep the adapter, or get the general model back by unload()."
+    )
+
+    places = (
+        "HardSampleDomainAdapter stands in the layers of encoders that read `hidden_states` through transformers' own masks. "
+        "A decoder, which generates from a cache of past tokens, and layers of another build are adapted by AuroraModeApprox"
     )
 
     # --- places ---
