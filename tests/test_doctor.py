@@ -94,7 +94,10 @@ def test_every_family_can_be_looked_at(name: str):
     names = {"aurora_mode_approx": "AuroraModeApprox", "cross_lingual_adapter": "CrossLingualAdapter",
              "structured_prompt": "StructuredPrompt", "hard_sample_domain_adapter": "HardSampleDomainAdapter"}  # fmt: skip
     for method, shown in names.items():
-        expected = (name, method) in CASES or (name, method) == ("llama", "aurora_mode_approx")  # a case of GatedXAttn's alone
+        expected = (name, method) in CASES or (name, method) == (
+            "llama",
+            "aurora_mode_approx",
+        )  # a case of GatedXAttn's alone
         assert report.methods[shown]["fits"] == expected, report.methods[shown]
 
 
