@@ -321,7 +321,7 @@ def test_saves_and_loads_in_bfloat16(family: Family, method: str, tmp_path: Path
 ROWS_OF_P = {
     "clip": ["text.[qkv].[01]", "vision.[qkv].[01]"],
     "blip_retrieval": ["text.[qkv].[01]", "fusion.[qkv].[01]", "vision.qkv.[01]"],
-    "llava": ["decoder.[qkv].[01]", "vision.[qkv].[012]"],
+    "llava": ["decoder.[qkv].[01]", "vision.[qkv].[01]"],
 }
 GROUPS = {
     "clip": ["32x32", "48x48"],
