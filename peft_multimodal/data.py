@@ -9,6 +9,7 @@ import copy
 import inspect
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers.utils import cached_file
 
 from .images import is_image, read_image
 from .rows import Row, column_of, each, ids_of, naming
+from .text_limits import allowed_length, limit_of, longest_text, reads_padding, truncation
 
 
 @dataclass
@@ -34,9 +36,12 @@ class ImageTextCollator:
         text_column: Column of strings, or of lists of captions.
         return_loss: Put `return_loss=True` into the batch, without which `CLIPModel` and its like compute no loss. By
             default it is put where the forward of `model`, when given, names that argument.
-        max_length: Longest text in tokens, special ones included; by default the tokenizer's own limit.
-        model: Bare or in a `PeftModel`; only its forward's signature is read.
-        padding: As the processor's; SigLIP was trained with "max_length".
+        max_length: Longest text in tokens, special ones included; by default the smaller of the tokenizer's and the
+            model's limit.
+        model: Bare or in a `PeftModel`. It is asked what its forward takes, how long a text it reads, and whether it
+            reads padding; it isn't kept.
+        padding: As the processor's. By default True, or "max_length" where the model reads the padding behind a text:
+            such models (SigLIP) were trained on texts of one length, and else features depend on the batch.
         random_text: Draw one of several captions with torch's global generator (set `torch.manual_seed`), as for
             training; else take the first.
         every_text: Take all captions of each row, for retrieval over a whole set. `return_loss` is left out.
@@ -61,7 +66,7 @@ class ImageTextCollator:
     return_loss: bool | None = None
     max_length: int | None = None
     model: Any = None
-    padding: bool | str = True
+    padding: bool | str | None = None
     random_text: bool = True
     id_column: str | None = None
     id_name: str = "ids"
@@ -75,6 +80,11 @@ class ImageTextCollator:
             if self.return_loss and not takes_it:
                 raise ValueError(f"{type(base).__name__}.forward takes no return_loss.")
             self.return_loss = takes_it if self.return_loss is None else self.return_loss
+        self.max_length = allowed_length(self.max_length, getattr(self.processor, "tokenizer", None), model)
+        if self.padding is None:
+            tokenizer = getattr(self.processor, "tokenizer", None)
+            reads = model is not None and tokenizer is not None and reads_padding(model, tokenizer)
+            self.padding = "max_length" if reads else True
 
     def evaluating(self, every_text: bool = False) -> ImageTextCollator:
         """A copy for evaluation, the same in each call: the first of several captions, or all of them."""
@@ -91,6 +101,14 @@ class ImageTextCollator:
             batch[self.id_name] = ids_of(rows, self.id_column)
         if self.every_text:
             return batch | {"text_rows": torch.tensor([i for i, found in enumerate(texts) for _ in found])}
+        if self.return_loss is None:
+            warnings.warn(
+                "ImageTextCollator wasn't told the model, so its batches have no return_loss: CLIPModel and its like then "
+                "compute no loss, and Trainer stops at a model that 'did not return a loss'. Pass model=model; or "
+                "return_loss=False, where the loss is computed by a function or a loop of yours.",
+                stacklevel=2,
+            )
+            self.return_loss = False
         return batch | {"return_loss": True} if self.return_loss else batch
 
 
@@ -112,8 +130,9 @@ class QuestionAnswerCollator:
         processor: A transformers processor of images and text.
         answer_column: Column of strings, or of lists of human answers; None leaves the answers out, for `generate`.
         decoder_start_token_id: First decoder input. Required with answers, here or by `model`.
-        model: Model whose `decoder_start_token_id` is taken, bare or in a `PeftModel`.
-        max_length: Longest question in tokens; by default the tokenizer's own limit.
+        model: Model whose `decoder_start_token_id` and limits are taken, bare or in a `PeftModel`; it isn't kept.
+        max_length: Longest question in tokens; by default the smaller of the tokenizer's and the model's limit.
+        max_answer_length: Longest answer in tokens, by the same default.
         padding: Of the questions, as the processor's; "max_length" makes every question as long.
         random_answer: Draw one of several answers with torch's global generator; else take the first.
 
@@ -135,6 +154,7 @@ class QuestionAnswerCollator:
     max_length: int | None = None
     padding: bool | str = True
     random_answer: bool = True
+    max_answer_length: int | None = None
 
     def __post_init__(self) -> None:
         model, self.model = self.model, None
@@ -142,6 +162,8 @@ class QuestionAnswerCollator:
             self.decoder_start_token_id = getattr(model, "decoder_start_token_id", None)
         if self.answer_column is not None and self.decoder_start_token_id is None:
             raise ValueError("Pass model=, or decoder_start_token_id= (BLIP: config.text_config.bos_token_id).")
+        self.max_length = allowed_length(self.max_length, getattr(self.processor, "tokenizer", None), model)
+        self.max_answer_length = allowed_length(self.max_answer_length, self.processor.tokenizer, model)
 
     def evaluating(self, every_text: bool = False) -> QuestionAnswerCollator:
         """A copy for evaluation, the same in each call: the first of several answers."""
@@ -157,7 +179,9 @@ class QuestionAnswerCollator:
             which = "drawn" if self.random_answer else "first"
             texts = [text for (text,) in _texts(rows, self.answer_column, "answer_column", which)]
             # padding_side: the start token must be each row's first.
-            answers = self.processor.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+            answers = self.processor.tokenizer(
+                texts, padding=True, padding_side="right", return_tensors="pt", **truncation(self.max_answer_length)
+            )
             decoder: Tensor = answers["input_ids"]
             decoder[:, 0] = self.decoder_start_token_id  # type: ignore[assignment]
             batch["decoder_input_ids"] = decoder
@@ -211,6 +235,13 @@ def evaluating(collator: Any, every_text: bool = False) -> Any:
     return collator if switch is None else switch(every_text=every_text)
 
 
+def without_loss(collator: Any) -> Any:
+    """A collator for callers that compute the loss themselves: one that hasn't been told puts no `return_loss`."""
+    if isinstance(collator, FiniteBatches):
+        return _changed(collator, collator=without_loss(collator.collator))
+    return _changed(collator, return_loss=False) if getattr(collator, "return_loss", False) is None else collator
+
+
 def _changed(collator: Any, /, **values: Any) -> Any:
     changed = copy.copy(collator)
     vars(changed).update(values)
@@ -250,8 +281,11 @@ class LanguageProcessor:
     Args:
         image_processor: For `images=`.
         padding: As tokenizers take it, for all languages or as {language: padding}. A tower that was trained on padded
-            texts (SigLIP) needs "max_length" for its language.
-        max_length: Longest text in tokens, for all or by language; by default each tokenizer's own limit.
+            texts (SigLIP) needs "max_length" for its language; that is the default for a `model` that reads its padding.
+        max_length: Longest text in tokens, for all or by language; by default the smaller of the tokenizer's and the
+            model's limit.
+        model: With the languages' adapters; see `fitted`. It isn't kept.
+        adapters: {language: its adapter in the model}, for languages that aren't called as their adapters.
         tokenizers: `language=tokenizer`, the model's own language first.
 
     Raises:
@@ -265,8 +299,10 @@ class LanguageProcessor:
         self,
         *,
         image_processor: Any = None,
-        padding: bool | str | dict[str, bool | str] = True,
+        padding: bool | str | dict[str, bool | str] | None = None,
         max_length: int | dict[str, int] | None = None,
+        model: Any = None,
+        adapters: Mapping[str, str] | None = None,
         **tokenizers: Any,
     ) -> None:
         if not tokenizers:
@@ -276,8 +312,37 @@ class LanguageProcessor:
                 raise ValueError(f"{name!r} is no name of a language: letters, digits, - and _ only.")
         self.tokenizers = tokenizers
         self.image_processor = image_processor
-        self.padding = padding
+        self.padding: Any = True if padding is None else padding
         self.max_length = max_length
+        self.limits: dict[str, int] = {}  # by language, of the model
+        self.adapters = dict(adapters or {})
+        self._padding_is_given = padding is not None
+        if model is not None:
+            self._fit(model)
+
+    def fitted(self, model: Any, adapters: Mapping[str, str] | None = None) -> LanguageProcessor:
+        """A copy that cuts each language's texts to what the model reads, and pads where its text tower reads padding.
+
+        What was given as `max_length` or `padding` stays. `CrossLingualTrainer` takes such a copy.
+
+        Args:
+            adapters: More of the argument of this name.
+        """
+        made = copy.copy(self)
+        made.adapters = {**self.adapters, **(adapters or {})}
+        made._fit(model)
+        return made
+
+    def _fit(self, model: Any) -> None:
+        from .methods.cross_lingual_adapter import LanguageTower
+
+        part = next((m for m in model.modules() if isinstance(m, LanguageTower)), None)
+        read = {} if part is None else part.longest
+        found = {self.base: longest_text(model)} | {name: read.get(self._route(name)) for name in self.languages[1:]}
+        self.limits = {name: longest for name, longest in found.items() if longest is not None}
+        pads = reads_padding(model, self.tokenizers[self.base]) if part is None else part.reads_padding
+        if pads and not self._padding_is_given:
+            self.padding = {self.base: "max_length"}
 
     @property
     def base(self) -> str:
@@ -301,15 +366,8 @@ class LanguageProcessor:
         padding = self.padding.get(language, True) if isinstance(self.padding, dict) else self.padding
         if empty := [i for i, t in enumerate(text) if not (isinstance(t, str) and t.strip())]:
             raise ValueError(f"Text {empty[0]} is empty or no string: {text[empty[0]]!r}.")
-        limited = length is not None or tokenizer.model_max_length < 1_000_000  # transformers' "no limit" is 1e30
-        found = tokenizer(
-            list(text),
-            padding=padding,
-            padding_side="right",
-            truncation=limited,
-            max_length=length,
-            return_tensors="pt",
-        )
+        length = limit_of(tokenizer, self.limits.get(language)) if length is None else length
+        found = tokenizer(list(text), padding=padding, padding_side="right", return_tensors="pt", **truncation(length))
         # A tokenizer that gives no mask belongs to a model that reads its padding.
         mask = found.get("attention_mask", torch.ones_like(found["input_ids"]))
         return {"input_ids": found["input_ids"], "attention_mask": mask}
@@ -329,14 +387,15 @@ class LanguageProcessor:
             language: Of all texts, or of each; by default the model's own.
 
         Returns:
-            input_ids and attention_mask int64 `(B, L)`; with a list of languages also adapter_names, a list of B
-            names that routes each row; pixel_values where there are images.
+            input_ids and attention_mask int64 `(B, L)`, and adapter_names, a list of B names that sends each row through
+            its language, whatever adapter is active; pixel_values where there are images.
         """
         batch: dict[str, Any] = {}
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
             if language is None or isinstance(language, str):
-                batch |= self.tokenize(texts, language or self.base)
+                name = language or self.base
+                batch |= {**self.tokenize(texts, name), "adapter_names": self._routes([name] * len(texts))}
             else:
                 batch |= self._mixed(texts, list(language))
         if images is not None:
@@ -359,8 +418,13 @@ class LanguageProcessor:
             width = part["input_ids"].shape[1]
             ids[rows[name], :width] = part["input_ids"]
             mask[rows[name], :width] = part["attention_mask"]
-        names = ["__base__" if name == self.base else name for name in languages]
-        return {"input_ids": ids, "attention_mask": mask, "adapter_names": names}
+        return {"input_ids": ids, "attention_mask": mask, "adapter_names": self._routes(languages)}
+
+    def _routes(self, languages: list[str]) -> list[str]:
+        return [self._route(name) for name in languages]
+
+    def _route(self, language: str) -> str:
+        return "__base__" if language == self.base else self.adapters.get(language, language)
 
     def batch_decode(self, input_ids: Any, language: str | None = None, **kwargs: Any) -> list[str]:
         return self.tokenizer(language or self.base).batch_decode(input_ids, **kwargs)
@@ -377,6 +441,8 @@ class LanguageProcessor:
             "languages": self.languages,
             "padding": self.padding,
             "max_length": self.max_length,
+            "limits": self.limits,
+            "adapters": self.adapters,
             "images": self.image_processor is not None,
         }
         (folder / self.FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -390,20 +456,21 @@ class LanguageProcessor:
         languages = settings["languages"]
         names: dict[str, Any] = dict.fromkeys(languages)
         cls(**names)  # refuses a name that is a path
-        read = {
+        read: dict[str, Any] = {
             name: AutoTokenizer.from_pretrained(name_or_path, subfolder=f"{cls.TOKENIZERS}/{name}", **kwargs)
             for name in languages
         }
         images = None
         if settings["images"]:
             images = AutoImageProcessor.from_pretrained(name_or_path, subfolder="image_processor", **kwargs)
-        return cls(image_processor=images, padding=settings["padding"], max_length=settings["max_length"], **read)
+        options: dict[str, Any] = {"padding": settings["padding"], "max_length": settings["max_length"]}
+        made = cls(image_processor=images, adapters=settings.get("adapters"), **options, **read)
+        made.limits = settings.get("limits", {})
+        return made
 
 
 def _process(processor: Any, images: list[Any], texts: list[str], padding: Any, length: int | None) -> dict[str, Any]:
-    return dict(
-        processor(images=images, text=texts, padding=padding, truncation=True, max_length=length, return_tensors="pt")
-    )
+    return dict(processor(images=images, text=texts, padding=padding, return_tensors="pt", **truncation(length)))
 
 
 def _images(rows: Sequence[Row], column: str, id_column: str | None = None) -> list[Any]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .anatomy import base_model
 from .data import evaluating
 
 Ids = Sequence[Hashable] | Tensor
@@ -272,7 +273,9 @@ def _features(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         method = getattr(model, f"get_{side}_features", None)
         if method is None:
             raise TypeError(f"{type(model).__name__} has no get_{side}_features: pass encode=.")
-        inputs = {name: batch[name] for name in inspect.signature(method).parameters if name in batch}
+        own = getattr(type(base_model(model)), f"get_{side}_features", method)  # an adapter may stand before it
+        named = {*inspect.signature(method).parameters, *inspect.signature(own).parameters}
+        inputs = {name: value for name, value in batch.items() if name in named}
         read |= inputs.keys()
         if key in batch:
             output = method(**inputs)  # an output object since transformers 5, a tensor before

@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 
 from .images import is_image, read_image
 from .rows import column_of, each, naming, row_name
+from .text_limits import allowed_length, truncation
 
 Visual = Any  # an image as `read_image` takes it, or a sequence of them: the frames of a video
 Conversation = Sequence[Mapping[str, Any]]  # messages: {"role": ..., "content": a string or a list of parts}
@@ -45,9 +46,11 @@ class InterleavedProcessor:
         media_token: The marker.
         text_column, images_column, answer_column: Of the rows that `collate` takes: a string or a conversation, a list of
             pictures, and what is to be answered, which rows may lack.
+        max_length: Longest text of `collate` in tokens; by default the smaller of the tokenizer's and the model's limit.
+        model: The language model, bare or in a `PeftModel`; it isn't kept.
 
     Raises:
-        ValueError: the marker isn't one token.
+        ValueError: the marker isn't one token, or max_length is more than the model reads.
     """
 
     FILE = "interleaved_processor.json"
@@ -62,6 +65,8 @@ class InterleavedProcessor:
         text_column: str = "text",
         images_column: str = "images",
         answer_column: str = "answer",
+        max_length: int | None = None,
+        model: Any = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -69,6 +74,7 @@ class InterleavedProcessor:
         self.text_column = text_column
         self.images_column = images_column
         self.answer_column = answer_column
+        self.max_length = allowed_length(max_length, tokenizer, model)
         if media_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([AddedToken(media_token, special=True, normalized=False)], special_tokens=True)
         if tokenizer.encode(media_token, add_special_tokens=False) != [self.media_token_id]:
@@ -155,7 +161,8 @@ class InterleavedProcessor:
             )
         special = {"add_special_tokens": False} if lessons[0].is_chat else {}  # a chat template has them
         with naming(rows, "id"):
-            batch = dict(self([lesson.text for lesson in lessons], images, padding_side="right", **special))
+            cut = truncation(self.max_length)
+            batch = dict(self([lesson.text for lesson in lessons], images, padding_side="right", **cut, **special))
         ids, mask = batch["input_ids"], batch["attention_mask"]
         ignored = (mask == 0) | (ids == self.media_token_id)
         for index, (row, lesson) in enumerate(zip(rows, lessons, strict=True)):
@@ -288,6 +295,7 @@ class InterleavedProcessor:
             "text_column": self.text_column,
             "images_column": self.images_column,
             "answer_column": self.answer_column,
+            "max_length": self.max_length,
             "images": self.image_processor is not None,
         }
         (folder / self.FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -74,19 +74,21 @@ class CallScope(threading.local):
         return type(self), ()  # a copy or a pickled model starts with a closed scope
 
 
-def check_rows(adapter_names: Sequence[str], known: Collection[str], inputs: Collection[Any] = ()) -> None:
+def check_rows(
+    adapter_names: Sequence[str], known: Collection[str], inputs: Collection[Any] = (), hint: str = ""
+) -> None:
     """Refuse `adapter_names=[...]` that aren't one known adapter for each row of a batch.
 
     Args:
         known: The adapters that there are.
         inputs: Of the call; their first dimensions say how many rows the batch has.
+        hint: What else to say where one is unknown.
     """
     if not isinstance(adapter_names, (list, tuple)) or not all(isinstance(name, str) for name in adapter_names):
         raise ValueError(f"adapter_names must be a list with one adapter's name a row, got {adapter_names!r}.")
     if unknown := sorted(set(adapter_names) - {BASE, *known}):
-        raise ValueError(
-            f"No adapter for {unknown}; there are {[BASE, *known]}. Load it: model.load_adapter(folder, name)."
-        )
+        load = "Load it: model.load_adapter(folder, name)."
+        raise ValueError(f"No adapter for {unknown}; there are {[BASE, *known]}. {load} {hint}".rstrip())
     rows = sorted({len(value) for value in inputs if isinstance(value, Tensor) and value.ndim})
     if rows and len(adapter_names) not in rows:
         raise ValueError(

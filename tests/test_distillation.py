@@ -458,7 +458,7 @@ def test_functional_loss_is_that_of_the_models_forward(flava):
     """With E as the tower's states for a text, the fusion encoder gives what the English model gives."""
     pixels = ds.random_pictures(flava, 2)
     assert pixels.shape == (2, 3, 16, 16)
-    batch = PROCESSOR(["e1 e2 e3", "e4"])
+    batch = PROCESSOR.tokenize(["e1 e2 e3", "e4"], "en")
     with torch.no_grad():
         E = part_of(flava).teach(**batch).states
         Y, mask = states(0, 3, 4)
@@ -669,12 +669,12 @@ def test_rows_are_the_towers_outputs(family, folder, tmp_path):
     for i in (0, 1, 30, 63, 64, 69):
         tokens = processor(ordered[i]["target"], language="zh")
         H = part.encode(tokens["input_ids"], tokens["attention_mask"].bool(), "zh")[0]
-        pooled, E = part.teach(**processor(ordered[i]["source"]))
+        pooled, E = part.teach(**processor.tokenize([ordered[i]["source"]], "en"))
         assert kept[i]["student"].shape == H.shape  # no padding
         torch.testing.assert_close(torch.from_numpy(kept[i]["student"].copy()), H, rtol=1e-5, atol=1e-5)
         expected = pooled if E is None else E[0]
         torch.testing.assert_close(torch.from_numpy(kept[i]["teacher"].copy()), expected, rtol=1e-5, atol=1e-5)
-    vectors = part.teach(**processor([pair["source"] for pair in ordered])).pooled
+    vectors = part.teach(**processor.tokenize([pair["source"] for pair in ordered], "en")).pooled
     torch.testing.assert_close(kept.mean_teacher(), vectors.mean(0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(kept.mean_teacher(20), vectors[::3].mean(0), rtol=1e-5, atol=1e-5)
 
@@ -879,7 +879,7 @@ def test_models_that_do_not_fit(folder, tmp_path):
             "outside the 40 tokens of adapter 'zh'",
         ),
         (
-            LanguageProcessor(en=tokenizer("e", **EN), zh=tokenizer("z", **{**ZH, "limit": None})),
+            LanguageProcessor(en=tokenizer("e", **EN), zh=tokenizer("z", **ZH), max_length={"zh": 40}),
             "40 tokens, but the encoder of adapter 'zh' reads 24.*max_length=24",
         ),
     ],
@@ -994,8 +994,8 @@ def test_checkpoints_hold_the_adapter_alone(name, folder, tmp_path):
     for language, text in (("en", "e1 e2"), ("zh", "z1 z2")):
         expected = PROCESSOR([text], language=language)
         assert torch.equal(processor([text], language=language)["input_ids"], expected["input_ids"])
-    loaded = PeftModel.from_pretrained(bare("clip"), place)
-    inputs = PROCESSOR(["z1 z2"], language="zh")
+    loaded = PeftModel.from_pretrained(bare("clip"), place, adapter_name=name)
+    inputs = processor(["z1 z2"], language="zh")  # which knows the language's adapter
     with torch.no_grad():
         found, expected = (m.eval().get_text_features(**inputs).pooler_output for m in (loaded, model))
     torch.testing.assert_close(found, expected)
@@ -1027,7 +1027,7 @@ def test_metrics_get_both_vectors(family, cache, folder, tmp_path):
     )
     assert run.evaluate()["eval_count"] == 20
     part = part_of(model)
-    source, target = (PROCESSOR([pair[side] for pair in data], language=name) for side, name in
+    source, target = (PROCESSOR.tokenize([pair[side] for pair in data], name) for side, name in
                       (("source", "en"), ("target", "zh")))  # fmt: skip
     with torch.no_grad():
         e = part.teach(**source).pooled
@@ -1065,7 +1065,7 @@ def test_the_bias_starts_at_the_mean_teacher_vector(family, cache, folder, tmp_p
     run = trainer(model, tmp_path, data, cache=cache, learning_rate=0.0, max_steps=1)
     assert not adapter_of(model)["up.bias"].any()
     run.train()
-    mean = part_of(model).teach(**PROCESSOR([pair["source"] for pair in data])).pooled.mean(0)
+    mean = part_of(model).teach(**PROCESSOR.tokenize([pair["source"] for pair in data], "en")).pooled.mean(0)
     torch.testing.assert_close(adapter_of(model)["up.bias"].detach(), mean, rtol=1e-4, atol=1e-5)
     trainer(model, tmp_path, pairs(seed=5), cache=cache, learning_rate=0.0, max_steps=1).train()
     torch.testing.assert_close(adapter_of(model)["up.bias"].detach(), mean, rtol=1e-4, atol=1e-5)
@@ -1155,7 +1155,7 @@ def test_the_text_side_alone_trains_the_same_adapter(folder, tmp_path):
         run.train()
     torch.testing.assert_close(*(adapter_of(model) for model in models), rtol=1e-5, atol=1e-6)
     models[1].save_pretrained(tmp_path / "saved")
-    whole = PeftModel.from_pretrained(bare("clip"), tmp_path / "saved" / "zh").eval()
+    whole = PeftModel.from_pretrained(bare("clip"), tmp_path / "saved" / "zh", adapter_name="zh").eval()
     inputs = PROCESSOR(["z1 z2", "z3"], language="zh")
     with torch.no_grad():
         found = whole.get_text_features(**inputs).pooler_output

@@ -15,6 +15,9 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from peft_multimodal import (
+    ContrastiveTrainer,
+    CrossLingualAdapterConfig,
+    CrossLingualTrainer,
     HardSampleBank,
     ImageTextCollator,
     InterleavedProcessor,
@@ -389,3 +392,245 @@ def test_a_language_processor_reads_what_the_collators_read():
     assert len(processor(images=GREY16)["pixel_values"].unique()) > 20
     with pytest.raises(TypeError, match="Image 1 holds NoneType"):
         processor(images=[photo(), None])
+
+
+LANGUAGES = ("de", "fr")
+
+
+def language_encoder(seed: int, **options) -> hf.BertModel:
+    config = hf.BertConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=64,
+        max_position_embeddings=12, **options,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    return hf.BertModel(config)
+
+
+@pytest.fixture(scope="module")
+def languages():
+    """CLIP that reads German and French too, and its processor; each language's tokenizer knows any number of tokens."""
+    made = {"bottleneck_dim": 16, "num_heads": 2}
+    configs = [CrossLingualAdapterConfig(**made).with_encoder(language_encoder(i)) for i in range(2)]
+    model = get_peft_model(FAMILIES["clip"].build(), configs[0], adapter_name="de")
+    model.add_adapter("fr", configs[1])
+    tokenizers = {name: word_tokenizer(letter=letter) for name, letter in zip(("en", *LANGUAGES), "wdf", strict=True)}
+    return model.eval(), LanguageProcessor(**tokenizers)
+
+
+def text_features(model, inputs):
+    with torch.no_grad():
+        return model.get_text_features(**inputs).pooler_output
+
+
+@pytest.mark.parametrize("active", LANGUAGES)
+def test_a_text_goes_through_its_own_language_whatever_is_active(languages, active):
+    model, processor = languages
+    texts = {"en": ["w1 w2", "w3"], "de": ["d1 d2", "d3"], "fr": ["f1 f2", "f3"]}
+    with model.disable_adapter():
+        right = {"en": text_features(model, processor(texts["en"]))}
+    for name in LANGUAGES:
+        model.set_adapter(name)
+        plain = {k: v for k, v in processor(texts[name], language=name).items() if k != "adapter_names"}
+        right[name] = text_features(model, plain)
+    model.set_adapter(active)
+    for name, expected in right.items():
+        inputs = processor(texts[name], language=name)
+        assert torch.equal(text_features(model, inputs), expected)
+        pixel_values = FAMILIES["clip"].inputs()["pixel_values"]
+        with torch.no_grad():
+            forward = model(**inputs, pixel_values=pixel_values).text_embeds
+        torch.testing.assert_close(forward, torch.nn.functional.normalize(expected, dim=-1))
+        torch.testing.assert_close(text_features(model, processor(texts[name], language=[name] * 2)), expected)
+        # ... and where a whole set is embedded.
+        rows = [{"words": text} for text in texts[name]]
+        collate = lambda rows, name=name: processor([row["words"] for row in rows], language=name)  # noqa: E731
+        embeds = compute_embeddings(model, rows, collate, progress=False)["text_embeds"]
+        torch.testing.assert_close(embeds, torch.nn.functional.normalize(expected, dim=-1))
+    assert torch.equal(text_features(model, processor(texts["en"])), right["en"])
+
+
+def test_a_language_that_the_model_does_not_have_is_named(languages):
+    model, processor = languages
+    more = LanguageProcessor(**processor.tokenizers, it=word_tokenizer(letter="i"))
+    with pytest.raises(ValueError, match=r"No adapter for \['it'\].*called as its adapter"):
+        model.get_text_features(**more(["i1"], language="it"))
+    with pytest.raises(ValueError, match=r"No adapter for \['it'\]"):
+        model(**more(["i1"] * 3, language="it"), pixel_values=FAMILIES["clip"].inputs()["pixel_values"])
+    with model.disable_adapter(), pytest.raises(ValueError, match=r"\['de'\] came while the adapters are disabled"):
+        model.get_text_features(**processor(["d1"], language="de"))
+
+
+def test_a_processor_that_was_saved_carries_the_language_too(languages, tmp_path):
+    model, processor = languages
+    processor.save_pretrained(tmp_path)
+    inputs = LanguageProcessor.from_pretrained(tmp_path)(["d1"], language="de")
+    assert inputs["adapter_names"] == ["de"]
+    assert torch.equal(text_features(model, inputs), text_features(model, processor(["d1"], language="de")))
+
+
+# ------------------------------------------------------------------------------------------------------------- lengths
+
+LONG = " ".join(f"w{i % 30}" for i in range(150))
+
+
+def tiny_clip(**text):
+    tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = hf.CLIPVisionConfig(**tiny, image_size=16, patch_size=8)
+    return hf.CLIPModel(
+        hf.CLIPConfig(
+            text_config=hf.CLIPTextConfig(**{**tiny, "vocab_size": 64, "eos_token_id": 1, **text}),
+            vision_config=vision,
+            projection_dim=8,
+        )
+    )
+
+
+def unlimited_processor() -> hf.CLIPProcessor:
+    images = hf.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return hf.CLIPProcessor(images, word_tokenizer())
+
+
+def decoder(name: str) -> hf.PreTrainedModel:
+    tiny = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "pad_token_id": 0}
+    configs = {
+        "gpt2": hf.GPT2Config(
+            vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=20, bos_token_id=1, eos_token_id=1
+        ),
+        "opt": hf.OPTConfig(**tiny, ffn_dim=16, word_embed_proj_dim=16, max_position_embeddings=20),
+        "llama": hf.LlamaConfig(**tiny, intermediate_size=16, max_position_embeddings=20),
+    }
+    return hf.AutoModelForCausalLM.from_config(configs[name])
+
+
+def test_captions_are_cut_to_what_the_model_reads():
+    model = tiny_clip(max_position_embeddings=21)
+    batch = ImageTextCollator(unlimited_processor(), model=model)([{"image": photo(), "text": LONG}] * 2)
+    assert batch["input_ids"].shape == (2, 21)
+    assert model(**batch).loss > 0
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    assert ImageTextCollator(unlimited_processor(), model=wrapped).max_length == 21
+    assert ImageTextCollator(make_processor(16), model=model).max_length == 16
+    with pytest.raises(ValueError, match="77 tokens was asked for, but the model reads 21"):
+        ImageTextCollator(unlimited_processor(), model=model, max_length=77)
+
+
+def test_questions_and_answers_are_cut_to_what_the_model_reads():
+    model, processor = FAMILIES["blip_vqa"].build(), make_processor(int(1e30))
+    row = {"image": photo(), "question": LONG, "answer": LONG}
+    batch = QuestionAnswerCollator(processor, model=model)([row])
+    assert (batch["input_ids"].shape, batch["decoder_input_ids"].shape) == ((1, 64), (1, 64))
+    assert model(**batch).loss > 0
+    short = QuestionAnswerCollator(make_processor(16), decoder_start_token_id=START, max_answer_length=5)([row])
+    assert (short["input_ids"].shape, short["labels"].shape) == ((1, 16), (1, 5))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
+def test_interleaved_texts_are_cut_to_what_the_decoder_reads(name):
+    model = decoder(name)
+    processor = interleaved(model=model)
+    batch = processor.collate(
+        [{"text": f"<image> {LONG} <image>", "images": [photo(), photo()]}, {"text": "w1", "images": []}]
+    )
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, 20)
+    assert batch["pixel_values"].shape[:2] == (2, 1)  # the image whose marker was cut off is left out
+    assert model(input_ids=batch["input_ids"] % 64, attention_mask=batch["attention_mask"]).logits.isfinite().all()
+    assert interleaved(max_length=7).collate([{"text": LONG, "images": []}])["labels"].shape == (1, 7)
+    with pytest.raises(ValueError, match="30 tokens was asked for, but the model reads 20"):
+        interleaved(model=model, max_length=30)
+
+
+def test_a_saved_interleaved_processor_keeps_its_limit(tmp_path):
+    interleaved(model=decoder("gpt2")).save_pretrained(tmp_path)
+    assert InterleavedProcessor.from_pretrained(tmp_path).collate([{"text": LONG, "images": []}])["labels"].shape == (
+        1,
+        20,
+    )
+
+
+@pytest.mark.parametrize("offset", [False, True])
+def test_languages_are_cut_to_what_their_encoders_read(offset, tmp_path):
+    tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = language_encoder(0)
+    if offset:  # counts its positions from behind the padding's
+        encoder = hf.XLMRobertaModel(
+            hf.XLMRobertaConfig(**tiny, vocab_size=64, max_position_embeddings=12, pad_token_id=1)
+        )
+    config = CrossLingualAdapterConfig(bottleneck_dim=16, num_heads=2).with_encoder(encoder)
+    model = get_peft_model(tiny_clip(max_position_embeddings=21), config, adapter_name="de").eval()
+    processor = LanguageProcessor(en=word_tokenizer(), de=word_tokenizer(), model=model)
+    processor.save_pretrained(tmp_path)
+    limit = 10 if offset else 12
+    for made in (processor, LanguageProcessor.from_pretrained(tmp_path)):
+        assert made([LONG])["input_ids"].shape == (1, 21)
+        assert made([LONG], language="de")["input_ids"].shape == (1, limit)
+        assert text_features(model, made([LONG, "w1"], language=["de", "en"])).isfinite().all()
+    # The trainer knows its model.
+    args = hf.TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, save_strategy="no")
+    pairs = [{"source": LONG, "target": f"{LONG} w{i}"} for i in range(3)] + [{"source": "w1", "target": "w2"}]
+    unfitted = LanguageProcessor(en=word_tokenizer(), de=word_tokenizer())
+    CrossLingualTrainer(model, args, train_dataset=pairs, processing_class=unfitted, cache=False).train()
+
+
+# --------------------------------------------------------------------------------------------- padding that is read
+
+
+def test_siglips_features_do_not_depend_on_the_batch():
+    model, processor = FAMILIES["siglip"].build(), unlimited_processor()
+    rows = [{"image": photo(), "text": text} for text in ("w1", "w2 w3 w4", LONG)]
+    collator = ImageTextCollator(processor, model=model)
+    assert collator(rows[:1])["input_ids"].shape == (1, 64)
+    together, alone = (
+        compute_embeddings(model, rows, collator, batch_size=size, progress=False)["text_embeds"] for size in (3, 1)
+    )
+    torch.testing.assert_close(together, alone)
+    languages = LanguageProcessor(en=word_tokenizer(), model=model)
+    assert languages(["w1"])["input_ids"].shape == (1, 64)
+    assert ImageTextCollator(processor, model=model, padding=True)(rows[:1])["input_ids"].shape[1] < 64  # on request
+
+
+@pytest.mark.parametrize(
+    "name", ["clip", "chinese_clip", "altclip", "vision_text_dual_encoder", "flava", "blip_retrieval"]
+)
+def test_other_towers_are_padded_to_the_longest(name):
+    assert ImageTextCollator(unlimited_processor(), model=FAMILIES[name].build()).padding is True
+
+
+def test_asking_a_model_leaves_it_as_it_was():
+    model = get_peft_model(FAMILIES["siglip"].build(), LoraConfig(target_modules=["q_proj"])).train()
+    model.set_requires_grad("default", False)
+    before = [p.requires_grad for p in model.parameters()]
+    assert ImageTextCollator(unlimited_processor(), model=model).padding == "max_length"
+    assert [p.requires_grad for p in model.parameters()] == before
+    assert all(module.training for module in model.modules())
+    assert model.active_adapters == ["default"]
+
+
+# ------------------------------------------------------------------------------------------- a collator without a model
+
+
+def test_a_collator_that_was_not_told_the_model_says_so_before_trainer_stops(tmp_path):
+    args = hf.TrainingArguments(
+        str(tmp_path), max_steps=1, remove_unused_columns=False, report_to="none", use_cpu=True, save_strategy="no"
+    )
+    rows = [{"id": i, "image": photo(), "text": f"w{i}"} for i in range(4)]
+    model = get_peft_model(FAMILIES["clip"].build(), LoraConfig(target_modules=["q_proj"]))
+    trainer = hf.Trainer(model, args, data_collator=ImageTextCollator(unlimited_processor()), train_dataset=rows)
+    with (
+        pytest.warns(UserWarning, match="no return_loss.*Pass model=model"),
+        pytest.raises(ValueError, match="return a loss"),
+    ):
+        trainer.train()
+
+
+def test_who_needs_no_loss_of_the_model_is_not_warned(tmp_path, recwarn):
+    rows = [{"id": i, "image": photo(), "text": f"w{i}"} for i in range(4)]
+    model = get_peft_model(FAMILIES["clip"].build(), LoraConfig(target_modules=["q_proj"]))
+    args = hf.TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, save_strategy="no")
+    collator = ImageTextCollator(unlimited_processor(), max_length=16)
+    for given in (collator, FiniteBatches(collator)):
+        HardSampleBank.from_model(model, rows, collator=given, progress=False)
+        compute_embeddings(model, rows, given, progress=False)
+        ContrastiveTrainer(model, args, given, rows).train()
+    ImageTextCollator(unlimited_processor(), return_loss=False)(rows)
+    assert not [w for w in recwarn if "return_loss" in str(w.message)]
+    assert collator.return_loss is None

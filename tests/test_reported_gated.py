@@ -289,17 +289,12 @@ def test_an_answer_that_is_cut_off_is_an_error():
     row = {"text": QUESTION, "answer": " red", "images": [RED]}
     full = len(made.collate([row])["input_ids"][0])
 
-    class Short(InterleavedProcessor):
-        def __call__(self, texts: Any, images: Any = None, **kwargs: Any) -> Any:
-            return super().__call__(texts, images, truncation=True, max_length=self.limit, **kwargs)
-
-    short = Short(made.tokenizer, made.image_processor)
-    short.limit = full - 1
+    short = InterleavedProcessor(made.tokenizer, made.image_processor, max_length=full - 1)
     assert (short.collate([row])["labels"] != -100).sum() >= 1
-    short.limit = 3
+    short.max_length = 3
     with pytest.raises(ValueError, match=r"Row 0: nothing is left of its answer in 3 tokens"):
         short.collate([row])
-    short.tokenizer.truncation_side, short.limit = "left", full - 2
+    short.tokenizer.truncation_side, short.max_length = "left", full - 2
     text = short.collate([{**row, "images": [RED]}])
     assert short.decode(text["labels"][0][text["labels"][0] != -100]).startswith(" red")
 

@@ -48,6 +48,7 @@ from ..anatomy import (
 from ..core.registry import Promises, method
 from ..layers import BASE, AttachedPart, CallScope, MultimodalLayer, check_rows, rows_beside
 from ..model_card import CardNotes
+from ..text_limits import longest_text, reads_padding
 from ..tuner import MultimodalConfig, MultimodalTuner
 from .blocks import TransformerBlock
 from .frozen_encoder import follow, share
@@ -56,7 +57,6 @@ from .language_encoder import (
     KEPT_TOKENIZER,
     LanguageEncoder,
     load_encoder,
-    longest_text,
     place_of,
     vocabulary_size,
 )
@@ -219,6 +219,12 @@ class Teaching(NamedTuple):
     states: Tensor | None
 
 
+_LANGUAGES = (
+    "A language is called as its adapter: PeftModel.from_pretrained(..., adapter_name=...) gives it a name, "
+    "and LanguageProcessor(..., adapters={language: adapter}) is told another."
+)
+
+
 class CrossLingualAdapterLayer(MultimodalLayer):
     """Base of everything that this method puts into a model."""
 
@@ -239,6 +245,8 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer):
         self.cross_lingual_adapter_language = nn.ModuleDict()
         self.encoders = nn.ModuleDict()
         self.encoder_of: dict[str, str] = {}
+        self.longest: dict[str, int | None] = {}  # tokens that each language's encoder reads
+        self.reads_padding = reads_padding(tower)  # the tower itself
         self.level = level
         self.scope = CallScope()  # `adapter_names` of a call
         self._model, self._tower = (model,), (tower,)  # tuples are not registered
@@ -259,6 +267,7 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer):
 
     def add(self, adapter_name: str, config: CrossLingualAdapterConfig, encoder: nn.Module) -> None:
         self.encoder_of[adapter_name] = share(self.encoders, encoder, place_of(config))
+        self.longest[adapter_name] = longest_text(encoder)
         sizes: Any = (config.encoder_width, config.output_dim)
         self.cross_lingual_adapter_language[adapter_name] = LanguageAdapter(config, *sizes)
         self.settle(adapter_name)
@@ -266,6 +275,7 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.encoder_of.pop(adapter_name, None)
+        self.longest.pop(adapter_name, None)
         for key in set(self.encoders) - set(self.encoder_of.values()):
             del self.encoders[key]
 
@@ -284,7 +294,7 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer):
             ValueError: a token is outside its vocabulary, or a text is longer than it can read.
         """
         encoder: Any = self.encoders[self.encoder_of[adapter_name]]
-        size, limit = vocabulary_size(encoder), longest_text(encoder)
+        size, limit = vocabulary_size(encoder), self.longest[adapter_name]
         if not torch.compiler.is_compiling() and not input_ids.is_meta:
             low, high = (int(x) for x in input_ids.aminmax())
             if low < 0 or high >= size:
@@ -374,7 +384,10 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer):
             return self.finished(self.scope.values["states"])
         names = self.scope.values.get("adapter_names")
         active = self.live_adapters()
-        if self.disable_adapters or (names is None and not active):
+        if names is not None and len(names) != len(input_ids):
+            raise ValueError(f"{len(names)} adapter_names for {len(input_ids)} rows.")
+        only_own = names is not None and set(names) == {BASE}
+        if self.disable_adapters or only_own or (names is None and not active):
             if args:
                 return self.own(input_ids, attention_mask, *args, **kwargs)
             return self.own(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
@@ -388,6 +401,8 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer):
                     f"Adapters {active} are languages: one can be active, or name each row's: adapter_names=[...]."
                 )
             out = self.adapted(input_ids, attention_mask, active[0])
+        elif len(set(names)) == 1:
+            out = self.adapted(input_ids, attention_mask, names[0])
         else:
             out = self._by_rows(input_ids, attention_mask, names)
         wanted = kwargs.get("return_dict")
@@ -398,7 +413,7 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer):
     def get_text_features(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's own `get_text_features`, with the language of each row where `adapter_names` is given."""
         model: Any = self._model[0]
-        with self.rows(adapter_names):
+        with self.rows(adapter_names, [*args, *kwargs.values()]):
             return type(model).get_text_features(model, *args, **kwargs)
 
     @contextmanager
@@ -407,9 +422,16 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer):
         if adapter_names is None:
             yield
             return
-        check_rows(adapter_names, self.cross_lingual_adapter_language, inputs)
-        if self.disable_adapters:
-            raise ValueError("adapter_names=[...] was given while the adapters are disabled.")
+        check_rows(adapter_names, self.cross_lingual_adapter_language, inputs, _LANGUAGES)
+        named = set(adapter_names)
+        if self.disable_adapters and named != {BASE}:
+            raise ValueError(
+                f"Texts of {sorted(named - {BASE})} came while the adapters are disabled (adapter_names=[...] names each row's "
+                "language)."
+            )
+        if list(named) == ([BASE] if self.disable_adapters else self.live_adapters()):
+            yield  # as it would be without names
+            return
         self.scope.open()
         self.scope.values["adapter_names"] = list(adapter_names)
         try:
@@ -428,8 +450,6 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer):
 
     def _by_rows(self, input_ids: Tensor, attention_mask: Tensor | None, names: Any) -> BaseModelOutputWithPooling:
         """Each row by its own language; a row's result is that of a batch of its language alone."""
-        if len(names) != len(input_ids):
-            raise ValueError(f"{len(names)} adapter_names for {len(input_ids)} rows.")
         if attention_mask is None:
             raise ValueError("A batch of several languages needs its attention_mask: each language pads its own way.")
         found: list[tuple[Tensor, int, int, Any]] = []

@@ -119,14 +119,6 @@ def vocabulary_size(encoder: Any) -> int:
     return _embedding(encoder).num_embeddings
 
 
-def longest_text(encoder: Any) -> int | None:
-    """How many tokens it can read; None where there is no limit."""
-    limit = getattr(encoder.config, "max_position_embeddings", None)
-    positions = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
-    offset = getattr(positions, "padding_idx", None)  # RoBERTa counts positions from behind its padding id
-    return limit if limit is None or offset is None else limit - offset - 1
-
-
 def _embedding(encoder: Any) -> Any:
     try:
         return encoder.get_input_embeddings()

@@ -17,7 +17,6 @@ which reach the layers through transformers' attention interface. Whether a towe
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..anatomy import device_of
 from ..layers import CallScope
+from ..text_limits import longest_text
 
 ATTENTION = "structured_prompt"  # the name under which transformers knows the attention that can continue a prefix
 ROWS_TO_SPARE = 512  # embeddings are filled up to a round number beyond their tokenizer's size
@@ -541,17 +541,6 @@ class PromptReader:
             if config._attn_implementation == ATTENTION:
                 config._attn_implementation = own
         self._own_attention = []
-
-
-def longest_text(tower: nn.Module) -> int | None:
-    """How many tokens the tower can read; None where there is no limit."""
-    limits = [
-        module.num_embeddings
-        - (0 if module.padding_idx is None else module.padding_idx + 1)  # RoBERTa counts from there
-        for path, module in tower.named_modules()
-        if isinstance(module, nn.Embedding) and re.search(r"position", path.rpartition(".")[2])
-    ]
-    return min(limits, default=None)
 
 
 @contextmanager

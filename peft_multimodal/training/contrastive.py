@@ -374,10 +374,13 @@ def _alone(x: Tensor) -> Tensor:
 
 
 def _rows(inputs: Mapping[str, Any], start: int, stop: int, size: int) -> dict[str, Any]:
-    """A part of a batch; what isn't a tensor of the batch's rows goes with every part."""
+    """A part of a batch; what isn't a tensor or a list of the batch's rows goes with every part."""
+
+    def has_rows(value: Any) -> bool:
+        return isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)
+
     return {
-        name: value[start:stop] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
-        for name, value in inputs.items()
+        name: value[start:stop] if has_rows(value) and len(value) == size else value for name, value in inputs.items()
     }
 
 

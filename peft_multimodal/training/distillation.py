@@ -442,7 +442,8 @@ class CrossLingualTrainer(AdapterTrainer):
                 f"language={others[0]!r}."
             )
         self._processor.tokenizer(language)  # an unknown one is an error here
-        self._collator = PairCollator(self._processor, language)
+        fitted = self._processor.fitted(model, {language: self.adapter_name})
+        self._collator = PairCollator(fitted, language)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
@@ -460,6 +461,7 @@ class CrossLingualTrainer(AdapterTrainer):
             self._prepared(data, name, _tower(model)) for data, name in zip(self._data, ("train", "eval"), strict=True)
         )
         self.data_collator.collator = self._collator
+        self.processing_class = self._collator.processor  # saved with the checkpoints
 
     @property
     def skipped(self) -> dict[str, int]:

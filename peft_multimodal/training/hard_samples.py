@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
-from ..data import ImageTextCollator, evaluating
+from ..data import ImageTextCollator, evaluating, without_loss
 from ..rows import hash_ids, ids_of, naming, row_name
 from .losses import dual_embeddings, text_keys
 from .sampling import PART, SumTree, distinct
@@ -350,7 +350,7 @@ class HardSampleBank:
                 raise ValueError("The data set has no rows.")
             collator = default_collator(model, first)
         order = None if stream else torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-        collate = SampleIds(evaluating(collator), id_column, image_id_column)  # the same texts each time
+        collate = SampleIds(evaluating(without_loss(collator)), id_column, image_id_column)  # the same texts each time
         loader = DataLoader(dataset, batch_size, sampler=order, collate_fn=collate)
         queue = FeatureQueue(how.queue_size if keys is None else min(how.queue_size, len(keys)))
         found_keys, found = [], []
@@ -711,7 +711,7 @@ def default_collator(model: Any, row: Any) -> Callable[[list[Any]], Mapping[str,
     name = getattr(base.config, "name_or_path", "")
     if not name:
         raise ValueError("The model doesn't come from a checkpoint with a processor: pass a collator.")
-    return ImageTextCollator(AutoProcessor.from_pretrained(name))
+    return ImageTextCollator(AutoProcessor.from_pretrained(name), model=model, return_loss=False)
 
 
 def stack_rows(rows: list[Any]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
-from ..data import FiniteBatches, evaluating
+from ..data import FiniteBatches, evaluating, without_loss
 from .callback import AdapterCallback
 from .checkpoints import BATCHES, STATE, batches_of, to_resume
 from .losses import LOGIT_SCALE, retrieval_loss
@@ -46,7 +46,8 @@ class AdapterTrainer(Trainer):
             self._adopt(model)
         super().__init__(model, args or TrainingArguments("trainer_output"), *fixed, **kwargs)
         self.model_accepts_loss_kwargs = False
-        self.data_collator = FiniteBatches(self.data_collator, getattr(self.data_collator, "id_column", None) or "id")
+        id_column = getattr(self.data_collator, "id_column", None) or "id"
+        self.data_collator = FiniteBatches(without_loss(self.data_collator), id_column)
         if self.args.n_gpu > 1:
             raise ValueError("DataParallel isn't supported: start one process a GPU with `accelerate launch`.")
         self.remove_callback(AdapterCallback)
