@@ -386,6 +386,8 @@ class CrossLingualTrainer(AdapterTrainer):
     `cache=True` in the order of the targets' lengths.
     """
 
+    processing_class: Any
+
     def __init__(
         self,
         model: Any = None,
