@@ -69,8 +69,8 @@ def test_a_layer_against_a_slow_version():
     model = wrap(family, METHOD, num_layers=2)
     states: dict[str, list[Tensor]] = {}
     for path, part in parts(model).items():
-        own = part.own
-        part.own = lambda *args, own=own, path=path, **kw: (
+        own = part.stand_in.original
+        part.stand_in.original = lambda *args, own=own, path=path, **kw: (
             states.setdefault(path, []).append(own(*args, **kw)) or states[path][-1]
         )
         part.host().register_forward_hook(lambda m, a, out, path=path: states[path].append(out))
@@ -107,7 +107,7 @@ def test_the_top_against_a_slow_version(name: str):
         text = "text" in path
         given = {k: v for k, v in inputs.items() if (k != "pixel_values") == text}
         branch = part.hard_sample_domain_adapter_branch["default"]
-        before, after = part.own(**given), tower(**given)
+        before, after = part.stand_in.original(**given), tower(**given)
         h, pooled = before.last_hidden_state, before.pooler_output
         for row in range(3):
             own = inputs["attention_mask"][row].nonzero().flatten().tolist() if text else list(range(h.shape[1]))
@@ -208,7 +208,7 @@ def layer_outputs(family: Family, model: PeftModel, inputs: dict[str, Any]) -> d
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if set(family.towers) != {"decoder"}])
 def test_an_adapter_sees_no_token_that_its_host_does_not(name: str, attention: str):
     """Wherever a change of the input leaves the frozen layers' states alone, it leaves the adapted ones' alone.
 

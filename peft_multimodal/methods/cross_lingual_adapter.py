@@ -46,6 +46,7 @@ from ..anatomy import (
     token_embeddings,
 )
 from ..core.registry import Promises, method
+from ..core.stand_in import StandIn
 from ..layers import BASE, AttachedPart, CallScope, MultimodalLayer, check_rows, rows_beside
 from ..model_card import CardNotes
 from ..text_limits import longest_text, reads_padding
@@ -250,20 +251,19 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer):
         self.level = level
         self.scope = CallScope()  # `adapter_names` of a call
         self._model, self._tower = (model,), (tower,)  # tuples are not registered
-        self._own_forward = tower.__dict__.get("forward")
-        tower.__dict__["forward"] = self.forward
+        self.stand_in = StandIn(tower, "forward", self.forward)
+        self.features_of: StandIn | None = None
         if hasattr(type(model), "get_text_features"):
-            model.__dict__["get_text_features"] = self.get_text_features
+            self.features_of = StandIn(model, "get_text_features", self.get_text_features, takes=["adapter_names"])
 
     def host(self) -> nn.Module:
         return self._tower[0]
 
     def remove_hooks(self) -> None:
         super().remove_hooks()
-        del self._tower[0].__dict__["forward"]
-        if self._own_forward is not None:
-            self._tower[0].__dict__["forward"] = self._own_forward
-        self._model[0].__dict__.pop("get_text_features", None)
+        self.stand_in.give_back()
+        if self.features_of is not None:
+            self.features_of.give_back()
 
     def add(self, adapter_name: str, config: CrossLingualAdapterConfig, encoder: nn.Module) -> None:
         self.encoder_of[adapter_name] = share(self.encoders, encoder, place_of(config))
@@ -359,20 +359,13 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer):
 
     # --- the teacher ---
 
-    def own(self, *args: Any, **kwargs: Any) -> Any:
-        """The tower as it is."""
-        tower = self.host()
-        if self._own_forward is not None:
-            return self._own_forward(*args, **kwargs)
-        return type(tower).forward(tower, *args, **kwargs)
-
     @torch.no_grad()
     def teach(self, input_ids: Tensor, attention_mask: Tensor | None) -> Teaching:
         """The frozen tower's outputs for English texts, in eval mode."""
         tower = self.host()
         training = tower.training
         try:
-            return _teaching(tower.eval(), self.own, self.level, input_ids, attention_mask)
+            return _teaching(tower.eval(), self.stand_in.original, self.level, input_ids, attention_mask)
         finally:
             tower.train(training)
 
@@ -389,8 +382,8 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer):
         only_own = names is not None and set(names) == {BASE}
         if self.disable_adapters or only_own or (names is None and not active):
             if args:
-                return self.own(input_ids, attention_mask, *args, **kwargs)
-            return self.own(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+                return self.stand_in.original(input_ids, attention_mask, *args, **kwargs)
+            return self.stand_in.original(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if input_ids is None:
             raise ValueError(
                 "A language's encoder reads input_ids; pass them, or use the English tower: model.disable_adapter()."
@@ -412,9 +405,9 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer):
 
     def get_text_features(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's own `get_text_features`, with the language of each row where `adapter_names` is given."""
-        model: Any = self._model[0]
+        assert self.features_of is not None
         with self.rows(adapter_names, [*args, *kwargs.values()]):
-            return type(model).get_text_features(model, *args, **kwargs)
+            return self.features_of.original(*args, **kwargs)
 
     @contextmanager
     def rows(self, adapter_names: Sequence[str] | None, inputs: Collection[Any] = ()) -> Iterator[None]:
@@ -458,7 +451,7 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer):
             start, end = self._extent(attention_mask[rows], name)
             ids, mask = input_ids[rows, start:end], attention_mask[rows, start:end]
             if name == BASE:
-                out = self.own(input_ids=ids, attention_mask=mask, output_hidden_states=True, return_dict=True)
+                out = self.stand_in.original(input_ids=ids, attention_mask=mask, output_hidden_states=True, return_dict=True)
             else:
                 out = self.adapted(ids, mask, name)
             found.append((rows, start, end, out))
@@ -699,7 +692,7 @@ def _output_dim(tower: Any, level: str) -> int:
     size = min(modules[path].num_embeddings for path in token_embeddings(tower))
     ids = torch.tensor([[0, 1, last if isinstance(last, int) and last < size else 2]], device=device) % size
     part: Any = next((m for m in tower.children() if isinstance(m, LanguageTower)), None)
-    forward = tower.forward if part is None else part.own
+    forward = tower.forward if part is None else part.stand_in.original
     # Of a model on the meta device only shapes are known, and what a mask holds would be asked.
     mask = None if ids.is_meta else torch.ones_like(ids)
     out = forward(input_ids=ids, attention_mask=mask, return_dict=True)

@@ -46,6 +46,7 @@ from ..anatomy import (
     stack_of,
 )
 from ..core.registry import Promises, method
+from ..core.stand_in import StandIn
 from ..layers import AttachedPart, CallScope, MultimodalLayer, check_rows, rows_beside
 from ..tuner import MultimodalConfig, MultimodalTuner
 from .blocks import TransformerBlock
@@ -165,23 +166,14 @@ class DomainPart(nn.Module, AttachedPart, HardSampleDomainAdapterLayer):
         self.scope = CallScope()  # `adapter_names` of a call
         self._host = (host,)  # a tuple is not registered
         self._positions = {name: i for i, name in enumerate(arguments_of(host))}
-        self._own_forward = host.__dict__.get("forward")
-        host.__dict__["forward"] = self.forward
+        self.stand_in = StandIn(host, "forward", self.forward)
 
     def host(self) -> nn.Module:
         return self._host[0]
 
     def remove_hooks(self) -> None:
         super().remove_hooks()
-        del self.host().__dict__["forward"]
-        if self._own_forward is not None:
-            self.host().__dict__["forward"] = self._own_forward
-
-    def own(self, *args: Any, **kwargs: Any) -> Any:
-        """The frozen module as it is."""
-        if self._own_forward is not None:
-            return self._own_forward(*args, **kwargs)
-        return type(self.host()).forward(self.host(), *args, **kwargs)
+        self.stand_in.give_back()
 
     def argument(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         """An argument of the host's call, by name or position; None where it is missing."""
@@ -247,9 +239,9 @@ class DomainLayer(DomainPart):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the layer's `forward`."""
         if not self.acting():
-            return self.own(*args, **kwargs)
+            return self.stand_in.original(*args, **kwargs)
         self._check_cache(next((v for v in (*args, *kwargs.values()) if isinstance(v, Cache)), None))
-        output = self.own(*args, **kwargs)
+        output = self.stand_in.original(*args, **kwargs)
         h = output[0] if isinstance(output, tuple) else output
         states = h.transpose(0, 1) if self.sequence_first else h
         shape = states.shape
@@ -315,11 +307,11 @@ class DomainTower(DomainPart):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the tower's `forward`."""
         if not self.acting():
-            return self.own(*args, **kwargs)
+            return self.stand_in.original(*args, **kwargs)
         wanted = kwargs.pop("return_dict", None)
         if wanted is None:
             wanted = getattr(getattr(self.host(), "config", None), "return_dict", True)
-        output = self.own(*args, **kwargs, return_dict=True)
+        output = self.stand_in.original(*args, **kwargs, return_dict=True)
         mask = self.argument("attention_mask", args, kwargs)
         h = output.last_hidden_state
         if mask is not None:
