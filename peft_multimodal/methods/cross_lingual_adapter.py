@@ -451,7 +451,9 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer):
             start, end = self._extent(attention_mask[rows], name)
             ids, mask = input_ids[rows, start:end], attention_mask[rows, start:end]
             if name == BASE:
-                out = self.stand_in.original(input_ids=ids, attention_mask=mask, output_hidden_states=True, return_dict=True)
+                out = self.stand_in.original(
+                    input_ids=ids, attention_mask=mask, output_hidden_states=True, return_dict=True
+                )
             else:
                 out = self.adapted(ids, mask, name)
             found.append((rows, start, end, out))
