@@ -25,10 +25,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from . import anatomy
-from ._version import __version__
+from ._version import INSTALL, __version__
 from .core.registry import METHODS, Method, method_of
 from .layers import MultimodalLayer
 from .saving import UNCLEAR, AdapterError, check_files, find_adapter
+from .storage import fault_of_saving
 from .tuner import FORMAT_VERSION, MultimodalConfig, matched_modules
 
 PACKAGE = "peft-multimodal"
@@ -280,7 +281,7 @@ def _adapter(report: Report, model: nn.Module | None, name: str | Path, kwargs: 
         if _newer(then, report.versions.get(package)):
             report.warning(
                 f"The adapter was saved with {package} {then}, which is newer than {report.versions[package]} here.",
-                f"pip install -U {package}",
+                f"{INSTALL} in newer sources of {PACKAGE}" if package == PACKAGE else f"pip install -U {package}",
             )
     if model is None:
         return None
@@ -351,6 +352,8 @@ def _adapters(report: Report, model: PeftModel, found: anatomy.Anatomy) -> None:
             "towers": counts,
             "left_alone": [t.name for t in found.towers if t.attentions and t.name not in counts] if counts else [],
         }
+        if method is not None and (fault := fault_of_saving(model, name)):
+            report.problem(fault)
         if method is None:
             continue
         trains = {tower: bool(n["trained"]) for tower, n in counts.items() if tower != "shared"}

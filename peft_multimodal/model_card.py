@@ -21,11 +21,13 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from ._version import __version__
+from ._version import INSTALL, __version__
 
 CARD = "README.md"
 BEGIN, END = "<!-- written by peft-multimodal: begin -->", "<!-- written by peft-multimodal: end -->"
 _OTHERS_TEMPLATE = "[More Information Needed]"  # in the cards that PEFT and transformers write unasked
+# What a card begins with that transformers' Trainer has written.
+_TRAINERS = "<!-- This model card has been generated automatically"
 _CLASSES_IN_SNIPPET = 12
 
 
@@ -114,6 +116,8 @@ def write_card(folder: Path, name: str, notes: CardNotes | None = None, local_ba
     block = "\n\n".join(filter(None, (BEGIN, *_body(adapters, base, local, name, notes), metrics, END)))
     if ours:
         card.text = before + block + after
+    elif card.text.lstrip().startswith(_TRAINERS):
+        card.text = f"{block}\n\n{card.text.lstrip()}"
     elif not card.text.strip() or _OTHERS_TEMPLATE in card.text:
         versions = f"- PEFT {peft_version}\n- peft-multimodal {__version__}\n- Transformers {transformers.__version__}"
         card.text = f"{block}\n\n### Framework versions\n\n{versions}\n"
@@ -163,7 +167,7 @@ def _body(adapters: list[StoredAdapter], base: str | None, local: bool, name: st
         f"# {title} for {what}",
         "An adapter for a vision-language model, of the package `peft-multimodal`, in PEFT's format.",
         _table(("", ""), facts),
-        f"## Use\n\n`pip install peft-multimodal`\n\n```python\n{_snippet(adapters, base, local, name, notes)}\n```",
+        f"## Use\n\nInstall `peft-multimodal` by `{INSTALL}` in the folder of its sources.\n\n```python\n{_snippet(adapters, base, local, name, notes)}\n```",
     ]
 
 

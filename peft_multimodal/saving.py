@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .model_card import CARD, CardNotes, write_card
-from .tuner import MultimodalConfig, card_notes, tuner_of
+from .tuner import MultimodalConfig, WeightsDontFit, card_notes, tuner_of
 
 # What PEFT, torch and Python say of values that make no sense.
 UNCLEAR = (TypeError, KeyError, AttributeError, IndexError, RuntimeError, ArithmeticError, MemoryError, AssertionError)
@@ -92,7 +92,7 @@ def _save(model: PeftModel, folder: Path, name: str, notes: CardNotes | None, **
         if (folder / CARD).is_file():
             shutil.copy(folder / CARD, aside)  # what its reader has written stays
         model.save_pretrained(str(aside), **kwargs)
-        _finish_card(model, aside, name, notes)
+        finish_card(model, aside, name, notes)
         aside.chmod(0o755)
         _put_in_place(aside, folder)
     finally:
@@ -212,7 +212,7 @@ def push_to_hub(
         )
 
 
-def _finish_card(model: PeftModel, folder: Path, name: str, notes: CardNotes | None) -> None:
+def finish_card(model: PeftModel, folder: Path, name: str, notes: CardNotes | None) -> None:
     """With the right name, the user's notes, and what the adapters together know."""
     configs = {n: c for n, c in model.peft_config.items() if isinstance(c, MultimodalConfig)}
     if not configs:
@@ -236,10 +236,16 @@ def load(model: nn.Module, name_or_path: str | os.PathLike, **kwargs: Any) -> Pe
         kwargs: Passed on to `PeftModel.from_pretrained` (adapter_name, is_trainable, revision, subfolder, token, ...).
 
     Raises:
+        TypeError: `model` is no model.
         AdapterError: there is no such adapter; a file is missing, truncated, no JSON object, of an unknown kind, or no
             safetensors; the config asks for what can't be built.
         ValueError: the adapter doesn't fit the model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"load(model, folder) takes the base model itself first, got {model!r} ({type(model).__name__}). Build it before: "
+            "model = AutoModel.from_pretrained(...), or the class that the adapter was trained with."
+        )
     folder = find_adapter(name_or_path, **kwargs)
     kind = check_files(folder)["peft_type"]
     if kwargs.get("subfolder") and (is_offline_mode() or kwargs.get("local_files_only")):
@@ -251,8 +257,13 @@ def load(model: nn.Module, name_or_path: str | os.PathLike, **kwargs: Any) -> Pe
     ours = issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[kind], MultimodalConfig)
     if ours and kwargs.get("autocast_adapter_dtype", True):
         kwargs.setdefault("low_cpu_mem_usage", True)
+    training = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         return PeftModel.from_pretrained(model, str(name_or_path), **kwargs)
+    except WeightsDontFit:
+        for parameter in training:
+            parameter.requires_grad_(True)  # as it was before the adapter was tried
+        raise
     except UNCLEAR as error:
         if not ours:
             raise

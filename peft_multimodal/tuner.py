@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import NoMatchingPeftModuleError, PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -30,7 +29,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from . import anatomy
-from ._version import __version__
+from ._version import INSTALL, __version__
 from .anatomy import Anatomy, Matrix
 from .core.registry import METHODS
 from .layers import AttachedPart, InputGradients, MultimodalLayer
@@ -46,12 +45,24 @@ from .matching import (
     nothing_matched,
 )
 from .model_card import CardNotes, is_hub_id, write_card
+from .storage import (
+    check_around,
+    check_below,
+    check_file_has_modules,
+    check_modules_to_save,
+    copied,
+    fault_of_saving,
+    faults,
+    known_here,
+    without_modules_to_save,
+)
 
 FORMAT_VERSION = 1  # of the adapter's files; raised when an older version of the package couldn't read them
 
 _PEFT_PREFIX = "base_model.model."
 # Folders that stand beside the files of an adapter: with its own name for a folder, another one's would lie among them.
-_COMPANIONS = ("encoder", "tokenizer")
+COMPANIONS = ("encoder", "tokenizer")
+_WHOLE = re.compile(r"modules_to_save\.[^.]+\.")
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
 
 
@@ -87,6 +98,8 @@ class MultimodalConfig(PeftConfig):
         self.best_is_loaded = False  # whether somebody cares for load_best_model_at_end
         self._local_base: str | None = None  # the base, if it was in a folder as seen where the model was wrapped
         self._card: tuple[str, CardNotes] | None = None  # the adapter's name and what its model knows for the card
+        self._base_name: tuple[str | None] | None = None  # while `base_model_name_or_path` names a folder of the cache
+        self.stored_in: str | None = None  # of a loaded one: the folder, if it is one on this machine
         self.package_version = self.package_version or __version__
         if isinstance(self.towers, str):
             self.towers = [self.towers]
@@ -113,7 +126,7 @@ class MultimodalConfig(PeftConfig):
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"This adapter has format {self.format_version}, written by peft_multimodal {self.package_version}; this is "
-                f"{__version__}, which reads formats up to {FORMAT_VERSION}. Upgrade: pip install -U peft-multimodal"
+                f"{__version__}, which reads formats up to {FORMAT_VERSION}. Upgrade: {INSTALL} in newer sources."
             )
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -123,10 +136,14 @@ class MultimodalConfig(PeftConfig):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         config = super().from_pretrained(*args, **kwargs)
         config.is_loaded = True  # its signature speaks of the base that it was trained on
+        root = args[0] if args else kwargs.get("pretrained_model_name_or_path", "")
+        subfolder = args[1] if len(args) > 1 else kwargs.get("subfolder")
+        config.stored_in = str(Path(root, subfolder or ""))
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Also renews the model card, which PEFT has begun: PEFT writes it before the weights, the config after them."""
+        self.show_base()
         super().save_pretrained(save_directory, **kwargs)
         self._warn_of_checkpoint(Path(save_directory))
         if self._card is not None:
@@ -134,6 +151,16 @@ class MultimodalConfig(PeftConfig):
             folder = Path(save_directory)
             root = folder if adapter_name == "default" else folder.parent
             write_card(root, root.name, notes, self._local_base)
+
+    def hide_base(self) -> None:
+        """Name the base by a folder on this machine, or not at all, until `show_base`."""
+        self.show_base()
+        self._base_name = (self.base_model_name_or_path,)
+        self.base_model_name_or_path = known_here(self.base_model_name_or_path)
+
+    def show_base(self) -> None:
+        if self._base_name is not None:
+            (self.base_model_name_or_path,), self._base_name = self._base_name, None
 
     def _warn_of_checkpoint(self, folder: Path) -> None:
         """Once: the stock Trainer looks for its best model in a checkpoint's root, where "default" is."""
@@ -196,10 +223,12 @@ class MultimodalTuner(BaseTuner):
     """From where to where a method's learning rate is sane, for optimizers of Adam's kind."""
     not_beside: dict[str, str] = {}
     """{PEFT type of another method: why no model can have both, and what to do instead}."""
+    wraps = False
+    """Whether it puts layers around modules, which moves what is inside; not where its parts hang below modules."""
 
     def __init__(self, model: Any, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_bare(model)
-        model = anatomy.base_model(model)  # a model that has adapters of another method
+        outer, model = model, anatomy.base_model(model)  # a model that has adapters of another method
         present = getattr(model, "peft_config", None) or {}
         if isinstance(peft_config, PeftConfig):  # a PeftModel passes {name: config}
             if not present:
@@ -214,11 +243,15 @@ class MultimodalTuner(BaseTuner):
                 f"load_adapter of a transformers model): {kept} couldn't be loaded, deleted and taken out again there. Use "
                 "get_peft_model(model, config), and peft_multimodal.load(model, folder) or PeftModel.from_pretrained; the PeftModel's own add_adapter and load_adapter add more."
             )
+        check_below(outer, model)
         self._check_beside(present, peft_config[adapter_name], adapter_name)
+        training = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         except BaseException:
             present.pop(adapter_name, None)  # it is shared with the model's other adapters, which stay as they are
+            for parameter in training:
+                parameter.requires_grad_(True)
             raise
 
     @classmethod
@@ -276,9 +309,11 @@ class MultimodalTuner(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         """Match once, before anything is changed; `target_modules` stays what the user wrote."""
+        check_file_has_modules(self.model, peft_config)
         found = anatomy.describe(self.model)
         if peft_config.is_loaded:
             check_same_base(peft_config, found)
+        check_modules_to_save(self.model, peft_config)
         matrices = self.match(peft_config, self.model)
         self._check_reach(matrices)
         self._check_wholes(peft_config)
@@ -335,6 +370,10 @@ class MultimodalTuner(BaseTuner):
                     "load this adapter first and the other one after it."
                 )
 
+        if self.wraps:
+            method = type(self).__name__.removesuffix("Model")
+            check_around(self.model, list(dict.fromkeys(m.module for m in matrices)), self.tuner_layer_cls, method)
+
     def _check_wholes(self, config: Any) -> None:
         """Refuse to train a module as a whole that another method trains: one of the two copies alone would act."""
         others = {id(m) for m in self._wholes(True)}
@@ -378,6 +417,7 @@ class MultimodalTuner(BaseTuner):
 
     def _take_back(self, adapter_name: str) -> None:
         """After a failure in the midst of an injection, such as no memory: the model is what it was before."""
+        without_modules_to_save(self.model, adapter_name)
         for layer in self._own_layers():
             layer.delete_adapter(adapter_name)
         if any(name != adapter_name and tuner_of(c) is type(self) for name, c in self.peft_config.items()):
@@ -469,6 +509,24 @@ class MultimodalTuner(BaseTuner):
         for tuner in [type(self), *map(tuner_of, self.peft_config.values())]:
             if reason := getattr(tuner, "not_mergeable", None):
                 raise ValueError(reason)
+        self._check_untied()
+
+    def _check_untied(self) -> None:
+        """Refuse to merge into a weight that another module uses, too."""
+        users: dict[int, list[tuple[str, nn.Module]]] = {}
+        for path, module in self.model.named_modules():
+            for parameter in module.parameters(recurse=False):
+                users.setdefault(id(parameter), []).append((path, module))
+        layers = [(path, m) for path, m in self.model.named_modules() if isinstance(m, self.tuner_layer_cls)]
+        for path, layer in layers:
+            inside = set(self.model.get_submodule(path).modules())
+            for parameter in anatomy.unwrap(layer).parameters() if hasattr(layer, "base_layer") else ():
+                if others := [user for user, module in users[id(parameter)] if module not in inside]:
+                    raise ValueError(
+                        f"{path} shares its weight with {others[0]} (they are tied), so a merge would change both, and give another "
+                        f"model than the adapter does. Keep the adapter, or wrap the model anew with exclude_modules=[{path!r}]; to "
+                        "adapt and merge this module, load the base untied: tie_word_embeddings=False in its config."
+                    )
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         self._check_mergeable()
@@ -527,6 +585,8 @@ class MultimodalTuner(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        if fault := fault_of_saving(model, adapter_name):
+            raise ValueError(fault)
         state_dict = {_WRAPPERS.sub("", key): value for key, value in state_dict.items()}
         config._card = (adapter_name, card_notes(model, adapter_name))  # this comes before the config is saved
         keys = cls.checkpoint_keys(model, adapter_name)
@@ -537,7 +597,7 @@ class MultimodalTuner(BaseTuner):
         for stored, value in found.items():
             if stored.endswith(cls.scalars) and not hasattr(value, "full_tensor"):  # a shard keeps its dimension
                 found[stored] = value.reshape(())
-        return _WithoutBase(found, state_dict) if cls.owns_token_rows else found
+        return _Gathered(found, config, state_dict if cls.owns_token_rows else ())
 
     def card_notes(self, adapter_name: str) -> CardNotes:
         """What the adapter's model card should say beyond what its files say."""
@@ -563,46 +623,92 @@ class MultimodalTuner(BaseTuner):
         if extra := [k for k in others if k not in own and _PEFT_PREFIX + k not in own]:
             problems.append(f"not of this adapter: {_some(extra)}")
         for key, value in stored.items():
-            shape = tuple(own[expected[key]].shape)
-            if tuple(value.shape) != shape:
-                problems.append(f"{_short(key)} has shape {tuple(value.shape)}, the model needs {shape}")
-            elif value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all()):
-                problems.append(f"{_short(key)} holds NaN or infinite values")
+            problems += faults(_short(key), value, own[expected[key]])
+        others = {key if key in own else _PEFT_PREFIX + key: value for key, value in others.items()}
+        for key, value in others.items():
+            if key in own:
+                problems += faults(_WHOLE.sub("", _short(key)), value, own[key])
+        way_out = _resize(model, others)
+        if expected and not stored:
+            way_out = (
+                " None of its keys is this method's: if a Trainer resumes here, give each run an output_dir of its own."
+            )
         if problems:
             if config.is_loaded and not config.has_weights:
                 cls._take_out(model, adapter_name)
             base = config.base_model_name_or_path or "unknown"
-            raise ValueError(
+            raise WeightsDontFit(
                 f"The weights don't fit adapter {adapter_name!r} ({config.peft_type.value}, trained on {base!r}); nothing "
                 f"was loaded. "
                 + "; ".join(problems[:6])
                 + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-                + ". Load it into the model it was trained on, with the config it was saved with."
+                + f". Load it into the model it was trained on, with the config it was saved with.{way_out}"
             )
         config.has_weights = True
-        return {expected[key]: value for key, value in stored.items()} | others
+        result = {expected[key]: value for key, value in stored.items()} | copied(model, others)
+        return result | _not_missing(model, cls.prefix, adapter_name, result)
 
-    @staticmethod
-    def _take_out(model: Any, adapter_name: str) -> None:
+    @classmethod
+    def _take_out(cls, model: Any, adapter_name: str) -> None:
         """Leave the model as it was before an adapter was made whose weights then didn't fit."""
+        without_modules_to_save(model, adapter_name)
         if set(model.peft_config) == {adapter_name}:
             model.base_model.unload()
-        else:
+        elif any(name != adapter_name and tuner_of(c) is cls for name, c in model.peft_config.items()):
             model.delete_adapter(adapter_name)
+        else:  # beside another method's
+            model.base_model._take_back(adapter_name)
+            model.peft_config.pop(adapter_name)
 
 
-class _WithoutBase(dict[str, Tensor]):
-    """An adapter's tensors, to which PEFT adds the base's embeddings where the base was resized.
+class WeightsDontFit(ValueError):
+    """An adapter's file holds other tensors than the adapter has. Nothing was written."""
 
-    Parts that are saved whole (`modules_to_save`) come under names of the file's, the embeddings under the model's.
+
+class _Gathered(dict[str, Tensor]):
+    """An adapter's tensors, to which PEFT adds what else is saved: modules, and embeddings where the base was resized.
+
+    To see whether it was, PEFT asks the Hub for the base's config, unless the base is named by a folder. While PEFT gathers,
+    the adapter's config therefore names the folder of the cache that holds this config, or no base.
+
+    Args:
+        of_model: Names of the model's tensors, where none of them may be added. Parts that are saved whole
+            (`modules_to_save`) come under names of the file's, embeddings under the model's.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], of_model: Collection[str]) -> None:
+    def __init__(self, tensors: dict[str, Tensor], config: MultimodalConfig, of_model: Collection[str]) -> None:
         super().__init__(tensors)
-        self._of_model = of_model
+        self._config, self._of_model = config, of_model
+        config.hide_base()
 
     def update(self, other: Any) -> None:  # type: ignore[override]
         super().update({k: v for k, v in other.items() if _WRAPPERS.sub("", k) not in self._of_model})
+
+    def items(self) -> Any:  # the last thing that PEFT asks for
+        self._config.show_base()
+        return super().items()
+
+
+def _not_missing(model: nn.Module, prefix: str, adapter_name: str, given: Collection[str]) -> dict[str, Tensor]:
+    """What PEFT would take for missing keys of an adapter: other parts whose names contain the adapter's.
+
+    They are given back as they are: a frozen encoder's weights, those of other adapters, and all of a method's for an
+    adapter that is called like a piece of its prefix.
+    """
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    kept = model.state_dict().keys() - set(given)
+    return {key: value for key, value in tensors.items() if key in kept and prefix in key and adapter_name in key}
+
+
+def _resize(model: nn.Module, others: dict[str, Tensor]) -> str:
+    """The way out where a file holds embeddings of another size than the model's."""
+    with suppress(AttributeError, NotImplementedError):  # no model of transformers, or one without token embeddings
+        rows, own = anatomy.base_model(model).get_input_embeddings().num_embeddings, model.state_dict()
+        for key, value in others.items():
+            mine = own[key].shape if key in own else ()
+            if mine[:1] == (rows,) and value.shape[1:] == mine[1:] and len(value) != rows:
+                return f" The base was resized then: model.resize_token_embeddings({len(value)}) before loading."
+    return ""
 
 
 def check_bare(model: nn.Module) -> None:
@@ -626,15 +732,15 @@ def tuner_of(config: Any) -> type:
 def check_adapter_name(name: str) -> None:
     """Adapters' names are keys of torch's containers, parts of parameters' names, and names of folders."""
     taken = hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name)
-    if taken or name in _COMPANIONS or not re.fullmatch(r"[^\s./\\:\x00]+", name):
+    if taken or name in COMPANIONS or not re.fullmatch(r"[^\s./\\:\x00]+", name):
         why = "it holds a dot, slash, colon or space, or is empty"
         if taken:
             why = "torch's containers have an attribute of this name"
-        elif name in _COMPANIONS:
+        elif name in COMPANIONS:
             why = "a folder of this name stands beside an adapter's files"
         raise ValueError(
             f"adapter_name={name!r} can't be used: {why}. Adapters are called by letters, digits, - and _, such as "
-            f"{re.sub('[^A-Za-z0-9_-]+', '-', name).strip('-') + ('-1' if taken or name in _COMPANIONS else '') or 'default'!r}."
+            f"{re.sub('[^A-Za-z0-9_-]+', '-', name).strip('-') + ('-1' if taken or name in COMPANIONS else '') or 'default'!r}."
         )
 
 

@@ -230,7 +230,7 @@ def test_newer_packages_are_a_warning(clip: Path, adapter: Path):
     assert report.healthy
     assert [f.level for f in report.findings] == ["warning", "warning"]
     assert "saved with peft 99.0, which is newer" in report.findings[0].what
-    assert report.findings[1].way_out == "pip install -U peft-multimodal"
+    assert report.findings[1].way_out == "pip install . in newer sources of peft-multimodal"
 
 
 def test_wrong_versions(clip: Path, monkeypatch):

