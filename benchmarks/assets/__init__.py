@@ -9,6 +9,7 @@
 | `translation_pairs(language)` | a `Dataset`: texts in English and one of `LANGUAGES` (columns: `languages.py`) |
 | `emoji_labels(language)` | the emoji's names in one of `LANGUAGES` |
 | `dinov2_small()`, `minilm()`, `e5_small()` | folders of the pretrained towers: pictures, English, a hundred languages |
+| `smollm2()` | the folder of a language model of 135M parameters |
 | `captions(kind)`, `patch_states(kind)` | pictures as DINOv2-S sees them, and what is said of them (`captions.py`) |
 | `caption_lm()` | the folder of a small language model that has read captions |
 | `english_clip()` | the folder of the dual encoder assembled from them |
@@ -30,6 +31,7 @@ from .fetch import AssetError, cache_dir
 from .languages import LANGUAGES, emoji_labels, translation_pairs
 from .photos import photos
 from .pictures import emoji_pictures
+from .smollm2 import smollm2
 from .towers import dinov2_small, minilm
 
 __all__ = [
@@ -50,5 +52,6 @@ __all__ = [
     "minilm",
     "patch_states",
     "photos",
+    "smollm2",
     "translation_pairs",
 ]

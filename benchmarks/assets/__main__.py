@@ -23,6 +23,7 @@ ALL = (
     "minilm",
     "e5_small",
     "english_clip",
+    "smollm2",
 )
 NAMES = ALL + SLOW
 
