@@ -161,7 +161,7 @@ GIVEN: dict[str, Callable[[], Any]] = {
     "few_shot": lambda: [
         {"pixel_values": pixels(name)[0], "labels": label} for label, name in enumerate(("red apple", "green apple"))
     ],
-    "rows": lambda: [{"text": f"<image>a {name}", "images": [picture(name)]} for name in NAMES],
+    "rows": lambda: [{"text": "<image>what colour is it?", "answer": f" a {n}", "images": [picture(n)]} for n in NAMES],
     "apple": lambda: picture("red apple"),
     "pear": lambda: picture("green pear"),
     "x": lambda: pixels("red apple", "green apple"),

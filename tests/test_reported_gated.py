@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -330,3 +331,28 @@ def test_the_answers_column_travels_with_the_processor(tmp_path: Path):
     processor(answer_column="reply").save_pretrained(tmp_path)
     again = InterleavedProcessor.from_pretrained(tmp_path)
     assert learnt(again, [{"text": QUESTION, "reply": " red", "images": [RED]}]) == [" red<|end|>"]
+
+
+def test_the_benchmark_trains_what_the_readme_prints():
+    """The config is the default one, and what Trainer is told stands in both."""
+    from benchmarks import experiment
+
+    item = experiment.load("seeing", "gated_xattn/readme")
+    assert item.peft == {"peft_type": "GATED_XATTN"}
+    for page in ("README.md", "docs/gated-xattn.md"):
+        text = (Path(__file__).parents[1] / page).read_text("utf-8")
+        assert re.search(r"GatedXAttnConfig\(vision_encoder=\S+, media_token_id=processor.media_token_id\)\n", text), (
+            page
+        )
+        rates = re.findall(r"GatedXAttnConfig\(.*?learning_rate=([\d.e-]+)", text, re.DOTALL)[:1]
+        assert [float(rate) for rate in rates] == [item.training["learning_rate"]], page
+
+
+def test_without_gguf_the_benchmarks_language_model_says_what_to_install(monkeypatch, tmp_path: Path):
+    from benchmarks.assets import AssetError, smollm2
+
+    monkeypatch.setenv("PEFT_MULTIMODAL_CACHE", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(AssetError, match=r"is read with the package gguf: pip install"):
+        smollm2()
+    assert not list(tmp_path.glob("smollm2*/*")), "nothing half-made is left"
