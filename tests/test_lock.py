@@ -22,13 +22,16 @@ def needed(extra: str) -> Iterator[Requirement]:
     """What an extra installs beside the package's own needs, extras of its own included."""
     for requirement in map(Requirement, PROJECT["optional-dependencies"][extra]):
         if requirement.name == PROJECT["name"]:
-            for inner in requirement.extras:
+            for inner in sorted(requirement.extras):
                 yield from needed(inner)
         else:
             yield requirement
 
 
-@pytest.mark.parametrize("requirement", [*map(Requirement, PROJECT["dependencies"]), *needed("dev")], ids=str)
+NEEDED = {str(r): r for r in (*map(Requirement, PROJECT["dependencies"]), *needed("dev"))}
+
+
+@pytest.mark.parametrize("requirement", NEEDED.values(), ids=str)
 def test_every_requirement_is_locked_within_its_range(requirement: Requirement):
     name = canonicalize_name(requirement.name)
     versions = [str(pin.specifier).removeprefix("==") for pin in PINS if canonicalize_name(pin.name) == name]

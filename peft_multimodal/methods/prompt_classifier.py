@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from ..anatomy import Anatomy, device_of, is_below, pixel_readers, token_embeddings
+from ..core.stand_in import StandIn
 from ..layers import AttachedPart, MultimodalLayer, is_checkpointing
 from .prompt_text import Piece, PrefixStates, PromptReader, Texts, in_eval, join
 
@@ -89,11 +90,10 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
         self._model, self._tower = (model,), (tower,)  # tuples are not registered
         self._convolutions = tuple(model.get_submodule(path) for path in pixel_readers(model))
         self.image_inputs = frozenset(inspect.signature(model.get_image_features).parameters)
-        self._own = {
-            name: model.__dict__[name] for name in ("forward", "accepts_loss_kwargs") if name in model.__dict__
-        }
+        self.stand_in = StandIn(model, "forward", self.forward, signature=inspect.signature(self.forward))
         # Trainer would pass on the count of labels to a forward with **kwargs; the loss is a mean over its own batch.
-        model.__dict__.update(forward=self.forward, accepts_loss_kwargs=False)
+        self._accepted = {name: value for name, value in vars(model).items() if name == "accepts_loss_kwargs"}
+        model.accepts_loss_kwargs = False
 
     def host(self) -> nn.Module:
         return self._tower[0]
@@ -101,10 +101,9 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
     def remove_hooks(self) -> None:
         super().remove_hooks()
         self.reader.restore_attention()
-        model = self._model[0]
-        for name in ("forward", "accepts_loss_kwargs"):
-            del model.__dict__[name]
-        model.__dict__.update(self._own)
+        self.stand_in.give_back()
+        del self._model[0].accepts_loss_kwargs
+        vars(self._model[0]).update(self._accepted)
 
     def add(self, adapter_name: str, config: StructuredPromptConfig, context: nn.Module) -> None:
         self.configs[adapter_name] = config
@@ -514,15 +513,13 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
             raise ValueError(
                 "labels were given while no adapter is active; model.zero_shot_logits gives the base's logits."
             )
-        model = self._model[0]
         given = {name: value for name, value in kwargs.items() if value is not None}
-        forward = self._own.get("forward") or type(model).forward.__get__(model)
         if len(args) > 2:
-            return forward(*args, **given)
+            return self.stand_in.original(*args, **given)
         named = {
             name: value for name, value in zip(("input_ids", "pixel_values"), args, strict=True) if value is not None
         }
-        return forward(**named, **given)
+        return self.stand_in.original(**named, **given)
 
 
 def in_order(values: Any) -> Any:
