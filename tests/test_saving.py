@@ -309,6 +309,7 @@ SIGNATURES = {
     "blip_retrieval": ("BlipForImageTextRetrieval", {"vision": [2, 48], "text": [2, 32], "fusion": [2, 32]}),
     "clip": ("CLIPModel", {"vision": [2, 48], "text": [2, 32]}),
     "llava": ("LlavaForConditionalGeneration", {"vision": [3, 48], "decoder": [2, 32]}),
+    "llama": ("LlamaForCausalLM", {"decoder": [2, 32]}),
 }
 ADAPTED = {  # of the towers, where it isn't all
     "cross_lingual_adapter": ["text"],
