@@ -52,8 +52,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import peft_multimodal
 from peft_multimodal import matched_modules
 from peft_multimodal.anatomy import is_below
+from peft_multimodal.core.stand_in import Taken
 from peft_multimodal.layers import AttachedPart
-from peft_multimodal.methods.gated_xattn_layers import ForwardWithMedia
 
 NOT_IDENTITY = promising(starts_as="images")
 WHOLE_TOWER = promising(acts_on="tower")  # have no target_modules, and nothing is recomputed in them
@@ -95,7 +95,7 @@ def wrapped(model: PeftModel) -> set[str]:
     """Paths of the wrapped modules, and of those whose `forward` was taken over."""
     modules = list(model.get_base_model().named_modules())
     layers = {path for path, m in modules if isinstance(m, BaseTunerLayer) and hasattr(m, "base_layer")}
-    taken = {path for path, m in modules if not isinstance(vars(m).get("forward"), (type(None), ForwardWithMedia))}
+    taken = {path for path, m in modules for t in [vars(m).get("forward")] if isinstance(t, Taken) and t.is_answered}
     if taken == {""}:  # the model's own, by a part that hangs below a tower
         taken = {path.rpartition(".")[0] for path, m in modules if isinstance(m, AttachedPart)}
     return layers | taken

@@ -824,8 +824,9 @@ def test_pictures_that_another_adapter_has_read_are_an_error():
     torch.testing.assert_close(logits(model, **text, media=media), again)
 
 
+@pytest.mark.parametrize("cache", ["past_key_values", "cache"])  # "cache" since transformers 5.24
 @pytest.mark.parametrize("whole", [True, False], ids=["whole text", "new text"])
-def test_new_pictures_in_a_conversation(whole: bool):
+def test_new_pictures_in_a_conversation(whole: bool, cache: str):
     """The second turn reads its own pictures and the first one's, which are not read again."""
     model, x = wrap(), torch.randn(2, 3, 1, 4, D)
     turn = torch.tensor([[1, 5, M, 6], [1, M, M, 7]])
@@ -844,8 +845,8 @@ def test_new_pictures_in_a_conversation(whole: bool):
     again = model.generate(
         input_ids=given,
         attention_mask=torch.ones_like(text),
-        past_key_values=out.past_key_values,
         vision_features=second,
+        **{cache: out.past_key_values},
         **options,
     ).sequences[:, -6:]
     assert read == [3, 2]

@@ -40,7 +40,9 @@ class StandIn:
         self.module, self.name = module, name
         self.below: Callable[..., Any] | None = None
         self.answer: Callable[..., Any] = answer or self.original
-        self.signature = signature or _with(inspect.signature(getattr(module, name)), takes)
+        own = inspect.signature(getattr(module, name))
+        self.parameters = list(own.parameters)  # the method's own
+        self.signature = signature or _with(own, takes)
         taken = module.__dict__.get(name)
         if not isinstance(taken, Taken):
             taken = Taken(module, name)
@@ -81,6 +83,11 @@ class Taken:
         if self.stand_ins:
             return self.stand_ins[-1].signature
         return inspect.signature(self.own or getattr(type(self.module), self.name).__get__(self.module))
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether a stand-in does more than pass calls on."""
+        return any(s.answer != s.original for s in self.stand_ins)
 
     def add(self, stand_in: StandIn) -> None:
         self.stand_ins.append(stand_in)

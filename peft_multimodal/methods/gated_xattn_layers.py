@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from ..anatomy import device_of
+from ..core.stand_in import StandIn
 from ..layers import AttachedPart, CallScope, HostedLayer, MultimodalLayer
 from .frozen_encoder import share
 from .media import MediaCache, Reading, Sight, text_time
@@ -156,23 +157,6 @@ class WithoutPictures(LogitsProcessor):
             return self.processor(input_ids, scores)
 
 
-class ForwardWithMedia:
-    """A model's own forward, under a signature that names what the adapter reads too: Trainer drops other columns."""
-
-    def __init__(self, model: nn.Module, names: list[str]) -> None:
-        self.model, self.own = model, model.__dict__.get("forward")
-        written = inspect.signature(model.forward)
-        parameters = list(written.parameters.values())
-        at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-        parameters[at:at] = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in names]
-        self.__signature__ = written.replace(parameters=parameters)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.own is not None:
-            return self.own(*args, **kwargs)
-        return type(self.model).forward(self.model, *args, **kwargs)
-
-
 class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
     """Hangs below the model: takes the pictures out of each call's inputs and holds what the layers share.
 
@@ -181,7 +165,6 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
 
     role = ""
     adapter_layer_names = ("gated_xattn_resampler", "gated_xattn_shared")
-    _STANDS_IN = ("generate", "_get_logits_processor", "_get_candidate_generator")  # for the model's own
     gated_xattn_resampler: Any  # {adapter: Resampler}
     gated_xattn_shared: Any  # {adapter: GatedBlock}, of adapters with share_blocks
 
@@ -206,26 +189,19 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
             model.register_forward_hook(self._after, always_call=True),
             stack.register_forward_pre_hook(self._before_stack, with_kwargs=True),
         ]
-        self._own = {name: model.__dict__.get(name) for name in self._STANDS_IN}
-        for name in self._own:
+        # Trainer passes on the columns that the signature of `forward` names; the pictures are taken out by the hooks.
+        self.stand_ins = {"forward": StandIn(model, "forward", takes=self._inputs)}
+        for name in ("generate", "_get_logits_processor", "_get_candidate_generator"):
             if hasattr(model, name):
-                model.__dict__[name] = getattr(self, name)
-        self._own["forward"] = model.__dict__.get("forward")
-        model.__dict__["forward"] = ForwardWithMedia(model, self._inputs)
+                self.stand_ins[name] = StandIn(model, name, getattr(self, name))
 
     def host(self) -> nn.Module:
         return self._stack[0]
 
     def remove_hooks(self) -> None:
         super().remove_hooks()
-        for name, own in self._own.items():
-            self._model[0].__dict__.pop(name, None)
-            if own is not None:
-                self._model[0].__dict__[name] = own
-
-    def _models_own(self, name: str) -> Any:
-        model: Any = self._model[0]
-        return self._own[name] or getattr(type(model), name).__get__(model)
+        for stand_in in self.stand_ins.values():
+            stand_in.give_back()
 
     def add(self, adapter_name: str, config: GatedXAttnConfig, width: int, encoder: nn.Module | None) -> None:
         if encoder is not None:
@@ -293,14 +269,14 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the model's `generate`: pictures are read once, and markers are never written."""
-        own = self._models_own("generate")
+        stand_in = self.stand_ins["generate"]
         given = self._take(kwargs)
         adapter = self._acting(given)
         if adapter is None:
-            return own(*args, **kwargs)
-        kwargs |= dict(zip(inspect.signature(own).parameters, args, strict=False))
+            return stand_in.original(*args, **kwargs)
+        kwargs |= dict(zip(stand_in.parameters, args, strict=False))
         ids = kwargs.get("input_ids", kwargs.get("inputs"))
-        past, mask = _past_length([kwargs.get("past_key_values")]), kwargs.get("attention_mask")
+        past, mask = _past_length([*kwargs.values()]), kwargs.get("attention_mask")
         # As generate takes it: a mask that is longer than the text covers what is in the cache as well.
         goes_on = past > 0 and ids is not None and mask is not None and mask.shape[1] > ids.shape[1]
         if goes_on and "media" not in given:
@@ -319,7 +295,7 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
         self.scope.open()
         self.scope.seen = reading
         try:
-            return own(**kwargs)
+            return stand_in.original(**kwargs)
         except BaseException:
             reading.undo()
             raise
@@ -343,11 +319,11 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
                 "Assisted decoding isn't supported beside GatedXAttn: what proposes tokens knows no pictures, nor the "
                 "marker. Leave out assistant_model=, prompt_lookup_num_tokens= and the like."
             )
-        return self._models_own("_get_candidate_generator")(*args, **kwargs)
+        return self.stand_ins["_get_candidate_generator"].original(*args, **kwargs)
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """Stands in for the model's, which `generate` calls: its processors meet the marker's id in the text."""
-        found = self._models_own("_get_logits_processor")(*args, **kwargs)
+        found = self.stand_ins["_get_logits_processor"].original(*args, **kwargs)
         adapter = self._acting({})
         if adapter is None:
             return found
