@@ -383,6 +383,8 @@ def network(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         raise socket.gaierror("no network")
 
     monkeypatch.setattr(socket, "getaddrinfo", nobody)
+    # Where the tests run offline, PEFT doesn't come to it.
+    monkeypatch.setattr(peft.utils.save_and_load, "check_file_exists_on_hf_hub", nobody)
     return asked
 
 
