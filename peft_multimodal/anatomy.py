@@ -59,19 +59,34 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """One weight matrix that an adapter can act on.
+class Site:
+    """A place in a model where a method can put something.
 
-    A fused `qkv` projection is three matrices of one module; `rows` says which of its outputs each one makes.
+    Args:
+        module: Path of the module in the model.
+        kind: What is there: a matrix's letter ("q", "k", "v", "o", or the module's own name), "ffn", "layer", "tower", ...
+        tower: One of `TOWERS`, or "other".
+        role: The name that adapters are stored under, such as `vision.q.3`.
+        d_in, d_out: Widths of what is read there and of what is given.
     """
 
-    module: str  # path of the module in the model
-    letter: str  # "q", "k", "v", "o", or the module's own name where it is no attention projection
-    rows: tuple[int, int]  # [first, last) output of the module
+    module: str
+    kind: str
+    tower: str
+    role: str
     d_in: int
     d_out: int
-    tower: str  # one of TOWERS, or "other"
-    role: str  # e.g. "vision.q.3"
+
+
+@dataclass(frozen=True)
+class Matrix(Site):
+    """One weight matrix. A fused `qkv` projection is three of one module; `rows` says which of its outputs each makes."""
+
+    rows: tuple[int, int]  # [first, last)
+
+    @property
+    def letter(self) -> str:
+        return self.kind
 
 
 @dataclass(frozen=True)
@@ -465,7 +480,7 @@ def _matrices(modules: dict[str, nn.Module], roots: dict[str, str]) -> Iterator[
         for letter, rows, width in parts:
             role = f"{tower}.{letter}.{ordinals[tower, letter]}"
             ordinals[tower, letter] += 1
-            yield Matrix(path, letter, rows, width, rows[1] - rows[0], tower, role)
+            yield Matrix(path, letter, tower, role, width, rows[1] - rows[0], rows)
 
 
 def _fused_rows(attention: nn.Module, d_out: int) -> list[tuple[str, tuple[int, int]]]:

@@ -250,7 +250,7 @@ def _would_match(model: nn.Module, method: Method) -> dict[str, Any]:
             matrices = list(matched_modules(base, method.smallest()))
     except ValueError as error:
         return {"fits": False, "places": {}, "reason": _one_line(error)}
-    places = Counter(f"{matrix.tower} {matrix.letter}" for matrix in matrices)
+    places = Counter(f"{matrix.tower} {matrix.kind}" for matrix in matrices)
     return {"fits": True, "places": dict(places), "reason": None}
 
 

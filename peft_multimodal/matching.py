@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from . import anatomy
-from .anatomy import Anatomy, Matrix
+from .anatomy import Anatomy, Matrix, Site
 
 if TYPE_CHECKING:
     from .tuner import MultimodalConfig
@@ -16,22 +16,31 @@ if TYPE_CHECKING:
 
 @dataclass
 class MatchTable:
-    """The result of `matched_modules`: iterate over its matrices, or print it as a table."""
+    """The result of `matched_modules`: iterate over its sites (matrices, layers, towers), or print it as a table."""
 
-    matrices: list[Matrix] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)
 
-    def __iter__(self) -> Iterator[Matrix]:
-        return iter(self.matrices)
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
 
     def __len__(self) -> int:
-        return len(self.matrices)
+        return len(self.sites)
 
     def __str__(self) -> str:
         rows = [
-            (m.module, m.letter, f"{m.d_out} x {m.d_in}", f"{m.rows[0]}:{m.rows[1]}", m.tower, m.role)
-            for m in self.matrices
+            (
+                s.module,
+                s.kind,
+                f"{s.d_out} x {s.d_in}",
+                "{}:{}".format(*s.rows) if isinstance(s, Matrix) else "",
+                s.tower,
+                s.role,
+            )
+            for s in self.sites
         ]
-        return anatomy.table(("module", "matrix", "shape", "rows", "tower", "role"), rows) + f"\n{len(rows)} matrices"
+        matrices = all(isinstance(s, Matrix) for s in self.sites)
+        count = f"{len(rows)} {'matrices' if matrices else 'places'}"
+        return anatomy.table(("module", "kind", "shape", "rows", "tower", "role"), rows) + f"\n{count}"
 
     __repr__ = __str__
 
@@ -64,7 +73,7 @@ def _named(names: list[str] | str | None, path: str) -> bool:
     return any(path == n or path.endswith(f".{n}") for n in names)
 
 
-def nothing_matched(config: Any, found: Anatomy, candidates: list[Matrix], places: str) -> str:
+def nothing_matched(config: Any, found: Anatomy, candidates: list[Site], places: str) -> str:
     """The message; `places` says where a method puts its adapters at all."""
     if not candidates:
         towers = (
@@ -122,10 +131,10 @@ def _one_tower(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     )
 
 
-def fold(matrices: list[Matrix]) -> dict[str, list[list[int]]]:
+def fold(sites: list[Site]) -> dict[str, list[list[int]]]:
     """Roles in short: {"vision.q": [[0, 11]]} stands for vision.q.0 to vision.q.11."""
     folded: dict[str, list[list[int]]] = {}
-    for stem, number in sorted((m.role.rpartition(".")[0], int(m.role.rpartition(".")[2])) for m in matrices):
+    for stem, number in sorted((m.role.rpartition(".")[0], int(m.role.rpartition(".")[2])) for m in sites):
         spans = folded.setdefault(stem, [])
         if spans and spans[-1][1] == number - 1:
             spans[-1][1] = number
@@ -134,9 +143,9 @@ def fold(matrices: list[Matrix]) -> dict[str, list[list[int]]]:
     return folded
 
 
-def is_among(matrix: Matrix, folded: dict[str, list[list[int]]]) -> bool:
+def is_among(site: Site, folded: dict[str, list[list[int]]]) -> bool:
     """Roles that come from a file are not unfolded: it may name more than memory holds."""
-    stem, _, number = matrix.role.rpartition(".")
+    stem, _, number = site.role.rpartition(".")
     return any(first <= int(number) <= last for first, last in folded.get(stem, ()))
 
 

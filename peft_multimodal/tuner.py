@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from . import anatomy
 from ._version import INSTALL, __version__
-from .anatomy import Anatomy, Matrix
+from .anatomy import Anatomy, Site
 from .core.registry import METHODS
 from .layers import AttachedPart, InputGradients, MultimodalLayer
 from .matching import (
@@ -273,17 +273,17 @@ class MultimodalTuner(BaseTuner):
     # --- matching ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def candidates(cls, config: Any, model: nn.Module, found: Anatomy) -> list[Matrix]:
+    def candidates(cls, config: Any, model: nn.Module, found: Anatomy) -> list[Any]:
         """What this method can adapt: by default any matrix."""
         return found.matrices
 
     @classmethod
-    def default_targets(cls, config: Any, candidates: list[Matrix]) -> list[Matrix]:
+    def default_targets(cls, config: Any, candidates: list[Any]) -> list[Any]:
         """What `target_modules=None` means for this method."""
         raise NotImplementedError
 
     @classmethod
-    def match(cls, config: Any, model: nn.Module) -> list[Matrix]:
+    def match(cls, config: Any, model: nn.Module) -> list[Site]:
         """The matrices that `config` selects in `model`, in the model's order; an error names what exists."""
         found = anatomy.describe(model)
         candidates = cls.candidates(config, model, found)
@@ -328,13 +328,13 @@ class MultimodalTuner(BaseTuner):
             "towers": {name: size for name, size in found.signature().items() if name in adapted},
             "roles": fold(matrices),
         }
-        by_module: dict[str, list[Matrix]] = {}
+        by_module: dict[str, list[Any]] = {}
         for matrix in matrices:
             by_module.setdefault(matrix.module, []).append(matrix)
         self._matched = by_module
         return peft_config
 
-    def _say_what_is_unread(self, config: Any, matrices: list[Matrix], found: Anatomy) -> None:
+    def _say_what_is_unread(self, config: Any, matrices: list[Site], found: Anatomy) -> None:
         unread = anatomy.unread_layers(self.model, found)
         if not unread or not any(m.tower == "vision" for m in matrices):
             return
@@ -355,7 +355,7 @@ class MultimodalTuner(BaseTuner):
         with suppress(NotImplementedError):  # a model without `get_input_embeddings` has nothing tied to it
             super()._check_tied_modules(model, peft_config)
 
-    def _check_reach(self, matrices: list[Matrix]) -> None:
+    def _check_reach(self, matrices: list[Site]) -> None:
         """Refuse modules inside layers that another method has wrapped: PEFT passes over what is inside."""
         wrapped = {
             path: module
@@ -384,7 +384,7 @@ class MultimodalTuner(BaseTuner):
                     "act. Leave it out here, or train it with this adapter alone."
                 )
 
-    def check_model(self, config: Any, matrices: list[Matrix], found: Anatomy) -> None:
+    def check_model(self, config: Any, matrices: list[Any], found: Anatomy) -> None:
         """Refuse what this method can't do on this model, before the model is touched."""
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]

@@ -31,7 +31,7 @@ FFNS = {
     **{"clip": 4, "siglip": 4, "chinese_clip": 4, "altclip": 4, "vision_text_dual_encoder": 4, "blip_retrieval": 4},
     **{"flava": 6, "vilt": 2, "bridgetower": 8, "blip_vqa": 6, "blip_captioning": 4, "blip_2": 6, "llava": 5},
     **{"qwen2_5_vl": 4, "paligemma": 4, "idefics3": 4, "mllama": 5, "florence2": 8, "t5": 4, "bart": 4, "mixtral": 0},
-    **{"phi3": 2, "gpt2": 2},
+    **{"phi3": 2, "gpt2": 2, "llama": 2},
 }
 each_model = pytest.mark.parametrize("name", MODELS)
 
@@ -42,7 +42,7 @@ def test_every_ffn_is_found_once(name: str):
     found = ffns(model)
     assert len(found) == FFNS[name]
     assert len({f.role for f in found}) == len({f.module for f in found}) == len(found)
-    gated = {"llava": 2, "qwen2_5_vl": 4, "paligemma": 2, "idefics3": 2, "mllama": 2}
+    gated = {"llama": 2, "llava": 2, "qwen2_5_vl": 4, "paligemma": 2, "idefics3": 2, "mllama": 2}
     assert sum(len(f.first) == 2 for f in found) == gated.get(name, 0)
     for ffn in found:
         assert LAST.search(ffn.module)

@@ -12,27 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..anatomy import LETTER, Anatomy, Matrix, describe, is_below, is_cross, layer_of
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place in a model.
-
-    Args:
-        module: Path of the module.
-        kind: What is there: "ffn", "attention" (the end of one), "cross" (the end of one that reads another sequence).
-        tower: One of `anatomy.TOWERS`, or "other".
-        role: The name that adapters are stored under.
-        d_in, d_out: Widths of what the module reads and gives.
-    """
-
-    module: str
-    kind: str
-    tower: str
-    role: str
-    d_in: int
-    d_out: int
+from ..anatomy import LETTER, Anatomy, Matrix, Site, describe, is_below, is_cross, layer_of
 
 
 @dataclass(frozen=True)

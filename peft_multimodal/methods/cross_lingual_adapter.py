@@ -36,7 +36,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..anatomy import (
     Anatomy,
-    Matrix,
+    Site,
     base_model,
     describe,
     device_of,
@@ -518,11 +518,11 @@ class CrossLingualAdapterModel(MultimodalTuner):
     )
 
     @classmethod
-    def match(cls, config: CrossLingualAdapterConfig, model: nn.Module) -> list[Matrix]:
+    def match(cls, config: CrossLingualAdapterConfig, model: nn.Module) -> list[Site]:
         found, model = describe(model), base_model(model)
         path = text_tower(model, found)
         dim = _output_dim(model.get_submodule(path), level_of(config, model, found))
-        return [Matrix(path, "tower", (0, dim), config.encoder_width or 0, dim, "text", "text.tower.0")]
+        return [Site(path, "tower", "text", "text.tower.0", config.encoder_width or 0, dim)]
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         found = describe(self.model)
@@ -553,7 +553,7 @@ class CrossLingualAdapterModel(MultimodalTuner):
         self._tower_path, self._matched = path, {anchor: self._matched[path]}
         return peft_config
 
-    def check_model(self, config: CrossLingualAdapterConfig, matrices: list[Matrix], found: Anatomy) -> None:
+    def check_model(self, config: CrossLingualAdapterConfig, matrices: list[Site], found: Anatomy) -> None:
         inside = [
             f"{name!r} ({path})"
             for name in config.modules_to_save or ()

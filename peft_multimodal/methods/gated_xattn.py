@@ -35,7 +35,7 @@ from torch import nn
 
 from ..anatomy import (
     Anatomy,
-    Matrix,
+    Site,
     base_model,
     describe,
     is_below,
@@ -324,7 +324,7 @@ class GatedXAttnModel(MultimodalTuner):
     owns_token_rows = True
 
     @classmethod
-    def match(cls, config: GatedXAttnConfig, model: nn.Module) -> list[Matrix]:
+    def match(cls, config: GatedXAttnConfig, model: nn.Module) -> list[Site]:
         """The token embedding, and every n-th layer of the decoder."""
         found, model = describe(model), base_model(model)
         decoder = find_decoder(model, found)
@@ -337,13 +337,11 @@ class GatedXAttnModel(MultimodalTuner):
             )
         embedding: Any = own_modules(model)[decoder.embedding]
         rows, row = embedding.num_embeddings, embedding.embedding_dim
-        matrices = [Matrix(decoder.embedding, "marker", (0, row), rows, row, "decoder", "decoder.marker.0")]
+        matrices = [Site(decoder.embedding, "marker", "decoder", "decoder.marker.0", rows, row)]
         d, d_in = decoder.width, config.vision_hidden_size or 0
-        return matrices + [
-            Matrix(path, "layer", (0, d), d_in, d, "decoder", f"decoder.layer.{i}") for i, path in chosen
-        ]
+        return matrices + [Site(path, "layer", "decoder", f"decoder.layer.{i}", d_in, d) for i, path in chosen]
 
-    def check_model(self, config: GatedXAttnConfig, matrices: list[Matrix], found: Anatomy) -> None:
+    def check_model(self, config: GatedXAttnConfig, matrices: list[Site], found: Anatomy) -> None:
         present = self.reader()  # it has taken the model's forward over
         own = inspect.signature(self.model.forward).parameters if present is None else present.own_inputs
         if config.has_encoder and "pixel_values" in own:
@@ -388,12 +386,12 @@ class GatedXAttnModel(MultimodalTuner):
         (matrix,) = self._matched[current_key]
         layer: Any = target
         if not isinstance(target, GatedXAttnLayer):
-            if matrix.letter == "marker":
+            if matrix.kind == "marker":
                 layer = MarkerEmbedding(target, matrix.role)
             else:
                 layer = SeeingLayer(target, reader, matrix.role)
             layer.train(target.training)
-        if matrix.letter == "marker":
+        if matrix.kind == "marker":
             layer.add(adapter_name, peft_config.media_token_id)
         else:
             layer.add(adapter_name, peft_config, self._decoder.width)

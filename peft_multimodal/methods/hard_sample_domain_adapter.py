@@ -37,6 +37,7 @@ from ..anatomy import (
     TOWERS,
     Anatomy,
     Matrix,
+    Site,
     base_model,
     device_of,
     is_below,
@@ -363,7 +364,7 @@ class HardSampleDomainAdapterModel(MultimodalTuner):
     # --- places ---
 
     @classmethod
-    def candidates(cls, config: HardSampleDomainAdapterConfig, model: nn.Module, found: Anatomy) -> list[Matrix]:
+    def candidates(cls, config: HardSampleDomainAdapterConfig, model: nn.Module, found: Anatomy) -> list[Site]:
         """The layers of the encoders, or with placement="top" the two towers of a dual encoder."""
         if "decoder" in (config.towers or ()):
             raise ValueError(
@@ -375,10 +376,10 @@ class HardSampleDomainAdapterModel(MultimodalTuner):
         return token_layers(base_model(model), found)
 
     @classmethod
-    def default_targets(cls, config: HardSampleDomainAdapterConfig, candidates: list[Matrix]) -> list[Matrix]:
+    def default_targets(cls, config: HardSampleDomainAdapterConfig, candidates: list[Site]) -> list[Site]:
         if config.placement == "top" or config.last_layers is None or config.layers_to_transform is not None:
             return candidates
-        stacks: dict[str, list[Matrix]] = defaultdict(list)
+        stacks: dict[str, list[Site]] = defaultdict(list)
         for layer in candidates:
             stacks[stack_of(layer.module)].append(layer)
         last = {layer for stack in stacks.values() for layer in stack[-config.last_layers :]}
@@ -422,7 +423,7 @@ def arguments_of(module: nn.Module) -> list[str]:
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
-def token_layers(model: nn.Module, found: Anatomy) -> list[Matrix]:
+def token_layers(model: nn.Module, found: Anatomy) -> list[Site]:
     """The layers of the encoders that attend from tokens to tokens of one sequence, with a mask that is known.
 
     Left out are layers that hold other layers, that attend to another sequence only, convolve, or read two sequences
@@ -450,11 +451,11 @@ def token_layers(model: nn.Module, found: Anatomy) -> list[Matrix]:
             continue
         role = f"{query.tower}.layer.{numbers[query.tower]}"
         numbers[query.tower] += 1
-        places.append(Matrix(path, "layer", (0, query.d_in), query.d_in, query.d_in, query.tower, role))
+        places.append(Site(path, "layer", query.tower, role, query.d_in, query.d_in))
     return places
 
 
-def dual_towers(model: Any, found: Anatomy) -> list[Matrix]:
+def dual_towers(model: Any, found: Anatomy) -> list[Site]:
     """The two towers of a dual encoder, with the width of their states and of what they pool.
 
     Raises:
@@ -469,7 +470,7 @@ def dual_towers(model: Any, found: Anatomy) -> list[Matrix]:
     places = []
     for tower in towers:
         width, pooled = pooled_widths(model.get_submodule(tower.path), tower.name)
-        places.append(Matrix(tower.path, "tower", (0, pooled), width, pooled, tower.name, f"{tower.name}.tower.0"))
+        places.append(Site(tower.path, "tower", tower.name, f"{tower.name}.tower.0", width, pooled))
     return places
 
 

@@ -31,7 +31,7 @@ import torch
 from peft.utils import PeftType
 from torch import Tensor, nn
 
-from ..anatomy import Matrix, base_model, describe, is_below, token_embeddings
+from ..anatomy import Site, base_model, describe, is_below, token_embeddings
 from ..core.registry import Promises, method
 from ..model_card import CardNotes
 from ..tuner import MultimodalConfig, MultimodalTuner
@@ -240,12 +240,12 @@ class StructuredPromptModel(MultimodalTuner):
     }
 
     @classmethod
-    def match(cls, config: StructuredPromptConfig, model: nn.Module) -> list[Matrix]:
+    def match(cls, config: StructuredPromptConfig, model: nn.Module) -> list[Site]:
         found, model = describe(model), base_model(model)
         path = text_tower(model, found)
         tokens = next(p for p in token_embeddings(model) if is_below(p, path))
         width: Any = model.get_submodule(tokens).embedding_dim
-        return [Matrix(path, "prompt", (0, config.context()), width, config.context(), "text", "text.prompt.0")]
+        return [Site(path, "prompt", "text", "text.prompt.0", width, config.context())]
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str,
