@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .anatomy import describe
+from .core.config import MultimodalConfig
 from .methods import (
     AuroraModeApproxConfig,
     AuroraModeApproxModel,
@@ -26,7 +27,7 @@ from .methods import (
 )
 from .model_card import CardNotes
 from .saving import AdapterError, load, push_to_hub, save
-from .tuner import MultimodalConfig, matched_modules
+from .tuner import matched_modules
 
 if TYPE_CHECKING:
     from .data import FiniteBatches, ImageTextCollator, LanguageProcessor, QuestionAnswerCollator

@@ -26,11 +26,12 @@ from torch import nn
 
 from . import anatomy
 from ._version import INSTALL, __version__
+from .core.config import FORMAT_VERSION, MultimodalConfig
 from .core.registry import METHODS, Method, method_of
 from .layers import MultimodalLayer
 from .saving import UNCLEAR, AdapterError, check_files, find_adapter
 from .storage import fault_of_saving
-from .tuner import FORMAT_VERSION, MultimodalConfig, matched_modules
+from .tuner import matched_modules
 
 PACKAGE = "peft-multimodal"
 CHECKED = ("torch", "transformers", "peft", "safetensors", "tensorly")

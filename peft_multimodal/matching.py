@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import anatomy
 from .anatomy import Anatomy, Matrix, Site
-
-if TYPE_CHECKING:
-    from .tuner import MultimodalConfig
+from .core.config import MultimodalConfig
 
 
 @dataclass
@@ -99,8 +97,6 @@ def nothing_matched(config: Any, found: Anatomy, candidates: list[Site], places:
 
 # --- an adapter's signature of its base ------------------------------------------------------------------------------
 
-SIGNATURE = 'a dictionary with {tower: [attentions, width]} as "towers" and {role: [[first, last], ...]} as "roles", as it was saved'
-
 
 def check_same_base(config: MultimodalConfig, found: Anatomy) -> None:
     """Refuse a base whose towers differ from those that the adapter was trained on."""
@@ -147,19 +143,3 @@ def is_among(site: Site, folded: dict[str, list[list[int]]]) -> bool:
     """Roles that come from a file are not unfolded: it may name more than memory holds."""
     stem, _, number = site.role.rpartition(".")
     return any(first <= int(number) <= last for first, last in folded.get(stem, ()))
-
-
-def is_signature(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return False
-    towers, roles = (value.get(name) or {} for name in ("towers", "roles"))
-    return (
-        isinstance(towers, dict)
-        and all(_are_two_integers(size) for size in towers.values())
-        and isinstance(roles, dict)
-        and all(isinstance(spans, list) and all(map(_are_two_integers, spans)) for spans in roles.values())
-    )
-
-
-def _are_two_integers(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2 and all(type(i) is int for i in value)

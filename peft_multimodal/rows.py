@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 Row = Mapping[str, Any]
 T = TypeVar("T")
@@ -112,3 +113,8 @@ def ids_of(rows: Sequence[Row], column: str) -> Tensor:
             raise TypeError(f"{name}: column {column!r} holds no id. {error}") from None
 
     return torch.tensor(each(rows, read), dtype=torch.long)
+
+
+def streams(dataset: Any) -> bool:
+    """Whether a data set can only be read from its beginning."""
+    return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__")

@@ -27,8 +27,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .core.config import MultimodalConfig
 from .model_card import CARD, CardNotes, write_card
-from .tuner import MultimodalConfig, WeightsDontFit, card_notes, tuner_of
+from .tuner import WeightsDontFit, card_notes, tuner_of
 
 # What PEFT, torch and Python say of values that make no sense.
 UNCLEAR = (TypeError, KeyError, AttributeError, IndexError, RuntimeError, ArithmeticError, MemoryError, AssertionError)

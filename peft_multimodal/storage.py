@@ -11,11 +11,9 @@ import difflib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from peft import PeftModel, TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -24,10 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import anatomy
+from .core.config import MultimodalConfig
 from .layers import MultimodalLayer
-
-if TYPE_CHECKING:
-    from .tuner import MultimodalConfig
 
 # Heads that PEFT adds to modules_to_save by the task, whether a model has them or not.
 _TASK_HEADS = {
@@ -231,17 +227,3 @@ def copied(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 # --- the base's name -------------------------------------------------------------------------------------------------
-
-
-def known_here(base: str | None) -> str | None:
-    """A folder on this machine with the config of a base model; None where there is none.
-
-    PEFT compares the sizes of vocabularies by it when an adapter is saved, and asks the Hub where it isn't named a folder.
-    """
-    if not base or Path(base, "config.json").is_file():
-        return base
-    with suppress(HFValidationError):
-        cached = try_to_load_from_cache(base, "config.json")
-        if isinstance(cached, str):
-            return str(Path(cached).parent)
-    return None

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from peft import NoMatchingPeftModuleError, PeftConfig
@@ -29,22 +27,20 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from . import anatomy
-from ._version import INSTALL, __version__
 from .anatomy import Anatomy, Site
+from .core.config import MultimodalConfig
 from .core.registry import METHODS
 from .layers import AttachedPart, InputGradients, MultimodalLayer
 from .matching import (
-    SIGNATURE,
     MatchTable,
     check_same_base,
     fold,
     in_layers,
     is_among,
-    is_signature,
     left_out,
     nothing_matched,
 )
-from .model_card import CardNotes, is_hub_id, write_card
+from .model_card import CardNotes, is_hub_id
 from .storage import (
     check_around,
     check_below,
@@ -53,155 +49,14 @@ from .storage import (
     copied,
     fault_of_saving,
     faults,
-    known_here,
     without_modules_to_save,
 )
-
-FORMAT_VERSION = 1  # of the adapter's files; raised when an older version of the package couldn't read them
 
 _PEFT_PREFIX = "base_model.model."
 # Folders that stand beside the files of an adapter: with its own name for a folder, another one's would lie among them.
 COMPANIONS = ("encoder", "tokenizer")
 _WHOLE = re.compile(r"modules_to_save\.[^.]+\.")
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
-
-
-@dataclass
-class MultimodalConfig(PeftConfig):
-    """The fields that every method of the package has.
-
-    Args:
-        target_modules: PEFT's forms: a regex, a list of name endings, `"all-linear"`; None takes the method's default.
-        exclude_modules: Names or a regex that are left out.
-        towers: Any of "vision", "text", "fusion", "decoder"; None takes all. `describe(model)` shows what a model has.
-        layers_to_transform: Only layers with these indices (with a list of name endings as `target_modules`).
-        layers_pattern: The name of the list of layers that the indices refer to.
-        modules_to_save: Modules that are trained and saved as a whole beside the adapter, such as a projection.
-        format_version, package_version, base_signature: Filled in; they travel with the adapter and are checked
-            when it is loaded.
-    """
-
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    towers: list[str] | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
-    format_version: int = FORMAT_VERSION
-    package_version: str | None = None
-    base_signature: dict[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.is_loaded = False
-        self.has_weights = False  # of a loaded one: they have been found to fit
-        self.best_is_loaded = False  # whether somebody cares for load_best_model_at_end
-        self._local_base: str | None = None  # the base, if it was in a folder as seen where the model was wrapped
-        self._card: tuple[str, CardNotes] | None = None  # the adapter's name and what its model knows for the card
-        self._base_name: tuple[str | None] | None = None  # while `base_model_name_or_path` names a folder of the cache
-        self.stored_in: str | None = None  # of a loaded one: the folder, if it is one on this machine
-        self.package_version = self.package_version or __version__
-        if isinstance(self.towers, str):
-            self.towers = [self.towers]
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
-            self.check(
-                name, "a string or a list of strings", lambda v: v is None or isinstance(v, str) or is_strings(v)
-            )
-        for name in ("towers", "modules_to_save"):
-            self.check(name, "a list of strings", lambda v: v is None or is_strings(v))
-        self.check("towers", f"any of {anatomy.TOWERS}", lambda v: v is None or (v and set(v) <= set(anatomy.TOWERS)))
-        self.check(
-            "layers_to_transform",
-            "an index or a list of indices",
-            lambda v: v is None or all(type(i) is int and i >= 0 for i in (v if isinstance(v, (list, tuple)) else [v])),
-        )
-        self.check(
-            "layers_pattern",
-            "set together with layers_to_transform",
-            lambda v: not v or self.layers_to_transform is not None,
-        )
-        self.check("base_signature", SIGNATURE, lambda v: v is None or is_signature(v))
-        if type(self.format_version) is not int or self.format_version < 1:
-            raise ValueError(f"format_version must be a positive integer, got {self.format_version!r}")
-        if self.format_version > FORMAT_VERSION:
-            raise ValueError(
-                f"This adapter has format {self.format_version}, written by peft_multimodal {self.package_version}; this is "
-                f"{__version__}, which reads formats up to {FORMAT_VERSION}. Upgrade: {INSTALL} in newer sources."
-            )
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            setattr(self, name, sorted(value) if isinstance(value, (list, tuple, set)) else value)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        config = super().from_pretrained(*args, **kwargs)
-        config.is_loaded = True  # its signature speaks of the base that it was trained on
-        root = args[0] if args else kwargs.get("pretrained_model_name_or_path", "")
-        subfolder = args[1] if len(args) > 1 else kwargs.get("subfolder")
-        config.stored_in = str(Path(root, subfolder or ""))
-        return config
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Also renews the model card, which PEFT has begun: PEFT writes it before the weights, the config after them."""
-        self.show_base()
-        super().save_pretrained(save_directory, **kwargs)
-        self._warn_of_checkpoint(Path(save_directory))
-        if self._card is not None:
-            adapter_name, notes = self._card
-            folder = Path(save_directory)
-            root = folder if adapter_name == "default" else folder.parent
-            write_card(root, root.name, notes, self._local_base)
-
-    def hide_base(self) -> None:
-        """Name the base by a folder on this machine, or not at all, until `show_base`."""
-        self.show_base()
-        self._base_name = (self.base_model_name_or_path,)
-        self.base_model_name_or_path = known_here(self.base_model_name_or_path)
-
-    def show_base(self) -> None:
-        if self._base_name is not None:
-            (self.base_model_name_or_path,), self._base_name = self._base_name, None
-
-    def _warn_of_checkpoint(self, folder: Path) -> None:
-        """Once: the stock Trainer looks for its best model in a checkpoint's root, where "default" is."""
-        if re.fullmatch(r"checkpoint-\d+", folder.parent.name) and not self.best_is_loaded:
-            self.best_is_loaded = True
-            warnings.warn(
-                f"The adapter {folder.name!r} is saved in {folder}, where Trainer(load_best_model_at_end=True) doesn't look: "
-                'it knows one adapter, called "default", and would keep the last weights. Give it '
-                "callbacks=[peft_multimodal.AdapterCallback()], which loads the best of every adapter.",
-                stacklevel=4,
-            )
-
-    def check(self, name: str, expected: str, accepts: Callable[[Any], Any]) -> None:
-        """Raise the one message for a bad field unless `accepts(value)`."""
-        value = getattr(self, name)
-        if not accepts(value):
-            raise ValueError(f"{type(self).__name__}.{name} must be {expected}, got {value!r}")
-
-    def check_number(self, name: str, low: float, high: float = float("inf"), integer: bool = False) -> None:
-        """The field is a number (no bool, no string) within [low, high]."""
-        kinds = (int,) if integer else (int, float)
-        expected = f"{'an integer' if integer else 'a number'} >= {low}" + (
-            f" and <= {high}" if high < float("inf") else ""
-        )
-        self.check(name, expected, lambda v: type(v) in kinds and low <= v <= high)
-
-    def default_heads(self, width: str) -> None:
-        """`num_heads=None` becomes 4, or the largest number below that divides the field `width`."""
-        if getattr(self, "num_heads", 0) is None:
-            heads = next(n for n in (4, 3, 2, 1) if getattr(self, width) % n == 0)
-            self.num_heads = heads
-
-    def check_choice(self, name: str, choices: Collection[str]) -> None:
-        self.check(name, "one of " + ", ".join(map(repr, choices)), lambda v: isinstance(v, str) and v in choices)
-
-    def check_flag(self, name: str) -> None:
-        self.check(name, "True or False", lambda v: isinstance(v, bool))
-
-
-def is_strings(value: Any) -> bool:
-    return isinstance(value, (list, tuple, set)) and all(isinstance(v, str) for v in value)
 
 
 class MultimodalTuner(BaseTuner):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import peft_multimodal
 from peft_multimodal import load
-from peft_multimodal.tuner import FORMAT_VERSION
+from peft_multimodal.core.config import FORMAT_VERSION
 
 ROOT = Path(__file__).parents[1]
 RELEASED = Path(__file__).parent / "released"

@@ -324,7 +324,7 @@ def test_what_the_config_says_about_the_adapter(method: str, tmp_path: Path):
     family = home(method)
     save(wrap(family, method), tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
-    assert config["format_version"] == peft_multimodal.tuner.FORMAT_VERSION
+    assert config["format_version"] == peft_multimodal.core.config.FORMAT_VERSION
     assert config["package_version"] == peft_multimodal.__version__
     model_class, towers = SIGNATURES[family.name]
     assert config["base_signature"]["model_class"] == model_class

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ..anatomy import Matrix, device_of, linear_shape
 from ..layers import AttachedPart, CallScope, MultimodalLayer
-
-if TYPE_CHECKING:
-    from .aurora_mode_approx import AuroraModeApproxConfig
-
 
 # --- the shared factors ----------------------------------------------------------------------------------------------
 
@@ -60,9 +56,9 @@ class SharedFactors(nn.Module, AttachedPart, AuroraModeApproxLayer):
     def host(self) -> nn.Module:
         return self._model[0]
 
-    def add(self, adapter_name: str, config: AuroraModeApproxConfig, shapes: Mapping[str, tuple[int, int]]) -> None:
-        """Create the factors of an adapter; `shapes` is {group: (d_in, d_out)}."""
-        r, cp = config.r, config.core == "cp"
+    def add(self, adapter_name: str, r: int, core: str, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Create the factors of an adapter of rank r; `shapes` is {group: (d_in, d_out)}."""
+        cp = core == "cp"
         draw = {g: torch.randn(d_in, r) / math.sqrt(d_in) for g, (d_in, _) in shapes.items()}
         if not cp:  # the authors' choice: Linear's own initialisation
             draw = {g: torch.empty(d_in, r).uniform_(-1, 1) / math.sqrt(d_in) for g, (d_in, _) in shapes.items()}
@@ -156,14 +152,23 @@ class AuroraMatrixLayer(nn.Module, AuroraModeApproxLayer):
     def factors(self) -> SharedFactors:
         return self._factors[0]
 
-    def update_layer(self, adapter_name: str, config: AuroraModeApproxConfig, matrices: list[Matrix]) -> None:
-        groups = [group_of(config, m) for m in matrices]
+    def update_layer(
+        self,
+        adapter_name: str,
+        matrices: list[Matrix],
+        groups: list[str],
+        r: int,
+        core: str,
+        scaling: float,
+        dropout: float,
+    ) -> None:
+        """Let an adapter act on the module's matrices, each by the factors of its group."""
         starts = [i for i, g in enumerate(groups) if i == 0 or g != groups[i - 1]]
         blocks = tuple((groups[a], a, b) for a, b in zip(starts, [*starts[1:], len(groups)], strict=True))
         rows = (matrices[0].rows[0], matrices[-1].rows[1])
-        self.slices[adapter_name] = Slices(blocks, rows, config.scaling, config.dropout)
-        P = torch.randn(len(matrices), config.r)
-        if config.core == "tucker":
+        self.slices[adapter_name] = Slices(blocks, rows, scaling, dropout)
+        P = torch.randn(len(matrices), r)
+        if core == "tucker":
             nn.init.xavier_uniform_(P)
         self.aurora_mode_approx_P_norm[adapter_name] = nn.Parameter(P)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -419,12 +424,12 @@ def pytorch_backend() -> Iterator[None]:
 # --- groups and scopes ----------------------------------------------------------------------------------------------
 
 
-def group_of(config: AuroraModeApproxConfig, matrix: Matrix) -> str:
-    """Name of the factors that a matrix uses."""
+def group_of(share: str, matrix: Matrix) -> str:
+    """Name of the factors that a matrix uses, by what shares them."""
     shape = f"{matrix.d_in}x{matrix.d_out}"
-    if config.share == "none":
+    if share == "none":
         return matrix.role.replace(".", "-")
-    return f"{matrix.tower}-{shape}" if config.share == "per_modality" else shape
+    return f"{matrix.tower}-{shape}" if share == "per_modality" else shape
 
 
 def scope_of(parent: nn.Module) -> CallScope:

@@ -41,8 +41,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..anatomy import Anatomy, Matrix, device_of, is_cross, is_linear, unwrap
+from ..core.config import MultimodalConfig
 from ..core.registry import Promises, method
-from ..tuner import MultimodalConfig, MultimodalTuner
+from ..tuner import MultimodalTuner
 from .aurora_fusion import GatedQueryTransformation, InformativeContext, reads_pictures
 from .aurora_layers import (
     AuroraLinear,
@@ -177,7 +178,7 @@ class AuroraModeApproxModel(MultimodalTuner):
         factors = self._prepare_factors(peft_config, adapter_name)
         matrices = self._matched[current_key]
         if isinstance(target, AuroraMatrixLayer):
-            target.update_layer(adapter_name, peft_config, matrices)
+            self._update(target, adapter_name, peft_config, matrices)
             return
         base = unwrap(target)
         scope = scope_of(parent)
@@ -191,11 +192,15 @@ class AuroraModeApproxModel(MultimodalTuner):
             layer = AuroraLinear(target, factors, scope)
         letters = "".join(m.letter for m in matrices)
         layer.role = matrices[0].role.replace(f".{matrices[0].letter}.", f".{letters}.")
-        layer.update_layer(adapter_name, peft_config, matrices)
+        self._update(layer, adapter_name, peft_config, matrices)
         layer.train(target.training)  # no dropout in a model that stands in eval mode
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _update(self, layer: AuroraMatrixLayer, adapter_name: str, config: Any, matrices: list[Matrix]) -> None:
+        groups = [group_of(config.share, m) for m in matrices]
+        layer.update_layer(adapter_name, matrices, groups, config.r, config.core, config.scaling, config.dropout)
 
     def _prepare_factors(self, config: AuroraModeApproxConfig, adapter_name: str) -> SharedFactors:
         """The store of shared factors, with those (and the fusion parts) of this adapter."""
@@ -205,7 +210,8 @@ class AuroraModeApproxModel(MultimodalTuner):
         factors = self.model.get_submodule(name)
         if adapter_name not in factors.aurora_mode_approx_U:
             matrices = [m for found in self._matched.values() for m in found]
-            factors.add(adapter_name, config, {group_of(config, m): (m.d_in, m.d_out) for m in matrices})
+            shapes = {group_of(config.share, m): (m.d_in, m.d_out) for m in matrices}
+            factors.add(adapter_name, config.r, config.core, shapes)
             factors.settle(adapter_name)
             if config.use_gqt:
                 self._add_gqt(config, adapter_name)

@@ -45,12 +45,13 @@ from ..anatomy import (
     own_modules,
     token_embeddings,
 )
+from ..core.config import MultimodalConfig
 from ..core.registry import Promises, method
 from ..core.stand_in import StandIn
 from ..layers import BASE, AttachedPart, CallScope, MultimodalLayer, check_rows, rows_beside
 from ..model_card import CardNotes
 from ..text_limits import longest_text, reads_padding
-from ..tuner import MultimodalConfig, MultimodalTuner
+from ..tuner import MultimodalTuner
 from .blocks import TransformerBlock
 from .frozen_encoder import follow, share
 from .language_encoder import (

@@ -45,8 +45,9 @@ from ..anatomy import (
     token_embeddings,
     unwrap,
 )
+from ..core.config import MultimodalConfig
 from ..core.registry import Promises, method
-from ..tuner import MultimodalConfig, MultimodalTuner
+from ..tuner import MultimodalTuner
 from .frozen_encoder import follow
 from .gated_xattn_layers import (
     GatedBlock,

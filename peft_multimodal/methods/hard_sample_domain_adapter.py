@@ -46,10 +46,11 @@ from ..anatomy import (
     own_modules,
     stack_of,
 )
+from ..core.config import MultimodalConfig
 from ..core.registry import Promises, method
 from ..core.stand_in import StandIn
 from ..layers import AttachedPart, CallScope, MultimodalLayer, check_rows, rows_beside
-from ..tuner import MultimodalConfig, MultimodalTuner
+from ..tuner import MultimodalTuner
 from .blocks import TransformerBlock
 
 ENCODERS = tuple(tower for tower in TOWERS if tower != "decoder")

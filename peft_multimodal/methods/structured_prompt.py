@@ -32,9 +32,10 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 
 from ..anatomy import Site, base_model, describe, is_below, token_embeddings
+from ..core.config import MultimodalConfig
 from ..core.registry import Promises, method
 from ..model_card import CardNotes
-from ..tuner import MultimodalConfig, MultimodalTuner
+from ..tuner import MultimodalTuner
 from .prompt_classifier import (
     CHUNK,
     WORDS,

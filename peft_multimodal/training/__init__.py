@@ -21,7 +21,7 @@ _WHERE = {
     "CrossLingualTrainer": "distillation",
     "DistillationLoss": "distillation",
     "HardSampleBank": "hard_samples",
-    "HardSampleSampler": "sampling",
+    "HardSampleSampler": "hard_sample_sampler",
     "HardSampling": "hard_samples",
     "ImageTextRetrievalTrainer": "trainer",
     "SumTree": "sampling",

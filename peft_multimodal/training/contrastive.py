@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from ..anatomy import base_model
 from ..methods.hard_sample_domain_adapter import HardSampleDomainAdapterConfig
+from ..rows import streams
+from .hard_sample_sampler import HardSampleSampler
 from .hard_samples import (
     FILE,
     HardSampleBank,
@@ -34,10 +36,8 @@ from .hard_samples import (
     load_arrays,
     save_arrays,
     split_keys,
-    streams,
 )
 from .losses import dual_embeddings, pair_losses, sigmoid_pair_losses
-from .sampling import HardSampleSampler
 from .temperature import logit_bias, logit_scale
 from .trainer import AdapterTrainer, call_inside, rows_of_a_step
 

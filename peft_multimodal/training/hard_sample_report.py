@@ -7,13 +7,32 @@ import html
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..images import read_image
-from ..rows import hash_ids
-from .hard_samples import HardSampleBank, streams
+from ..rows import hash_ids, streams
+
+
+class Remembered(Protocol):
+    """What the page shows of a bank: one entry a pair, in the bank's order."""
+
+    keys: np.ndarray
+    difficulty: np.ndarray
+    base_difficulty: np.ndarray
+    visits: np.ndarray
+    history: list[tuple[int, np.ndarray]]  # (step, counts of difficulties)
+    settings: Any
+    id_column: Any
+
+    @property
+    def suspects(self) -> np.ndarray: ...
+
+    def positions_in(self, dataset: Any) -> np.ndarray: ...
+
+    def __len__(self) -> int: ...
+
 
 THUMBNAIL = 160  # pixels
 
@@ -27,9 +46,7 @@ small { color: #666; }
 """
 
 
-def write_report(
-    bank: HardSampleBank, path: Path, dataset: Any, image_column: str, text_column: str, pairs: int
-) -> Path:
+def write_report(bank: Remembered, path: Path, dataset: Any, image_column: str, text_column: str, pairs: int) -> Path:
     """See `HardSampleBank.report`."""
     hardest = np.argsort(-bank.difficulty, kind="stable")[:pairs]
     suspects = np.flatnonzero(np.isin(bank.keys, bank.suspects))
@@ -62,7 +79,7 @@ open model's.</p>
     return path
 
 
-def _rows_of(bank: HardSampleBank, dataset: Any, rows: np.ndarray) -> dict[int, Mapping[str, Any]]:
+def _rows_of(bank: Remembered, dataset: Any, rows: np.ndarray) -> dict[int, Mapping[str, Any]]:
     """The data set's rows of some of the bank's; empty without a data set."""
     if dataset is None:
         return {}
@@ -81,7 +98,7 @@ def _rows_of(bank: HardSampleBank, dataset: Any, rows: np.ndarray) -> dict[int, 
     )
 
 
-def _figure(bank: HardSampleBank, row: int, found: Mapping[str, Any], image: str, text: str) -> str:
+def _figure(bank: Remembered, row: int, found: Mapping[str, Any], image: str, text: str) -> str:
     name = found.get(bank.id_column, int(bank.keys[row]))
     words = found.get(text, "")
     words = words[0] if isinstance(words, (list, tuple)) and words else words
@@ -103,7 +120,7 @@ def _thumbnail(picture: Any) -> str:
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-def _histogram(bank: HardSampleBank) -> str:
+def _histogram(bank: Remembered) -> str:
     """A PNG in base64: one line each time that difficulties were ranked."""
     try:
         from matplotlib.figure import Figure

@@ -36,11 +36,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data import ImageTextCollator, evaluating, without_loss
-from ..rows import hash_ids, ids_of, naming, row_name
+from ..rows import hash_ids, ids_of, naming, row_name, streams
 from .losses import dual_embeddings, text_keys
 from .sampling import PART, SumTree, distinct
 from .temperature import logit_scale
@@ -108,11 +108,6 @@ class HardSampling:
             kinds = (int,) if name in ("guard_visits", "queue_size") else (int, float)
             if type(value) not in kinds or not low <= value <= high:
                 raise ValueError(f"{name} must be a number from {low} to {high}, got {value!r}")
-
-
-def streams(dataset: Any) -> bool:
-    """Whether a data set can only be read from its beginning."""
-    return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__")
 
 
 # --- ids -------------------------------------------------------------------------------------------------------------
