@@ -82,13 +82,25 @@ def _checked(image: Image.Image, trouble: str, name: str) -> Image.Image:
     """Decoded, turned and in RGB; a new image where anything had to change."""
     try:
         image.load()
-        if image.getexif().get(ExifTags.Base.Orientation) is not None:
-            image = ImageOps.exif_transpose(image)
     except Exception as error:
         raise ValueError(f"{trouble} ({_said(error)}). Repair the file, or leave the row out.") from error
     if not all(image.size):
         raise ValueError(f"{name} holds an image without pixels: its size is {image.size}.")
-    return _rgb(image, name)
+    return _rgb(_upright(image), name)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says. What else stands in the metadata is left out: it may be broken."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # as with foreign bytes
+        orientation = None
+    if orientation is None:
+        return image
+    plain = image.copy()
+    plain.info = {name: value for name, value in image.info.items() if name == "transparency"}
+    plain.getexif()[ExifTags.Base.Orientation] = orientation
+    return ImageOps.exif_transpose(plain)
 
 
 def _said(error: Exception) -> str:

@@ -45,7 +45,8 @@ class InterleavedProcessor:
         image_processor: Of the vision encoder; None for texts whose pictures come as `vision_features`.
         media_token: The marker.
         text_column, images_column, answer_column: Of the rows that `collate` takes: a string or a conversation, a list of
-            pictures, and what is to be answered, which rows may lack.
+            images, and what is to be answered, which rows may lack; None leaves such a column alone, where the text holds
+            the answer.
         max_length: Longest text of `collate` in tokens; by default the smaller of the tokenizer's and the model's limit.
         model: The language model, bare or in a `PeftModel`; it isn't kept.
 
@@ -64,7 +65,7 @@ class InterleavedProcessor:
         media_token: str = "<image>",
         text_column: str = "text",
         images_column: str = "images",
-        answer_column: str = "answer",
+        answer_column: str | None = "answer",
         max_length: int | None = None,
         model: Any = None,
     ) -> None:
@@ -170,7 +171,10 @@ class InterleavedProcessor:
                 length = int(mask[index].sum())
                 ignored[index, :length] |= ~self._learnt(lesson, length, special)
                 if bool(ignored[index].all()):
-                    raise ValueError(f"{row_name(row, index)}: nothing is left of its answer in {length} tokens.")
+                    raise ValueError(
+                        f"{row_name(row, index)}: nothing is left of its answer in {length} tokens. Shorten "
+                        "its text, raise max_length=, or leave the row out."
+                    )
         return {**batch, "labels": ids.masked_fill(ignored, -100)}
 
     def write(self, conversation: Conversation, answering: bool = False) -> str:
@@ -202,7 +206,8 @@ class InterleavedProcessor:
         return texts
 
     def _lesson(self, row: Mapping[str, Any], name: str) -> Lesson:
-        text, answer = column_of(row, self.text_column, name, "text_column"), row.get(self.answer_column)
+        text = column_of(row, self.text_column, name, "text_column")
+        answer = None if self.answer_column is None else row.get(self.answer_column)
         if answer is not None and not (isinstance(answer, str) and answer.strip()):
             raise ValueError(f"{name}: column {self.answer_column!r} is empty or no string: {answer!r}.")
         if not _is_conversation(text):

@@ -42,7 +42,8 @@ def naming(rows: Sequence[Any], id_column: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         index = getattr(error, "row", None)
-        if index is None or ids[index] is None or f"({id_column} {ids[index]!r})" in str(error):
+        plain = type(error) in (TypeError, ValueError)  # others may not be made of a message
+        if not plain or index is None or ids[index] is None or f"({id_column} {ids[index]!r})" in str(error):
             raise
         named = type(error)(f"{error} Its {id_column} is {ids[index]!r}.")
         named.row = index  # type: ignore[union-attr]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import datasets
 import numpy as np
@@ -275,6 +276,40 @@ def test_a_data_set_in_any_format_gives_the_same_batch(processor):
     undecoded = data.cast_column("image", datasets.Image(decode=False))
     for other in (undecoded, data.with_format("numpy"), data.with_format("torch")):
         assert torch.equal(collator([other[0], other[1]])["pixel_values"], right)
+
+
+def tiff(*entries: bytes) -> bytes:
+    """EXIF data of these entries of 12 bytes."""
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+
+
+TURNED = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+BROKEN_METADATA = {
+    "garbage": (b"Exif\0\0garbage", False),
+    "cut off": (b"Exif\0\0II*\0", False),
+    "text for a number": (tiff(TURNED, struct.pack("<HHI4s", 0x0100, 2, 4, b"abc")), True),
+    "negative": (tiff(TURNED, struct.pack("<HHIi", 0x0101, 9, 1, -5)), True),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_METADATA)
+def test_broken_metadata_does_not_make_an_image_unreadable(name: str):
+    metadata, turned = BROKEN_METADATA[name]
+    file = io.BytesIO()
+    Image.new("RGB", (8, 4), "red").save(file, "PNG", exif=metadata)
+    image = read_image(file.getvalue())
+    assert image.size == ((4, 8) if turned else (8, 4))
+    assert read_image(image).size == image.size, "it is turned once"
+
+
+def test_an_error_that_is_not_made_of_a_message_comes_through():
+    def refuse(rows):
+        error = UnicodeDecodeError("utf8", b"x", 0, 1, "bad")
+        error.row = 0
+        raise error
+
+    with pytest.raises(UnicodeDecodeError, match="bad"):
+        FiniteBatches(refuse)([{"id": 5}])
 
 
 # ----------------------------------------------------------------------------------------------------------------- ids

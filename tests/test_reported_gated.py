@@ -152,6 +152,15 @@ def test_images_without_a_marker_are_an_error(eyes: str):
     assert model(input_ids=mixed, pixel_values=given["pixel_values"]).logits.isfinite().all()
 
 
+def test_embeddings_may_stand_in_for_ids(eyes: str):
+    """`generate` passes no ids then, or none that count."""
+    model = get_peft_model(build(), config(eyes)).eval()
+    embeds = torch.randn(1, 3, WIDTH, generator=torch.Generator().manual_seed(0))
+    plain = model.generate(inputs_embeds=embeds, max_new_tokens=3, do_sample=False)
+    empty = torch.zeros(1, 0, dtype=torch.long)
+    assert torch.equal(model.generate(empty, inputs_embeds=embeds, max_new_tokens=3, do_sample=False), plain)
+
+
 def test_past_key_values_warn_of_nothing(eyes: str):
     """transformers 5.24 calls it `cache`; what this package's pages print works silently with both."""
     model, given, media = get_peft_model(build(), config(eyes)).eval(), inputs(), MediaCache()
@@ -325,6 +334,13 @@ def test_texts_and_conversations_do_not_mix():
         made.collate([{"text": chat, "images": [RED]}, {"text": QUESTION, "images": [RED]}])
     with pytest.raises(ValueError, match="Texts and conversations were given in one batch"):
         made([QUESTION, chat], images=[[RED], [RED]])
+
+
+def test_a_column_of_answers_may_be_left_alone():
+    """Where the text ends with the answer, and the column is there to compare with."""
+    made = processor(answer_column=None)
+    rows = [{"text": "what? red", "answer": "red", "images": []}]
+    assert learnt(made, rows) == learnt(processor(), [{"text": "what? red", "images": []}])
 
 
 def test_the_answers_column_travels_with_the_processor(tmp_path: Path):

@@ -175,6 +175,27 @@ def test_chunks_of_another_size_are_refused(tmp_path: Path):
         assert trainer.bank.visits.sum() == 0
 
 
+@pytest.mark.parametrize("name", ["plain", "retrieval", "cross_lingual"])
+def test_other_rows_or_another_order_of_them_are_refused(name: str, tmp_path: Path):
+    TRAINERS[name](tmp_path, **SAVING).train()
+    for options, message in (({"rows": 20}, r"rows=24 \(now 20\)"), ({"seed": 7}, r"data_seed=42 \(now 7\)")):
+        trainer = TRAINERS[name](tmp_path, **SAVING, **options)
+        before = weights(trainer.model)
+        with pytest.raises(ValueError, match=message):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert all(torch.equal(p, before[n]) for n, p in weights(trainer.model).items())
+    trainer = TRAINERS[name](tmp_path, **SAVING, seed=7, data_seed=42)  # another dropout, the same order
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.state.global_step == 4
+
+
+def test_a_bank_keeps_its_order_under_another_seed(tmp_path: Path):
+    contrastive(tmp_path, **SAVING).train()
+    trainer = contrastive(tmp_path, **SAVING, seed=7)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.bank.visits.sum() == 4 * 4
+
+
 def test_a_new_epoch_may_have_any_batches(tmp_path: Path):
     contrastive(tmp_path, **SAVING).train()
     trainer = contrastive(tmp_path, **SAVING, per_device_train_batch_size=2, ignore_data_skip=True)
@@ -302,10 +323,20 @@ def test_batches_of_one_pair_are_refused(name: str, accumulation: int, tmp_path:
 @pytest.mark.parametrize("name", ["contrastive", "plain", "retrieval"])
 def test_a_last_batch_of_one_pair_is_said(name: str, tmp_path: Path):
     with pytest.warns(UserWarning, match=r"last of an epoch's batches has one pair \(9 rows in batches of 4\)"):
-        TRAINERS[name](tmp_path, rows=9)
+        TRAINERS[name](tmp_path, rows=9, max_steps=3)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*one pair")
-        TRAINERS[name](tmp_path, rows=9, dataloader_drop_last=True)
+        TRAINERS[name](tmp_path, rows=9, max_steps=3, dataloader_drop_last=True)
+
+
+def test_a_last_batch_of_one_pair_is_said_once_and_where_it_is_reached(tmp_path: Path):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        plain(tmp_path, rows=9, max_steps=3).train()
+    assert sum("The last of an epoch's batches" in str(warning.message) for warning in said) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*one pair")
+        plain(tmp_path, rows=9, max_steps=2).train()
 
 
 def test_distillation_of_one_pair(tmp_path: Path):

@@ -147,6 +147,9 @@ class ContrastiveTrainer(AdapterTrainer):
     def _draws(self) -> int | None:
         return super()._draws() if self._positions is None else len(self._sampler())
 
+    def _order(self) -> dict[str, int]:
+        return super()._order() if self._positions is None else {}  # the sampler and the bank know theirs
+
     def _sampler(self) -> HardSampleSampler:
         assert self.bank is not None
         assert self._positions is not None

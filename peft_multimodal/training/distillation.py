@@ -477,10 +477,9 @@ class CrossLingualTrainer(AdapterTrainer):
     def _check_batches(self) -> None:
         super()._check_batches()
         if self.train_dataset is not None and self.distillation_loss.contrastive and self._train_batch_size == 1:
-            warnings.warn(
+            self._say(
                 "A batch of one pair has no negatives: the term contrastive= teaches nothing. Set "
-                "per_device_train_batch_size to 2 or more, or contrastive=0.",
-                stacklevel=3,
+                "per_device_train_batch_size to 2 or more, or contrastive=0."
             )
 
     def _prepared(self, data: Any, name: str, part: LanguageTower) -> Any:

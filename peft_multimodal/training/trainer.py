@@ -44,6 +44,7 @@ class AdapterTrainer(Trainer):
     joint_loss = False  # whether it is one loss of all processes' rows
 
     def __init__(self, model: Any = None, args: Any = None, *fixed: Any, **kwargs: Any):
+        self._said: set[str] = set()
         if model is not None:
             self._adopt(model)
         super().__init__(model, args or TrainingArguments("trainer_output"), *fixed, **kwargs)
@@ -120,11 +121,18 @@ class AdapterTrainer(Trainer):
                 "gradient_accumulation_steps is. Set per_device_train_batch_size to 2 or more."
             )
         if draws is not None and processes == 1 and draws % batch == 1 and not self.args.dataloader_drop_last:
-            warnings.warn(
-                f"The last of an epoch's batches has one pair ({draws} rows in batches of {batch}), which has no negatives "
-                "and teaches nothing: set dataloader_drop_last=True.",
-                stacklevel=3,
-            )
+            steps = self.args.max_steps * self.args.gradient_accumulation_steps
+            if steps <= 0 or steps * batch > draws:  # the last batch is reached
+                self._say(
+                    f"The last of an epoch's batches has one pair ({draws} rows in batches of {batch}), which has no "
+                    "negatives and teaches nothing: set dataloader_drop_last=True."
+                )
+
+    def _say(self, warning: str) -> None:
+        """Once, however often it is checked."""
+        if warning not in self._said:
+            warnings.warn(warning, stacklevel=4)
+        self._said.add(warning)
 
     # --- restarts ---
 
@@ -153,11 +161,22 @@ class AdapterTrainer(Trainer):
             "split_batches": int(accelerator.split_batches),
         }
 
+    def _order(self) -> dict[str, int]:
+        """What decides, beside the batches, which rows come when; of a data set that streams it isn't known."""
+        if not has_length(self.train_dataset):
+            return {}
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return {"rows": len(self.train_dataset), "data_seed": seed}
+
     def _check_same_batches(self, checkpoint: Path) -> None:
-        then = batches_of(checkpoint)
-        now = {**self._batches(), **({BATCH: then[BATCH]} if self.args.auto_find_batch_size and BATCH in then else {})}
+        then, order = batches_of(checkpoint), self._order()
+        batches = {
+            **self._batches(),
+            **({BATCH: then[BATCH]} if self.args.auto_find_batch_size and BATCH in then else {}),
+        }
+        now = {**batches, **order}
         changed = [name for name in now if then.get(name, now[name]) != now[name]]
-        if changed and not self._goes_on_exactly({**now, **then}, now):
+        if order.keys() & {*changed} or (changed and not self._goes_on_exactly({**now, **then}, batches)):
             was = ", ".join(f"{name}={then[name]} (now {now[name]})" for name in changed)
             raise ValueError(
                 f"{checkpoint} was saved with {was}: which rows were trained on couldn't be told, and training would not "
@@ -182,7 +201,9 @@ class AdapterTrainer(Trainer):
             folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             (folder / STATE).unlink(missing_ok=True)  # an older run's would vouch for a save that is killed
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / BATCHES).write_text(json.dumps(self._batches(), indent=2) + "\n", encoding="utf-8")
+            (folder / BATCHES).write_text(
+                json.dumps({**self._batches(), **self._order()}, indent=2) + "\n", encoding="utf-8"
+            )
             self._save_beside(folder)
         super()._save_checkpoint(model, trial)
 
