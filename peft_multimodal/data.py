@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, BatchEncoding
 from transformers.utils import cached_file
 
+from .anatomy import base_model
 from .images import is_image, read_image
 from .rows import Row, column_of, each, ids_of, naming
 from .text_limits import allowed_length, limit_of, longest_text, reads_padding, truncation
@@ -75,7 +76,7 @@ class ImageTextCollator:
     def __post_init__(self) -> None:
         model, self.model = self.model, None  # not kept: collators are sent to the loader's workers
         if model is not None:
-            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            base = base_model(model)
             takes_it = "return_loss" in inspect.signature(base.forward).parameters
             if self.return_loss and not takes_it:
                 raise ValueError(f"{type(base).__name__}.forward takes no return_loss.")
@@ -101,7 +102,7 @@ class ImageTextCollator:
             batch[self.id_name] = ids_of(rows, self.id_column)
         if self.every_text:
             return batch | {"text_rows": torch.tensor([i for i, found in enumerate(texts) for _ in found])}
-        if self.return_loss is None:
+        if self.return_loss is None and "labels" not in batch:  # with which a function computes the loss
             warnings.warn(
                 "ImageTextCollator wasn't told the model, so its batches have no return_loss: CLIPModel and its like then "
                 "compute no loss, and Trainer stops at a model that 'did not return a loss'. Pass model=model; or "

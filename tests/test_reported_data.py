@@ -669,3 +669,15 @@ def test_who_needs_no_loss_of_the_model_is_not_warned(tmp_path, recwarn):
     ImageTextCollator(unlimited_processor(), return_loss=False)(rows)
     assert not [w for w in recwarn if "return_loss" in str(w.message)]
     assert collator.return_loss is None
+
+
+def test_ids_as_labels_are_for_a_function_that_computes_the_loss(recwarn):
+    rows = [{"id": i, "image": photo(), "text": f"w{i}"} for i in range(4)]
+    collator = ImageTextCollator(unlimited_processor(), id_column="id", id_name="labels", max_length=16)
+    assert "return_loss" not in collator(rows)
+    assert not [w for w in recwarn if "return_loss" in str(w.message)]
+
+
+def test_a_collator_asks_the_model_inside_a_wrapper():
+    for wrapped in (torch.compile(FAMILIES["clip"].build()), torch.nn.DataParallel(FAMILIES["clip"].build())):
+        assert ImageTextCollator(unlimited_processor(), model=wrapped).return_loss is True

@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -473,6 +474,19 @@ def test_streamed_pairs_with_an_empty_side_are_left_out_and_counted(workers: int
 # ---------------------------------------------------------------------------------------------------------- model_init
 
 
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("name", [None, "x"])
+def test_pairs_of_another_evaluation_set_with_an_empty_side_are_left_out(name: str | None, cache: bool, tmp_path: Path):
+    trainer = cross_lingual(tmp_path, cache=cache, eval_dataset=translations(8))
+    other = [*translations(8), {"source": "", "target": "w5"}]
+    for data in (other, datasets.Dataset.from_list(other).to_iterable_dataset()):
+        with pytest.warns(UserWarning, match=r"empty side"):
+            found = trainer.evaluate(data if name is None else {name: data})
+        assert trainer.skipped["eval"] == 1
+        key = "eval_loss" if name is None else f"eval_{name}_loss"
+        assert found[key] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
+
+
 def test_every_trainer_takes_model_init(tmp_path: Path):
     """The model that train() makes anew is the one that learns, and starts as a given one does."""
     made: list[nn.Module] = []
@@ -783,6 +797,17 @@ class Largest(TorchDispatchMode):
             [self.numel, *(x.numel() for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor))]
         )
         return out
+
+
+def test_the_sigmoid_loss_refuses_what_the_other_one_refuses():
+    image, text = torch.randn(2, 5, 8)
+    for loss, temper in ((sigmoid_loss, (10.0, -10.0)), (contrastive_loss, (10.0,))):
+        with pytest.raises(ValueError, match="Rows must be pairs"):
+            loss(image, text[:3], *temper)
+        with pytest.raises(ValueError, match="Ids have shape"):
+            loss(image, text, *temper, image_ids=torch.arange(3))
+        with pytest.raises(ValueError, match="reduction='sum' is neither"):
+            loss(image, text, *temper, reduction="sum")
 
 
 def test_the_sigmoid_loss_never_holds_the_whole_matrix():

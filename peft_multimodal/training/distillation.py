@@ -460,7 +460,8 @@ class CrossLingualTrainer(AdapterTrainer):
         """Make the data ready for this model: its frozen towers' outputs are found again if they are the same."""
         assert self._data is not None
         self.train_dataset, self.eval_dataset = (
-            self._prepared(data, name, _tower(model)) for data, name in zip(self._data, ("train", "eval"), strict=True)
+            self._prepared(data, name, _tower(model), self._keep)
+            for data, name in zip(self._data, ("train", "eval"), strict=True)
         )
         self.data_collator.collator = self._collator
         self.processing_class = self._collator.processor  # saved with the checkpoints
@@ -482,13 +483,13 @@ class CrossLingualTrainer(AdapterTrainer):
                 "per_device_train_batch_size to 2 or more, or contrastive=0."
             )
 
-    def _prepared(self, data: Any, name: str, part: LanguageTower) -> Any:
+    def _prepared(self, data: Any, name: str, part: LanguageTower, keep: dict[str, Any] | None = None) -> Any:
         if isinstance(data, dict):
-            return {key: self._prepared(rows, f"{name}_{key}", part) for key, rows in data.items()}
+            return {key: self._prepared(rows, f"{name}_{key}", part, keep) for key, rows in data.items()}
         if data is None:
             return None
         if not hasattr(data, "__len__"):
-            if self._keep is not None:
+            if keep is not None:
                 raise ValueError("A data set that streams has no end to compute beforehand: set cache=False.")
             self._counts[name] = FullPairs(data, self.args.dataloader_num_workers)
             return self._counts[name]
@@ -505,9 +506,15 @@ class CrossLingualTrainer(AdapterTrainer):
             raise ValueError(
                 f"All {len(pairs)} {name} pairs are {'equal' if full else 'empty'}: there is nothing to learn."
             )
-        if self._keep is None:
-            return full
-        return KeptOutputs(part, self.adapter_name, full, self._collator, **self._keep)
+        return full if keep is None else KeptOutputs(part, self.adapter_name, full, self._collator, **keep)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        ready = eval_dataset is None or eval_dataset is self.eval_dataset
+        if not ready and not isinstance(
+            eval_dataset, (str, KeptOutputs, FullPairs)
+        ):  # another one, given to evaluate()
+            eval_dataset = self._prepared(eval_dataset, "eval", _tower(self.model))
+        return super().get_eval_dataloader(eval_dataset)
 
     def _make_ready(self, checkpoint: Path | None) -> None:
         super()._make_ready(checkpoint)

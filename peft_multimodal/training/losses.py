@@ -54,10 +54,13 @@ def similarity_loss(
     size = len(logits_per_image)
     if logits_per_image.shape != (size, size):
         raise ValueError(f"Rows must be pairs: the similarities have shape {tuple(logits_per_image.shape)}.")
+    same = _same_ids(image_ids, text_ids, size, logits_per_image.device)
+    return _reduced(_symmetric(logits_per_image.float(), same), reduction)
+
+
+def _reduced(loss: Tensor, reduction: str) -> Tensor:
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction={reduction!r} is neither "mean" nor "none".')
-    same = _same_ids(image_ids, text_ids, size, logits_per_image.device)
-    loss = _symmetric(logits_per_image.float(), same)
     return loss.mean() if reduction == "mean" else loss
 
 
@@ -151,13 +154,22 @@ def sigmoid_loss(
         image_ids: Integers `(B,)`: pairs of equal image ids are no negatives of each other. By default all differ.
         text_ids: Integers `(B,)`, likewise.
         reduction: `"none"` gives `(B,)`, the mean of a pair's row and column sums; `"mean"` their mean.
+
+    Raises:
+        ValueError: The two sides have different shapes, an id vector isn't `(B,)`, or the reduction is unknown.
     """
+    if image_embeds.shape != text_embeds.shape:
+        shapes = f"{tuple(image_embeds.shape)} and {tuple(text_embeds.shape)}"
+        raise ValueError(f"Rows must be pairs: the embeddings have shapes {shapes}.")
+    for ids in (image_ids, text_ids):
+        if ids is not None and ids.shape != (len(image_embeds),):
+            raise ValueError(f"Ids have shape {tuple(ids.shape)}, not ({len(image_embeds)},).")
     own = torch.arange(len(image_embeds), device=image_embeds.device)
     with torch.autocast(image_embeds.device.type, enabled=False):
         image, text = (F.normalize(side.float(), dim=-1) for side in (image_embeds, text_embeds))
         images, texts = (own if ids is None else ids.to(own.device) for ids in (image_ids, text_ids))
         loss = sigmoid_pair_losses(image, text, image, text, logit_scale, logit_bias, images, texts)
-    return loss.mean() if reduction == "mean" else loss
+    return _reduced(loss, reduction)
 
 
 def sigmoid_pair_losses(
@@ -266,7 +278,8 @@ def contrastive_loss_func(
 
     The labels only say which rows match each other. `ImageTextCollator(..., id_column=..., id_name="labels")` makes
     them; `TrainingArguments(label_names=["labels"], remove_unused_columns=False)` is needed for an eval_loss. For ITM,
-    which needs a second pass through the model, use `ImageTextRetrievalTrainer`.
+    which needs a second pass through the model, use `ImageTextRetrievalTrainer`. For models of the sigmoid loss (SigLIP) use
+    the loss that their own forward gives with `return_loss=True`, or `ContrastiveTrainer`.
 
     Args:
         outputs: Of a dual encoder, with the scaled `logits_per_image`; or of BLIP's retrieval model called with
