@@ -75,6 +75,7 @@ class ImageTextCollator:
 
     def __post_init__(self) -> None:
         model, self.model = self.model, None  # not kept: collators are sent to the loader's workers
+        self._unfitted = None if model is not None else {"max_length": self.max_length, "padding": self.padding}
         if model is not None:
             base = base_model(model)
             takes_it = "return_loss" in inspect.signature(base.forward).parameters
@@ -86,6 +87,14 @@ class ImageTextCollator:
             tokenizer = getattr(self.processor, "tokenizer", None)
             reads = model is not None and tokenizer is not None and reads_padding(model, tokenizer)
             self.padding = "max_length" if reads else True
+
+    def fitted(self, model: Any) -> ImageTextCollator:
+        """A copy that takes its limit and its padding from the model; this one, if it was told a model already."""
+        if self._unfitted is None:
+            return self
+        copied = _changed(self, **self._unfitted, model=model)
+        ImageTextCollator.__post_init__(copied)
+        return copied
 
     def evaluating(self, every_text: bool = False) -> ImageTextCollator:
         """A copy for evaluation, the same in each call: the first of several captions, or all of them."""
@@ -236,11 +245,15 @@ def evaluating(collator: Any, every_text: bool = False) -> Any:
     return collator if switch is None else switch(every_text=every_text)
 
 
-def without_loss(collator: Any) -> Any:
-    """A collator for callers that compute the loss themselves: one that hasn't been told puts no `return_loss`."""
+def without_loss(collator: Any, model: Any = None) -> Any:
+    """A collator for callers that compute the loss themselves: one that wasn't told the model puts no `return_loss`.
+
+    Given the model, it takes its limit and its padding from there.
+    """
     if isinstance(collator, FiniteBatches):
-        return _changed(collator, collator=without_loss(collator.collator))
-    return _changed(collator, return_loss=False) if getattr(collator, "return_loss", False) is None else collator
+        return _changed(collator, collator=without_loss(collator.collator, model))
+    collator = _changed(collator, return_loss=False) if getattr(collator, "return_loss", False) is None else collator
+    return collator.fitted(model) if isinstance(collator, ImageTextCollator) and model is not None else collator
 
 
 def _changed(collator: Any, /, **values: Any) -> Any:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .anatomy import base_model
-from .data import evaluating
+from .data import evaluating, without_loss
 
 Ids = Sequence[Hashable] | Tensor
 
@@ -238,7 +238,9 @@ def compute_embeddings(
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     parts: dict[str, list[Tensor]] = {}
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=evaluating(collator, every_text=True))
+    loader = DataLoader(
+        dataset, batch_size=batch_size, collate_fn=evaluating(without_loss(collator, model), every_text=True)
+    )
     rows_of_texts: list[Tensor] = []
     seen = 0
     model.eval()

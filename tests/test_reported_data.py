@@ -623,6 +623,24 @@ def test_siglips_features_do_not_depend_on_the_batch():
     assert ImageTextCollator(processor, model=model, padding=True)(rows[:1])["input_ids"].shape[1] < 64  # on request
 
 
+def test_our_trainers_tell_the_collator_their_model(tmp_path):
+    """A SigLIP's texts are padded to its length, and no text is longer than the tower reads; what was told stays."""
+    args = hf.TrainingArguments(str(tmp_path), per_device_train_batch_size=2, report_to=[], use_cpu=True)
+    rows = [{"id": i, "image": photo(), "text": text} for i, text in enumerate(("w1", "w2 w3 w4", LONG))]
+
+    def shape(name: str, **options) -> torch.Size:
+        model = FAMILIES[name].build()
+        given = ImageTextCollator(unlimited_processor(), **options)
+        trainer = ContrastiveTrainer(model, args, train_dataset=rows, data_collator=given)
+        assert given.fitted(model) is not given  # the user's own is as it was
+        return trainer.data_collator(rows[: 1 if name == "siglip" else 3])["input_ids"].shape
+
+    assert shape("siglip") == (1, 64)
+    assert shape("siglip", padding=True)[1] < 64
+    assert shape("clip")[1] == 64
+    assert shape("clip", max_length=9)[1] == 9
+
+
 @pytest.mark.parametrize(
     "name", ["clip", "chinese_clip", "altclip", "vision_text_dual_encoder", "flava", "blip_retrieval"]
 )

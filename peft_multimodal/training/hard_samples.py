@@ -345,7 +345,9 @@ class HardSampleBank:
                 raise ValueError("The data set has no rows.")
             collator = default_collator(model, first)
         order = None if stream else torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-        collate = SampleIds(evaluating(without_loss(collator)), id_column, image_id_column)  # the same texts each time
+        collate = SampleIds(
+            evaluating(without_loss(collator, model)), id_column, image_id_column
+        )  # the same texts each time
         loader = DataLoader(dataset, batch_size, sampler=order, collate_fn=collate)
         queue = FeatureQueue(how.queue_size if keys is None else min(how.queue_size, len(keys)))
         found_keys, found = [], []

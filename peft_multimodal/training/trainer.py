@@ -50,7 +50,7 @@ class AdapterTrainer(Trainer):
         super().__init__(model, args or TrainingArguments("trainer_output"), *fixed, **kwargs)
         self.model_accepts_loss_kwargs = False
         id_column = getattr(self.data_collator, "id_column", None) or "id"
-        self.data_collator = FiniteBatches(without_loss(self.data_collator), id_column)
+        self.data_collator = FiniteBatches(without_loss(self.data_collator, self.model), id_column)
         if self.args.n_gpu > 1:
             raise ValueError("DataParallel isn't supported: start one process a GPU with `accelerate launch`.")
         self.remove_callback(AdapterCallback)
