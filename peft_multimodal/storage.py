@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel, TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -49,6 +49,11 @@ def check_below(outer: nn.Module, model: nn.Module) -> None:
             f"{_kinds(outer)} was put around a PeftModel, and its files then name modules inside of that: under another "
             "adapter they wouldn't load again. Make or load the adapters of this package first and that one last."
         )
+    if path := _trained_tokens(model):
+        raise ValueError(
+            f"{path} has rows that an adapter trains (trainable_token_indices), and PEFT then can't save any adapter that doesn't. "
+            "Merge it first, model = model.merge_and_unload(), or train whole embeddings by its modules_to_save."
+        )
     if outer is model:
         return
     path = next((name for name, module in outer.named_modules() if module is model), "")
@@ -61,15 +66,16 @@ def check_below(outer: nn.Module, model: nn.Module) -> None:
 
 def check_around(model: nn.Module, paths: Collection[str], layer_cls: type[MultimodalLayer], method: str) -> None:
     """Refuse to put layers around modules with something that is stored under its path."""
+    kinds = getattr(model, "peft_config", {})
+    biases = [name for name, config in kinds.items() if getattr(config, "bias", None) == "all"]
     for path in paths:
         module = model.get_submodule(path)
         if isinstance(module, layer_cls):
             continue  # it has its layer: nothing moves
         for below, inner in module.named_modules():
-            names = _stored_by_path(inner)
+            names = _stored_by_path(inner) or (biases if getattr(inner, "bias", None) is not None else [])
             if names:
                 place = f"{path}.{below}" if below else path
-                kinds = getattr(model, "peft_config", {})
                 first = names[0]
                 kind = kinds[first].peft_type.value if first in kinds else "PEFT"
                 raise ValueError(
@@ -89,6 +95,12 @@ def _stored_by_path(module: nn.Module) -> list[str]:
     return []
 
 
+def _trained_tokens(model: nn.Module, adapter_name: str | None = None) -> str | None:
+    """Path of an embedding whose rows other adapters than this one train."""
+    wrappers = ((path, m) for path, m in model.named_modules() if isinstance(m, TrainableTokensWrapper))
+    return next((path for path, m in wrappers if adapter_name not in m._adapters), None)
+
+
 def _kinds(outer: nn.Module) -> str:
     configs = getattr(outer, "peft_config", {})
     return " and ".join(f"adapter {name!r} ({config.peft_type.value})" for name, config in configs.items())
@@ -104,6 +116,12 @@ def fault_of_saving(model: nn.Module, adapter_name: str) -> str | None:
             f"({_others(model, adapter_name)}): PEFT then switches these modules off, and would save them under names that don't "
             f"load. Save it by the PeftModel that it was made by, selected_adapters=[{adapter_name!r}], and put the methods of "
             "this package around PEFT's own adapters, not under them."
+        )
+    if path := _trained_tokens(model, adapter_name):
+        return (
+            f"Another adapter ({_others(model, adapter_name)}) trains rows of {path} (trainable_token_indices), and PEFT then can't "
+            f"save {adapter_name!r}, which doesn't: selected_adapters=[...] saves that one alone. Save {adapter_name!r} before the "
+            "other one is put around it, or train whole embeddings there by modules_to_save."
         )
     return None
 

@@ -337,6 +337,7 @@ class MultimodalTuner(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._check_own([adapter_name])
+        without_modules_to_save(self.model, adapter_name)
         beside = {m: m.active_adapters for m in self._wholes()}
         was, rest = self.active_adapters, [name for name in self.active_adapters if name != adapter_name]
         super().delete_adapter(adapter_name)
@@ -358,7 +359,7 @@ class MultimodalTuner(BaseTuner):
         """The modules that are trained as a whole beside this method's adapters (`modules_to_save`), or beside others'."""
         own = set(self._own_adapters())
         wrappers = (m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper))
-        return [m for m in wrappers if m._get_available_adapters().isdisjoint(own) == of_others]
+        return [m for m in wrappers if _is_of_others(m._get_available_adapters(), own) == of_others]
 
     def _check_mergeable(self) -> None:
         for tuner in [type(self), *map(tuner_of, self.peft_config.values())]:
@@ -542,6 +543,10 @@ class _Gathered(dict[str, Tensor]):
     def items(self) -> Any:  # the last thing that PEFT asks for
         self._config.show_base()
         return super().items()
+
+
+def _is_of_others(adapters: set[str], own: set[str]) -> bool:
+    return bool(adapters) and adapters.isdisjoint(own)  # one that has lost its last copy is nobody's
 
 
 def _not_missing(model: nn.Module, prefix: str, adapter_name: str, given: Collection[str]) -> dict[str, Tensor]:

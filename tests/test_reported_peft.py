@@ -103,6 +103,21 @@ def test_a_frozen_adapter_stays_frozen_when_another_is_deleted(method: str):
     assert not trained(model)
 
 
+@each_method
+def test_the_last_adapter_takes_its_trained_module_along(method: str):
+    """So that the next one can bring its own."""
+    family = home(method)
+    whole = {"modules_to_save": [WHOLE[family.name]]}
+    model = wrap(family, method, **whole)
+    move_wholes(model, "default", 0.1)
+    model.delete_adapter("default")
+    assert not wholes(model)
+    assert torch.equal(run(family, model.base_model.model), run(family, family.build()))
+    model.add_adapter("next", METHODS[method](family, **whole))
+    model.set_adapter("next")
+    assert [m.active_adapters for m in wholes(model).values()] == [["next"]]
+
+
 CLASSIFIERS = {
     "SEQ_CLS": hf.BertForSequenceClassification,
     "TOKEN_CLS": hf.BertForTokenClassification,

@@ -178,6 +178,33 @@ def test_a_second_method_leaves_whole_modules_of_the_first_on(method: str):
     assert wrapper.active_adapters == ["stock"]
 
 
+def test_biases_of_a_stock_adapter_do_not_move():
+    """Trained biases are stored under their modules' paths, also where the adapter's layers are elsewhere."""
+    family = FAMILIES["clip"]
+    config = peft.LoraConfig(r=2, target_modules=["fc1"], bias="all")
+    model = get_peft_model(family.build(), config, adapter_name="stock")
+    before = state(model)
+    with pytest.raises(ValueError, match=r"_proj belongs to adapter 'stock' \(LORA\)"):
+        ours(family, "aurora_mode_approx", model)
+    assert_untouched(model, before)
+    ours(family, "hard_sample_domain_adapter", model)  # puts nothing around modules
+
+
+@pytest.mark.parametrize("method", ["aurora_mode_approx", "hard_sample_domain_adapter", "structured_prompt"])
+def test_beside_trained_tokens_peft_saves_nothing_else(method: str, tmp_path: Path):
+    family = FAMILIES["clip"]
+    tokens = peft.LoraConfig(r=2, target_modules=["fc1"], trainable_token_indices={"token_embedding": [5, 6]})
+    model = get_peft_model(family.build(), tokens, adapter_name="stock")
+    before = state(model)
+    with pytest.raises(ValueError, match=r"token_embedding has rows that an adapter trains.*merge_and_unload"):
+        ours(family, method, model)
+    assert_untouched(model, before)
+    both = get_peft_model(ours(family, method, family.build()), tokens, adapter_name="stock")
+    with pytest.raises(ValueError, match=r"\('stock': LORA\) trains rows of .*token_embedding.*can't save 'ours'"):
+        both.save_pretrained(tmp_path)
+    both.save_pretrained(tmp_path, selected_adapters=["stock"])
+
+
 def test_no_prompt_encoder_is_left_behind():
     model = get_peft_model(llama(), peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
     before = state(model)
