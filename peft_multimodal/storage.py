@@ -143,7 +143,7 @@ def check_modules_to_save(model: nn.Module, config: MultimodalConfig) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in modules_of(config):
         matched = {path: module for path, module in modules.items() if path.endswith(name)}
-        if not matched and config.is_loaded:
+        if not matched and name in config.stored_wholes:
             continue  # an older file may name what never was; what it holds is checked as it is loaded
         if not matched:
             raise ValueError(_no_such_module(model, modules, name))
@@ -191,8 +191,8 @@ def _no_such_module(model: nn.Module, modules: Mapping[str, nn.Module], name: st
 
 def check_file_has_modules(model: nn.Module, config: MultimodalConfig) -> None:
     """Refuse a file that lacks the modules which its config says it holds: PEFT meets them one by one, as a KeyError."""
-    names = modules_of(config)
-    keys = _keys_of(config) if names and config.is_loaded else None
+    names = [name for name in modules_of(config) if name in config.stored_wholes]
+    keys = _keys_of(config) if names else None
     if keys is None:
         return
     for name in names:

@@ -254,6 +254,38 @@ def test_modules_to_save_that_nothing_would_train(method: str, slip: str):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_loaded_config_is_a_template(tmp_path: Path):
+    """What is written into it afterwards isn't looked for in the file, and has to exist."""
+    family = FAMILIES["clip"]
+    wrap(family, "aurora_mode_approx").save_pretrained(tmp_path)
+    config = AuroraModeApproxConfig.from_pretrained(tmp_path)
+    config.modules_to_save = ["visual_projection"]
+    model = get_peft_model(family.build(), config)
+    assert any(isinstance(m, ModulesToSaveWrapper) for m in model.modules())
+    config = AuroraModeApproxConfig.from_pretrained(tmp_path)
+    config.modules_to_save = ["visual_projektion"]
+    with pytest.raises(ValueError, match="Did you mean 'visual_projection'"):
+        get_peft_model(family.build(), config)
+
+
+@pytest.mark.parametrize("whole", ["token_embedding", "text_model.embeddings", "embeddings"])
+def test_prompts_are_not_passed_over_by_a_trained_embedding(whole: str):
+    family = FAMILIES["clip"]
+    model = family.build()
+    before = state(model)
+    with pytest.raises(ValueError, match=r"token_embedding\) is in modules_to_save=.*prompts.*passed over"):
+        wrap(family, "structured_prompt", base=model, modules_to_save=[whole])
+    assert_untouched(model, before)
+    other = wrap(family, "hard_sample_domain_adapter", modules_to_save=[whole], adapter_name="other")
+    tokens = peft.TrainableTokensConfig(target_modules=["token_embedding"], token_indices=[5])
+    for below in (other, get_peft_model(family.build(), tokens, adapter_name="other")):
+        with pytest.raises(ValueError, match=r"token_embedding.* is trained by another adapter"):
+            ours(family, "structured_prompt", below)
+        assert list(below.peft_config) == ["other"]
+    lora = peft.LoraConfig(r=2, target_modules=["token_embedding"])
+    ours(family, "structured_prompt", get_peft_model(family.build(), lora, adapter_name="stock"))
+
+
 def test_the_logit_scale_trains_as_the_message_says():
     family = FAMILIES["clip"]
     model = wrap(family, "aurora_mode_approx")

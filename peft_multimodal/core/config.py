@@ -56,6 +56,7 @@ class MultimodalConfig(PeftConfig):
         self._card: tuple[str, CardNotes] | None = None  # the adapter's name and what its model knows for the card
         self._base_name: tuple[str | None] | None = None  # while `base_model_name_or_path` names a folder of the cache
         self.stored_in: str | None = None  # of a loaded one: the folder, if it is one on this machine
+        self.stored_wholes: list[str] = []  # of a loaded one: its modules_to_save in the file
         self.package_version = self.package_version or __version__
         if isinstance(self.towers, str):
             self.towers = [self.towers]
@@ -95,6 +96,7 @@ class MultimodalConfig(PeftConfig):
         root = args[0] if args else kwargs.get("pretrained_model_name_or_path", "")
         subfolder = args[1] if len(args) > 1 else kwargs.get("subfolder")
         config.stored_in = str(Path(root, subfolder or ""))
+        config.stored_wholes = list(config.modules_to_save or ())
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

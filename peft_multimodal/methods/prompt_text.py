@@ -484,7 +484,8 @@ class PromptReader:
                 raise ValueError(
                     f"With this tokenizer, whose texts end in {list(frame.tail)}, {type(self.tower).__name__} doesn't read what "
                     f"stands in a text: its config looks for eos_token_id {getattr(self.tower.config, 'eos_token_id', None)}. "
-                    "Pass the tokenizer of the base model."
+                    "Pass the tokenizer of the base model; if this is it, another adapter may act on the token embedding, which then "
+                    "passes prompts over."
                 )
             padded = join(begin, end, tail, self.tokens([frame.pad]))
             keep = torch.arange(padded.ids.shape[1], device=padded.ids.device) < padded.ids.shape[1] - 1

@@ -28,10 +28,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import PeftType
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..anatomy import Site, base_model, describe, is_below, token_embeddings
+from ..anatomy import Anatomy, Site, base_model, describe, is_below, token_embeddings, unwrap
 from ..core.config import MultimodalConfig
 from ..core.registry import Promises, method
 from ..model_card import CardNotes
@@ -245,8 +247,22 @@ class StructuredPromptModel(MultimodalTuner):
         found, model = describe(model), base_model(model)
         path = text_tower(model, found)
         tokens = next(p for p in token_embeddings(model) if is_below(p, path))
-        width: Any = model.get_submodule(tokens).embedding_dim
+        width: Any = unwrap(model.get_submodule(tokens)).embedding_dim
         return [Site(path, "prompt", "text", "text.prompt.0", width, config.context())]
+
+    def check_model(self, config: StructuredPromptConfig, matrices: Sequence[Site], found: Anatomy) -> None:
+        tokens = next(p for p in token_embeddings(self.model) if is_below(p, matrices[0].module))
+        parts = tokens.split(".")
+        paths = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        whole = [name for name in config.modules_to_save or () if any(path.endswith(name) for path in paths)]
+        held = any(
+            isinstance(self.model.get_submodule(p), (AuxiliaryTrainingWrapper, TrainableTokensLayer)) for p in paths
+        )
+        if whole or held:
+            raise ValueError(
+                f"The text tower's token embedding ({tokens}) {f'is in modules_to_save={whole}' if whole else 'is trained by another adapter'}, and "
+                "prompts, which take the place of what it gives, would be passed over. Leave it as it is."
+            )
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str,
