@@ -214,13 +214,13 @@ def _keys_of(config: MultimodalConfig) -> list[str] | None:
     return None
 
 
-def faults(key: str, value: Tensor, wanted: Tensor) -> Iterator[str]:
-    """What is wrong with a stored tensor that shall take a place in a model."""
+def faults(key: str, value: Tensor, wanted: Tensor, trained: bool = True) -> Iterator[str]:
+    """What is wrong with a stored tensor that shall take a place in a model; a buffer may hold -inf, as a mask does."""
     if tuple(value.shape) != tuple(wanted.shape):
         yield f"{key} has shape {tuple(value.shape)}, the model needs {tuple(wanted.shape)}"
     elif value.is_floating_point() != wanted.is_floating_point():
         yield f"{key} holds {value.dtype}, the model needs {wanted.dtype}"
-    elif value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all()):
+    elif trained and value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all()):
         yield f"{key} holds NaN or infinite values"
 
 

@@ -481,9 +481,10 @@ class MultimodalTuner(BaseTuner):
         for key, value in stored.items():
             problems += faults(_short(key), value, own[expected[key]])
         others = {key if key in own else _PEFT_PREFIX + key: value for key, value in others.items()}
+        buffers = {key for key, _ in model.named_buffers(remove_duplicate=False)}
         for key, value in others.items():
             if key in own:
-                problems += faults(_WHOLE.sub("", _short(key)), value, own[key])
+                problems += faults(_WHOLE.sub("", _short(key)), value, own[key], key not in buffers)
         way_out = _resize(model, others)
         if expected and not stored:
             way_out = (

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -255,9 +255,7 @@ class StructuredPromptModel(MultimodalTuner):
         parts = tokens.split(".")
         paths = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
         whole = [name for name in config.modules_to_save or () if any(path.endswith(name) for path in paths)]
-        held = any(
-            isinstance(self.model.get_submodule(p), (AuxiliaryTrainingWrapper, TrainableTokensLayer)) for p in paths
-        )
+        held = any(isinstance(self.model.get_submodule(p), (AuxiliaryTrainingWrapper, BaseTunerLayer)) for p in paths)
         if whole or held:
             raise ValueError(
                 f"The text tower's token embedding ({tokens}) {f'is in modules_to_save={whole}' if whole else 'is trained by another adapter'}, and "
