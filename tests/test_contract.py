@@ -615,11 +615,8 @@ BAD_VALUES = {
         *(("ice_bank_size", value) for value in (0, "256", True)),
     ],
     "cross_lingual_adapter": [
-        *(
-            (name, value)
-            for name in ("bottleneck_dim", "num_heads", "ff_mult")
-            for value in (0, -1, "8", 8.0, True, None)
-        ),
+        *((name, value) for name in ("bottleneck_dim", "num_heads", "ff_mult") for value in (0, -1, "8", 8.0, True)),
+        *((name, None) for name in ("bottleneck_dim", "ff_mult")),  # num_heads follows the width then
         *(("num_layers", value) for value in (-1, "1", 1.0, True)),
         ("num_heads", 3),  # of a width of 16
         *(("dropout", value) for value in (1.0, -0.1, "0", True, float("nan"))),
@@ -667,11 +664,8 @@ BAD_VALUES = {
         *(("layers_to_transform", value) for value in (0, [1])),
     ],
     "hard_sample_domain_adapter": [
-        *(
-            (name, value)
-            for name in ("bottleneck_dim", "num_heads", "ff_mult")
-            for value in (0, -1, "8", 8.0, True, None)
-        ),
+        *((name, value) for name in ("bottleneck_dim", "num_heads", "ff_mult") for value in (0, -1, "8", 8.0, True)),
+        *((name, None) for name in ("bottleneck_dim", "ff_mult")),  # num_heads follows the width then
         *(("num_layers", value) for value in (-1, "1", 1.0, True)),
         ("num_heads", 3),  # of a width of 8
         *(("dropout", value) for value in (1.0, -0.1, "0", True, float("nan"))),
@@ -681,7 +675,8 @@ BAD_VALUES = {
     ],
     "structured_prompt": [
         *((n, v) for n in ("num_general", "num_instance", "num_domain") for v in (-1, "4", 4.0, True, None)),
-        *((n, v) for n in ("num_domains", "num_heads", "chunk_size") for v in (0, -1, "8", 8.0, True, None)),
+        *((n, v) for n in ("num_domains", "num_heads", "chunk_size") for v in (0, -1, "8", 8.0, True)),
+        *((name, None) for name in ("num_domains", "chunk_size")),
         *(("attention_dim", value) for value in (0, "128", None)),
         ("num_heads", 3),  # of a width of 16
         *(("order", value) for value in ("DGI", "gdi", None, ["GDI"])),

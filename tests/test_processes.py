@@ -313,7 +313,7 @@ def step_of_many(processes: int, rows: int, width: int, pairs: int = 0) -> dict[
         patch.setattr(hf.TrainingArguments, "world_size", processes)
         start = time.perf_counter()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            loss = trainer._loss(trainer.model.train(), images, texts, torch.tensor(10.0), {}, keys)
+            loss = trainer._loss(trainer.model.train(), images, texts, [torch.tensor(10.0)], {}, keys)
         loss.backward()
         seconds = time.perf_counter() - start
     assert bank is None or (bank.visits > 0).sum() == processes * rows
