@@ -343,6 +343,7 @@ WAYS = {
     "load": load,
     "from_pretrained": PeftModel.from_pretrained,
     "low_cpu_mem_usage": lambda base, folder: PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True),
+    "config=": lambda base, folder: PeftModel.from_pretrained(base, folder, config=peft.PeftConfig.from_pretrained(folder)),
     "load_adapter": by_load_adapter,
     "set_peft_model_state_dict": by_set_state_dict,
     "AutoPeftModel": by_auto,
@@ -382,6 +383,8 @@ FAULTS = {
     ],
 )
 def test_a_file_that_does_not_fit_leaves_the_base_as_it_was(fault: Callable, key: str, way: str, tmp_path: Path):
+    if way == "config=" and fault is without:
+        pytest.skip("the folder is unknown there, and PEFT stumbles over the missing key itself")
     llama().save_pretrained(tmp_path / "base")
     base = hf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
     folder = tmp_path / "adapter"

@@ -49,7 +49,8 @@ class MultimodalConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.is_loaded = False
+        # PEFT's own `PeftConfig.from_pretrained` passes by ours: the signature tells that it comes from a file.
+        self.is_loaded = self.base_signature is not None
         self.has_weights = False  # of a loaded one: they have been found to fit
         self.best_is_loaded = False  # whether somebody cares for load_best_model_at_end
         self._local_base: str | None = None  # the base, if it was in a folder as seen where the model was wrapped
@@ -92,7 +93,7 @@ class MultimodalConfig(PeftConfig):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         config = super().from_pretrained(*args, **kwargs)
-        config.is_loaded = True  # its signature speaks of the base that it was trained on
+        config.is_loaded = True
         root = args[0] if args else kwargs.get("pretrained_model_name_or_path", "")
         subfolder = args[1] if len(args) > 1 else kwargs.get("subfolder")
         config.stored_in = str(Path(root, subfolder or ""))
