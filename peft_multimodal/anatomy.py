@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -225,6 +226,8 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 def base_model(model: Any) -> Any:
     """The Hugging Face model inside a `PeftModel` or a tuner, whatever is wrapped around them, or the model itself."""
     model = unwrapped(model)
+    if isinstance(model, PeftModel) and not model.peft_config:  # its last adapter is deleted: PEFT asks for one
+        return unwrapped(getattr(model.base_model, "model", model.base_model))
     return unwrapped(model.get_base_model()) if hasattr(model, "get_base_model") else model
 
 

@@ -23,7 +23,7 @@ from transformers.utils import cached_file
 
 from .anatomy import base_model
 from .images import is_image, read_image
-from .rows import Row, column_of, each, ids_of, naming
+from .rows import Row, check_some, column_of, each, ids_of, naming
 from .text_limits import allowed_length, limit_of, longest_text, reads_padding, truncation
 
 
@@ -375,6 +375,7 @@ class LanguageProcessor:
 
     def tokenize(self, text: Sequence[str], language: str) -> dict[str, Tensor]:
         """input_ids and attention_mask int64 `(B, L)` of texts of one language."""
+        check_some(text)
         tokenizer = self.tokenizer(language)
         length = self.max_length.get(language) if isinstance(self.max_length, dict) else self.max_length
         padding = self.padding.get(language, True) if isinstance(self.padding, dict) else self.padding
@@ -423,6 +424,7 @@ class LanguageProcessor:
     def _mixed(self, texts: list[str], languages: list[str]) -> dict[str, Any]:
         if len(languages) != len(texts):
             raise ValueError(f"{len(languages)} languages for {len(texts)} texts.")
+        check_some(texts)
         rows = {name: [i for i, n in enumerate(languages) if n == name] for name in dict.fromkeys(languages)}
         parts = {name: self.tokenize([texts[i] for i in found], name) for name, found in rows.items()}
         longest = max(part["input_ids"].shape[1] for part in parts.values())
@@ -496,6 +498,7 @@ def _images(rows: Sequence[Row], column: str, id_column: str | None = None) -> l
 
 def _texts(rows: Sequence[Row], column: str, setting: str, which: str, id_column: str | None = None) -> list[list[str]]:
     """The texts of each row: one "drawn", the "first", or "all" of them."""
+    check_some(rows)
 
     def read(row: Row, name: str) -> list[str]:
         found = column_of(row, column, name, setting)

@@ -17,7 +17,7 @@ from transformers import AddedToken, AutoImageProcessor, AutoTokenizer, BatchEnc
 from transformers.utils import cached_file
 
 from .images import is_image, read_image
-from .rows import column_of, each, naming, row_name
+from .rows import check_some, column_of, each, naming, row_name
 from .text_limits import allowed_length, truncation
 
 Visual = Any  # an image as `read_image` takes it, or a sequence of them: the frames of a video
@@ -115,6 +115,7 @@ class InterleavedProcessor:
             TypeError: a text is no string, or an image nothing that `read_image` takes.
         """
         given: list[Any] = [texts] if isinstance(texts, str) or _is_conversation(texts) else list(texts)
+        check_some(given)
         if any(map(_is_conversation, given)):
             given = [self.write(t, answering=t[-1]["role"] != "assistant") for t in self._only_conversations(given)]
             kwargs = {"add_special_tokens": False, **kwargs}  # the template has them
@@ -154,6 +155,7 @@ class InterleavedProcessor:
             ValueError: a column is missing, an answer is empty or wholly cut off, or the places of the assistant's messages
                 can't be told.
         """
+        check_some(rows)
         images = each(rows, lambda row, name: column_of(row, self.images_column, name, "images_column"))
         lessons = each(rows, self._lesson)
         if len({lesson.is_chat for lesson in lessons}) > 1:

@@ -28,6 +28,12 @@ def each(rows: Sequence[Any], read: Callable[[Any, str], T], id_column: str | No
     return found
 
 
+def check_some(rows: Sequence[Any]) -> None:
+    """Refuse a batch without rows, of which neither processors nor tokenizers say what is wrong."""
+    if not len(rows):
+        raise ValueError("The batch is empty: there is no row to read.")
+
+
 def row_name(row: Any, index: int, id_column: str | None = None) -> str:
     """ "Row 3 (id 'x')", as far as the row has an id."""
     column = id_column or "id"

@@ -267,3 +267,13 @@ def test_the_model_in_memory_is_left_alone(adapter: Path):
     assert examine(model, adapter).healthy
     assert {n: p.requires_grad for n, p in model.named_parameters()} == dict.fromkeys(before, True)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("method", ["aurora_mode_approx", "structured_prompt"])
+def test_a_model_whose_last_adapter_was_deleted(method: str):
+    model = wrap(FAMILIES["clip"], method)
+    model.delete_adapter("default")
+    report = examine(model)
+    assert report.healthy
+    assert report.adapters == {}
+    assert report.model == "CLIPModel"

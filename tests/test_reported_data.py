@@ -699,3 +699,20 @@ def test_ids_as_labels_are_for_a_function_that_computes_the_loss(recwarn):
 def test_a_collator_asks_the_model_inside_a_wrapper():
     for wrapped in (torch.compile(FAMILIES["clip"].build()), torch.nn.DataParallel(FAMILIES["clip"].build())):
         assert ImageTextCollator(unlimited_processor(), model=wrapped).return_loss is True
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: ImageTextCollator(make_processor())([]),
+        lambda: QuestionAnswerCollator(make_processor(), decoder_start_token_id=1)([]),
+        lambda: interleaved()([]),
+        lambda: interleaved().collate([]),
+        lambda: LanguageProcessor(en=word_tokenizer())([]),
+        lambda: LanguageProcessor(en=word_tokenizer())([], language=[]),
+    ],
+    ids=["image and text", "question and answer", "interleaved", "collate", "language", "languages"],
+)
+def test_an_empty_batch_is_called_so(call):
+    with pytest.raises(ValueError, match="The batch is empty"):
+        call()

@@ -343,7 +343,9 @@ WAYS = {
     "load": load,
     "from_pretrained": PeftModel.from_pretrained,
     "low_cpu_mem_usage": lambda base, folder: PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True),
-    "config=": lambda base, folder: PeftModel.from_pretrained(base, folder, config=peft.PeftConfig.from_pretrained(folder)),
+    "config=": lambda base, folder: PeftModel.from_pretrained(
+        base, folder, config=peft.PeftConfig.from_pretrained(folder)
+    ),
     "load_adapter": by_load_adapter,
     "set_peft_model_state_dict": by_set_state_dict,
     "AutoPeftModel": by_auto,
