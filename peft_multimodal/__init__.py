@@ -10,8 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .anatomy import describe
+from .core.anatomy import describe
 from .core.config import MultimodalConfig
+from .core.tuner import matched_modules
 from .methods import (
     AuroraModeApproxConfig,
     AuroraModeApproxModel,
@@ -27,7 +28,6 @@ from .methods import (
 )
 from .model_card import CardNotes
 from .saving import AdapterError, load, push_to_hub, save
-from .tuner import matched_modules
 
 if TYPE_CHECKING:
     from .data import FiniteBatches, ImageTextCollator, LanguageProcessor, QuestionAnswerCollator

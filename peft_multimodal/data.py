@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, BatchEncoding
 from transformers.utils import cached_file
 
-from .anatomy import base_model
+from .core.anatomy import base_model
 from .images import is_image, read_image
 from .rows import Row, check_some, column_of, each, ids_of, naming
 from .text_limits import allowed_length, limit_of, longest_text, reads_padding, truncation

@@ -24,14 +24,14 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from . import anatomy
 from ._version import INSTALL, __version__
+from .core import anatomy
 from .core.config import FORMAT_VERSION, MultimodalConfig
+from .core.parts import MultimodalLayer
 from .core.registry import METHODS, Method, method_of
-from .layers import MultimodalLayer
+from .core.storage import fault_of_saving
+from .core.tuner import matched_modules
 from .saving import UNCLEAR, AdapterError, check_files, find_adapter
-from .storage import fault_of_saving
-from .tuner import matched_modules
 
 PACKAGE = "peft-multimodal"
 CHECKED = ("torch", "transformers", "peft", "safetensors", "tensorly")

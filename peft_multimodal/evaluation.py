@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .anatomy import base_model
+from .core.anatomy import base_model
 from .data import evaluating, without_loss
 
 Ids = Sequence[Hashable] | Tensor

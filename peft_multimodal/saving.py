@@ -28,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .core.config import MultimodalConfig
+from .core.tuner import WeightsDontFit, card_notes, tuner_of
 from .model_card import CARD, CardNotes, write_card
-from .tuner import WeightsDontFit, card_notes, tuner_of
 
 # What PEFT, torch and Python say of values that make no sense.
 UNCLEAR = (TypeError, KeyError, AttributeError, IndexError, RuntimeError, ArithmeticError, MemoryError, AssertionError)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .anatomy import base_model, device_of, own_modules, token_embeddings
+from .core.anatomy import base_model, device_of, own_modules, token_embeddings
 
 NO_LIMIT = 1_000_000  # transformers' tokenizers say 1e30
 

@@ -14,8 +14,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_multimodal import anatomy, describe
-from peft_multimodal.anatomy import TOWERS, is_below
+from peft_multimodal import describe
+from peft_multimodal.core import anatomy
+from peft_multimodal.core.anatomy import TOWERS, is_below
 
 VISUAL = {n: f for n, f in FAMILIES.items() if n != "llama"}  # which is one tower as a whole
 EVERY = pytest.mark.parametrize("family", [pytest.param(f, id=n) for n, f in VISUAL.items()])

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_multimodal import AuroraModeApproxConfig, AuroraModeApproxModel
-from peft_multimodal.layers import CallScope
+from peft_multimodal.core.parts import CallScope
 from peft_multimodal.methods.aurora_fusion import ContextBank, GatedQueryTransformation
 
 BLIP, CLIP = FAMILIES["blip_retrieval"], FAMILIES["clip"]  # both: vision 48 wide, text 32, two layers each

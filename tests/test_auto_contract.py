@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_multimodal import matched_modules
-from peft_multimodal.anatomy import is_below
+from peft_multimodal.core.anatomy import is_below
 
 METHODS = {name: case for name, case in declared().items() if case.anywhere is not None}
 

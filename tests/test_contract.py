@@ -51,9 +51,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import peft_multimodal
 from peft_multimodal import matched_modules
-from peft_multimodal.anatomy import is_below
+from peft_multimodal.core.anatomy import is_below
+from peft_multimodal.core.parts import AttachedPart
 from peft_multimodal.core.stand_in import Taken
-from peft_multimodal.layers import AttachedPart
 
 NOT_IDENTITY = promising(starts_as="images")
 WHOLE_TOWER = promising(acts_on="tower")  # have no target_modules, and nothing is recomputed in them

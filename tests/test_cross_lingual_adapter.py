@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 import peft_multimodal
 from peft_multimodal import CrossLingualAdapterConfig, describe
+from peft_multimodal.encoders.language import vocabulary_hash
 from peft_multimodal.methods.cross_lingual_adapter import LanguageAdapter, LanguageTower
-from peft_multimodal.methods.language_encoder import vocabulary_hash
 
 METHOD = "cross_lingual_adapter"
 CLIP, FLAVA = FAMILIES["clip"], FAMILIES["flava"]

@@ -15,7 +15,7 @@ from methods import CASES, adapter, distance, gradients, ready, run, silent, sti
 from peft import PeftModel
 from torch import Tensor, nn
 
-from peft_multimodal.layers import CallScope
+from peft_multimodal.core.parts import CallScope
 
 
 def cases(*families: str, unmarked: tuple[str, ...] = ()) -> pytest.MarkDecorator:

@@ -37,8 +37,9 @@ from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecod
 
 import peft_multimodal
 from peft_multimodal import GatedXAttnConfig, InterleavedProcessor, MediaCache
+from peft_multimodal.methods.gated_xattn import make_block
 from peft_multimodal.methods.gated_xattn_layers import GatedBlock, MarkerEmbedding, MediaReader, SeeingLayer
-from peft_multimodal.methods.media import (
+from peft_multimodal.nn.media import (
     ManyPictures,
     OnePicture,
     Reading,
@@ -48,7 +49,7 @@ from peft_multimodal.methods.media import (
     look,
     text_time,
 )
-from peft_multimodal.methods.perceiver import LinearResampler, MeanResampler, PerceiverResampler
+from peft_multimodal.nn.perceiver import LinearResampler, MeanResampler, PerceiverResampler
 
 M = 59  # the marker
 D, R, WIDTH = 20, 3, 32
@@ -228,7 +229,7 @@ def test_resamplers_of_the_ablations():
 @pytest.mark.parametrize("attend", ["last", "all_previous"])
 @pytest.mark.parametrize(("gate", "ff_mult"), [("scalar", 4), ("vector", 2), ("none", 1), ("scalar", 0)])
 def test_block_follows_its_equations(attend: str, gate: str, ff_mult: int):
-    block = GatedBlock(config(gate=gate, ff_mult=ff_mult), 16, D)
+    block = make_block(config(gate=gate, ff_mult=ff_mult, vision_hidden_size=D), 16)
     for p in block.parameters():
         p.add_(0.3 * torch.randn_like(p))
     marks = torch.tensor([[0, 1, 0, 0, 1, 0, 1, 0], [1, 0, 0, 0, 0, 1, 0, 0], [0] * 8])
@@ -340,7 +341,7 @@ def test_text_reads_the_last_picture_before_it():
 
 def like(layer, heads: int, head_dim: int, width: int, source: int, gates: tuple[str, str]) -> GatedBlock:
     """Our block with the weights of a layer, and its norms and its MLP."""
-    block = GatedBlock(config(resampler_heads=heads, head_dim=head_dim), width, source)
+    block = make_block(config(resampler_heads=heads, head_dim=head_dim, vision_hidden_size=source), width)
     maps = layer.cross_attn
     block.attention.q.weight.data = maps.q_proj.weight.data
     block.attention.kv.weight.data = torch.cat([maps.k_proj.weight.data, maps.v_proj.weight.data])
@@ -1056,7 +1057,7 @@ def test_segments_train_as_the_mask_does():
     for forced in (False, True):
         with pytest.MonkeyPatch.context() as patch:
             if forced:
-                patch.setattr("peft_multimodal.methods.media.look", lambda t, n, a: ManyPictures(_allow(t, n, a)))
+                patch.setattr("peft_multimodal.nn.media.look", lambda t, n, a: ManyPictures(_allow(t, n, a)))
             model.zero_grad()
             loss = model(**inputs, labels=ids).loss
             loss.backward()

@@ -29,7 +29,7 @@ from test_contract import Rows, trainer_for
 
 import peft_multimodal
 from peft_multimodal import FiniteBatches, load, save
-from peft_multimodal.tuner import tuner_of
+from peft_multimodal.core.tuner import tuner_of
 
 TESTS = str(Path(__file__).parent)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -29,7 +29,7 @@ from peft_multimodal import (
     load,
     matched_modules,
 )
-from peft_multimodal.anatomy import unread_layers
+from peft_multimodal.core.anatomy import unread_layers
 from peft_multimodal.core.registry import METHODS as REGISTERED
 from peft_multimodal.doctor import examine
 

@@ -27,7 +27,7 @@ from peft_multimodal import (
     StructuredPromptConfig,
     matched_modules,
 )
-from peft_multimodal.layers import AttachedPart
+from peft_multimodal.core.parts import AttachedPart
 
 WHOLE = {
     "clip": "visual_projection",

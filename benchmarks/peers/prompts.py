@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from peft_multimodal.anatomy import token_embeddings
+from peft_multimodal.core.anatomy import token_embeddings
 from peft_multimodal.methods.prompt_classifier import scaled
 from peft_multimodal.methods.prompt_text import Piece, PromptReader, Texts, join
 

@@ -23,8 +23,8 @@ from transformers import IdeficsConfig, LlamaConfig, LlamaForCausalLM, StoppingC
 from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttentionLayer
 
 from peft_multimodal import GatedXAttnConfig
-from peft_multimodal.methods.gated_xattn_layers import GatedBlock
-from peft_multimodal.methods.media import look, text_time
+from peft_multimodal.methods.gated_xattn import make_block
+from peft_multimodal.nn.media import look, text_time
 
 from .. import report as tables
 from ..experiment import Experiment
@@ -84,7 +84,7 @@ def spread_markers(rows: int, length: int, pictures: int) -> Tensor:
 def train_step(rounds: int, rows: int = 2, length: int = 512) -> dict[str, Any]:
     """Forward and backward of one block on 16 pictures a row: seconds relative to the dense way, MiB kept for backward."""
     torch.manual_seed(0)
-    block: Any = GatedBlock(block_config(), WIDTH, WIDTH)
+    block: Any = make_block(block_config(), WIDTH)
     open_gates(block)
     peers = {DENSE: DenseBlock(copy.deepcopy(block)), IDEFICS: IdeficsBlock(idefics_layer())}
     times = text_time(spread_markers(rows, length, MANY) == VOCABULARY)

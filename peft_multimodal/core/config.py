@@ -14,9 +14,9 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig
 
-from .. import anatomy
 from .._version import INSTALL, __version__
 from ..model_card import CardNotes, write_card
+from . import anatomy
 
 FORMAT_VERSION = 1  # of the adapter's files; raised when an older version of the package couldn't read them
 SIGNATURE = 'a dictionary with {tower: [attentions, width]} as "towers" and {role: [[first, last], ...]} as "roles", as it was saved'

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..anatomy import LETTER, Anatomy, Matrix, Site, describe, is_below, is_cross, layer_of
+from .anatomy import LETTER, Anatomy, Matrix, Site, describe, is_below, is_cross, layer_of
 
 
 @dataclass(frozen=True)

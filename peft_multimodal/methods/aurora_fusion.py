@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import is_cross
-from ..layers import AttachedPart, CallScope
+from ..core.anatomy import is_cross
+from ..core.parts import AttachedPart, CallScope
 from .aurora_layers import AuroraModeApproxLayer
 
 

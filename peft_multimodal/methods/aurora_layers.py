@@ -17,8 +17,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..anatomy import Matrix, device_of, linear_shape
-from ..layers import AttachedPart, CallScope, MultimodalLayer
+from ..core.anatomy import Matrix, device_of, linear_shape
+from ..core.parts import AttachedPart, CallScope, MultimodalLayer
 
 # --- the shared factors ----------------------------------------------------------------------------------------------
 

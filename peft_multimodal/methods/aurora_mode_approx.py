@@ -40,10 +40,10 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..anatomy import Anatomy, Matrix, device_of, is_cross, is_linear, unwrap
+from ..core.anatomy import Anatomy, Matrix, device_of, is_cross, is_linear, unwrap
 from ..core.config import MultimodalConfig
 from ..core.registry import Promises, method
-from ..tuner import MultimodalTuner
+from ..core.tuner import MultimodalTuner
 from .aurora_fusion import GatedQueryTransformation, InformativeContext, reads_pictures
 from .aurora_layers import (
     AuroraLinear,

@@ -34,7 +34,7 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..anatomy import (
+from ..core.anatomy import (
     Anatomy,
     Site,
     base_model,
@@ -46,15 +46,12 @@ from ..anatomy import (
     token_embeddings,
 )
 from ..core.config import MultimodalConfig
+from ..core.parts import BASE, AttachedPart, CallScope, MultimodalLayer, check_rows, rows_beside
 from ..core.registry import Promises, method
 from ..core.stand_in import StandIn
-from ..layers import BASE, AttachedPart, CallScope, MultimodalLayer, check_rows, rows_beside
-from ..model_card import CardNotes
-from ..text_limits import longest_text, reads_padding
-from ..tuner import MultimodalTuner
-from .blocks import TransformerBlock
-from .frozen_encoder import follow, share
-from .language_encoder import (
+from ..core.tuner import MultimodalTuner
+from ..encoders.frozen import follow, share
+from ..encoders.language import (
     KEPT,
     KEPT_TOKENIZER,
     LanguageEncoder,
@@ -62,6 +59,9 @@ from .language_encoder import (
     place_of,
     vocabulary_size,
 )
+from ..model_card import CardNotes
+from ..nn.transformer_block import TransformerBlock
+from ..text_limits import longest_text, reads_padding
 
 
 @dataclass

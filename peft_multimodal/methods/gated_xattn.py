@@ -33,7 +33,7 @@ from peft import NoMatchingPeftModuleError
 from peft.utils import PeftType
 from torch import nn
 
-from ..anatomy import (
+from ..core.anatomy import (
     Anatomy,
     Site,
     base_model,
@@ -47,17 +47,18 @@ from ..anatomy import (
 )
 from ..core.config import MultimodalConfig
 from ..core.registry import Promises, method
-from ..tuner import MultimodalTuner
-from .frozen_encoder import follow
+from ..core.tuner import MultimodalTuner
+from ..encoders.frozen import follow
+from ..encoders.vision import load_vision_encoder, place_of
+from ..nn.perceiver import LinearResampler, MeanResampler, PerceiverResampler, Resampler
 from .gated_xattn_layers import (
     GatedBlock,
     GatedXAttnLayer,
     MarkerEmbedding,
     MediaReader,
+    Seeing,
     SeeingLayer,
-    make_resampler,
 )
-from .vision_encoder import load_vision_encoder
 
 
 @dataclass
@@ -278,11 +279,25 @@ def warn_of_size(config: GatedXAttnConfig, model: nn.Module, decoder: Decoder, b
 
 def count_parameters(config: GatedXAttnConfig, width: int, blocks: int) -> int:
     """What an adapter trains, but for the marker's row."""
-    assert config.vision_hidden_size is not None
     with torch.device("meta"):
-        block = GatedBlock(config, width, config.vision_hidden_size)
+        block = make_block(config, width)
         parts = [make_resampler(config), *[block] * (1 if config.share_blocks else blocks)]
     return sum(p.numel() for part in parts for p in part.parameters())
+
+
+def make_block(config: GatedXAttnConfig, width: int) -> GatedBlock:
+    """A block for a decoder of this width."""
+    vision_width: Any = config.vision_hidden_size
+    heads, head_dim = config.resampler_heads, config.head_dim
+    return GatedBlock(width, vision_width, heads, head_dim, config.ff_mult, config.gate, config.gate_init)
+
+
+def make_resampler(config: GatedXAttnConfig) -> Resampler:
+    width: Any = config.vision_hidden_size
+    if config.resampler != "perceiver":
+        return (LinearResampler if config.resampler == "linear" else MeanResampler)(width, config.max_frames)
+    sizes = (config.num_latents, config.resampler_depth, config.resampler_heads, config.head_dim)
+    return PerceiverResampler(width, config.max_frames, *sizes)
 
 
 @method(
@@ -382,7 +397,12 @@ class GatedXAttnModel(MultimodalTuner):
             reader.train(self.model.training)
             self.model.add_module("gated_xattn_reader", reader)
         if adapter_name not in reader.gated_xattn_resampler:
-            reader.add(adapter_name, peft_config, self._decoder.width, *self._encoder)
+            (encoder,) = self._encoder
+            seeing = Seeing(peft_config.media_token_id, peft_config.attend, peft_config.vision_hidden_size)
+            resampler = make_resampler(peft_config)
+            shared = make_block(peft_config, self._decoder.width) if peft_config.share_blocks else None
+            place = None if encoder is None else place_of(peft_config)
+            reader.add(adapter_name, seeing, resampler, shared, encoder, place)
             self._freeze_unless_active(reader, adapter_name)
         (matrix,) = self._matched[current_key]
         layer: Any = target
@@ -395,7 +415,7 @@ class GatedXAttnModel(MultimodalTuner):
         if matrix.kind == "marker":
             layer.add(adapter_name, peft_config.media_token_id)
         else:
-            layer.add(adapter_name, peft_config, self._decoder.width)
+            layer.add(adapter_name, None if peft_config.share_blocks else make_block(peft_config, self._decoder.width))
         self._freeze_unless_active(layer, adapter_name)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)

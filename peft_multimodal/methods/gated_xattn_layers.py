@@ -9,7 +9,7 @@ import inspect
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,25 +20,18 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from ..anatomy import device_of
+from ..core.anatomy import device_of
+from ..core.parts import AttachedPart, CallScope, HostedLayer, MultimodalLayer
 from ..core.stand_in import StandIn
-from ..layers import AttachedPart, CallScope, HostedLayer, MultimodalLayer
-from .frozen_encoder import share
-from .media import MediaCache, Reading, Sight, text_time
-from .perceiver import (
+from ..encoders.frozen import Place, share
+from ..encoders.vision import frame_features
+from ..nn.media import MediaCache, Reading, Sight, text_time
+from ..nn.perceiver import (
     CrossAttention,
     KeysValues,
-    LinearResampler,
-    MeanResampler,
-    PerceiverResampler,
     Resampler,
     feed_forward,
 )
-from .vision_encoder import frame_features, place_of
-
-if TYPE_CHECKING:
-    from .gated_xattn import GatedXAttnConfig
-
 
 # --- the block -------------------------------------------------------------------------------------------------------
 
@@ -48,20 +41,38 @@ class GatedBlock(nn.Module):
 
     Args:
         width: d of the decoder.
-        vision_width: D of the pictures' tokens.
+        vision_width: D of the images' tokens.
+        heads, head_dim: Of the cross-attention.
+        ff_mult: Width of the FFW in multiples of d; 0 leaves it out.
+        gate: "scalar", "vector" or "none".
+        gate_init: a_x and a_f at the start.
     """
 
-    def __init__(self, config: GatedXAttnConfig, width: int, vision_width: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        vision_width: int,
+        heads: int = 8,
+        head_dim: int = 64,
+        ff_mult: int = 1,
+        gate: str = "scalar",
+        gate_init: float = 1.0,
+    ) -> None:
         super().__init__()
+
+        def new_gate() -> nn.Parameter | None:
+            numbers = {"none": 0, "scalar": 1, "vector": width}[gate]
+            return nn.Parameter(torch.full((numbers,), float(gate_init))) if numbers else None
+
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = CrossAttention(width, vision_width, config.resampler_heads, config.head_dim)
-        self.attention_gate_norm = _gate(config, width)  # names in `_norm` get no weight decay from Trainer
+        self.attention = CrossAttention(width, vision_width, heads, head_dim)
+        self.attention_gate_norm = new_gate()  # names in `_norm` get no weight decay from Trainer
         self.ffw: nn.Sequential | None = None
-        if config.ff_mult:
+        if ff_mult:
             self.ffw_norm = nn.LayerNorm(width)
-            self.ffw = feed_forward(width, config.ff_mult)
-            self.ffw_gate_norm = _gate(config, width)
-        if config.gate_init and config.gate != "none":  # the gates are open: what they let through is nothing yet
+            self.ffw = feed_forward(width, ff_mult)
+            self.ffw_gate_norm = new_gate()
+        if gate_init and gate != "none":  # the gates are open: what they let through is nothing yet
             lasts: list[Any] = [self.attention.out, *([self.ffw[-1]] if self.ffw else [])]
             for last in lasts:
                 nn.init.zeros_(last.weight)
@@ -103,12 +114,6 @@ class TakePart(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         return grads[0], *map(torch.zeros_like, ctx.saved_tensors)
-
-
-def _gate(config: GatedXAttnConfig, width: int) -> nn.Parameter | None:
-    if config.gate == "none":
-        return None
-    return nn.Parameter(torch.full((width if config.gate == "vector" else 1,), float(config.gate_init)))
 
 
 def _opened(gate: Tensor | None) -> Tensor | float:
@@ -157,6 +162,14 @@ class WithoutPictures(LogitsProcessor):
             return self.processor(input_ids, scores)
 
 
+class Seeing(NamedTuple):
+    """How an adapter reads images."""
+
+    marker: int  # id of the token that stands for one
+    attend: str  # "last" or "all_previous"
+    vision_width: int  # D
+
+
 class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
     """Hangs below the model: takes the pictures out of each call's inputs and holds what the layers share.
 
@@ -175,7 +188,7 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
         self.gated_xattn_shared = nn.ModuleDict()
         self.encoders = nn.ModuleDict()
         self.encoder_of: dict[str, str] = {}
-        self.configs: dict[str, GatedXAttnConfig] = {}
+        self.sights: dict[str, Seeing] = {}
         self.identity: dict[str, str] = {}  # by which a MediaCache knows its adapter, whatever the adapter is called
         self.scope = CallScope()
         self._model, self._stack = (model,), (stack,)  # tuples are not registered
@@ -203,21 +216,34 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
         for stand_in in self.stand_ins.values():
             stand_in.give_back()
 
-    def add(self, adapter_name: str, config: GatedXAttnConfig, width: int, encoder: nn.Module | None) -> None:
+    def add(
+        self,
+        adapter_name: str,
+        seeing: Seeing,
+        resampler: Resampler,
+        shared: GatedBlock | None = None,
+        encoder: nn.Module | None = None,
+        place: Place | None = None,
+    ) -> None:
+        """Let an adapter read images.
+
+        Args:
+            shared: The one block of all layers, where they share one.
+            encoder, place: Of its images, and where it was read.
+        """
         if encoder is not None:
-            self.encoder_of[adapter_name] = share(self.encoders, encoder, place_of(config))
-        self.configs[adapter_name] = config
+            self.encoder_of[adapter_name] = share(self.encoders, encoder, place)
+        self.sights[adapter_name] = seeing
         self.identity[adapter_name] = uuid.uuid4().hex
-        self.gated_xattn_resampler[adapter_name] = make_resampler(config)
-        if config.share_blocks:
-            assert config.vision_hidden_size is not None
-            self.gated_xattn_shared[adapter_name] = GatedBlock(config, width, config.vision_hidden_size)
+        self.gated_xattn_resampler[adapter_name] = resampler
+        if shared is not None:
+            self.gated_xattn_shared[adapter_name] = shared
         self.settle(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.encoder_of.pop(adapter_name, None)
-        self.configs.pop(adapter_name, None)
+        self.sights.pop(adapter_name, None)
         self.identity.pop(adapter_name, None)
         for key in set(self.encoders) - set(self.encoder_of.values()):
             del self.encoders[key]
@@ -246,7 +272,7 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
                 "A call with past_key_values goes on with a text whose pictures it doesn't know. Pass the same "
                 "media=MediaCache() to this and to the calls before."
             )
-        marker = self.configs[adapter].media_token_id
+        marker = self.sights[adapter].marker
         for name in ("labels", "shift_labels"):
             if kwargs.get(name) is not None:  # a marker is never a target, and may lie beyond the vocabulary
                 kwargs[name] = kwargs[name].masked_fill(kwargs[name] == marker, -100)
@@ -284,7 +310,7 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
                 "generate goes on with a text whose pictures it doesn't know. Pass the whole text and all of its pictures, "
                 "or the same media=MediaCache() as to the calls before."
             )
-        marker: Any = self.configs[adapter].media_token_id
+        marker: Any = self.sights[adapter].marker
         other = kwargs.get("negative_prompt_ids")
         if other is not None and bool((other == marker).any()):
             raise ValueError("negative_prompt_ids has markers, but guidance reads that text without pictures.")
@@ -327,7 +353,7 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
         adapter = self._acting({})
         if adapter is None:
             return found
-        marker: Any = self.configs[adapter].media_token_id
+        marker: Any = self.sights[adapter].marker
         return LogitsProcessorList(self._fitted(processor, marker) for processor in found)
 
     def _fitted(self, processor: Any, marker: int) -> Any:
@@ -366,7 +392,7 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
             ValueError: a row has more markers than pictures, no row has a marker though there are pictures, an id is
                 neither the marker nor in the vocabulary, a shape is wrong, or `media` is another adapter's.
         """
-        config = self.configs[adapter]
+        seeing = self.sights[adapter]
         media = given.get("media")
         if media is not None and not isinstance(media, MediaCache):
             raise ValueError(f"media must be a MediaCache, got {type(media).__name__}.")
@@ -381,11 +407,11 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
         if ids is None:
             if pictures is not None or media.latents is not None:
                 raise ValueError("Pictures were given without input_ids, in which their markers stand.")
-            return Reading(media, None, config.attend)
+            return Reading(media, None, seeing.attend)
         if pictures is not None and len(pictures) != len(ids):
             raise ValueError(f"Pictures of {len(pictures)} rows were given for {len(ids)} rows of text.")
-        marks: Any = ids == config.media_token_id
-        self._check_markers(config, ids, marks, given)
+        marks: Any = ids == seeing.marker
+        self._check_markers(seeing.marker, ids, marks, given)
         known = media.counts(ids)
         if len(known) != len(ids):
             raise ValueError(f"media holds the pictures of {len(known)} rows, the text has {len(ids)}.")
@@ -395,13 +421,13 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
             self._append(media, adapter, pictures, given.get("frame_mask"), new)
         keeps = "media" in given and not torch.is_grad_enabled()
         times = text_time(marks, known if goes_on else None)
-        return Reading(media, times, config.attend, keeps=keeps, known=known_places)
+        return Reading(media, times, seeing.attend, keeps=keeps, known=known_places)
 
-    def _check_markers(self, config: GatedXAttnConfig, ids: Tensor, marks: Tensor, given: dict[str, Any]) -> None:
+    def _check_markers(self, marker: int, ids: Tensor, marks: Tensor, given: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or not ids.numel():  # embeddings may stand in for ids
             return
         model: Any = self._model[0]
-        marker, size = config.media_token_id, getattr(model.get_input_embeddings(), "num_embeddings", None)
+        size = getattr(model.get_input_embeddings(), "num_embeddings", None)
         largest = int(ids.masked_fill(marks, 0).max())
         if size is not None and largest >= size:
             raise ValueError(
@@ -432,7 +458,7 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
     def _pictures(self, adapter: str, given: dict[str, Any]) -> Tensor | None:
         """Pixels (B, T, F, C, H, W) or features (B, T, F, S, D)."""
         pixels, features = given.get("pixel_values"), given.get("vision_features")
-        width = self.configs[adapter].vision_hidden_size
+        width = self.sights[adapter].vision_width
         if pixels is not None and features is not None:
             raise ValueError("pixel_values and vision_features were both given: pictures come in one of them.")
         if pixels is not None:
@@ -492,14 +518,6 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
         return resampler(pictures.to(device), None if frame_mask is None else frame_mask.to(device).bool())
 
 
-def make_resampler(config: GatedXAttnConfig) -> Resampler:
-    width: Any = config.vision_hidden_size
-    if config.resampler != "perceiver":
-        return (LinearResampler if config.resampler == "linear" else MeanResampler)(width, config.max_frames)
-    sizes = (config.num_latents, config.resampler_depth, config.resampler_heads, config.head_dim)
-    return PerceiverResampler(width, config.max_frames, *sizes)
-
-
 def _flat(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.flatten(0, 1)
 
@@ -550,12 +568,12 @@ class SeeingLayer(Wrapper):
         self.sharing: set[str] = set()
         self._reader = (reader,)
 
-    def add(self, adapter_name: str, config: GatedXAttnConfig, width: int) -> None:
-        if config.share_blocks:
+    def add(self, adapter_name: str, block: GatedBlock | None) -> None:
+        """Let an adapter act here: by a block of its own, or (None) by the one of all layers."""
+        if block is None:
             self.sharing.add(adapter_name)
             return
-        assert config.vision_hidden_size is not None
-        self.gated_xattn_block[adapter_name] = GatedBlock(config, width, config.vision_hidden_size)
+        self.gated_xattn_block[adapter_name] = block
         self.settle(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -33,7 +33,7 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ..anatomy import (
+from ..core.anatomy import (
     TOWERS,
     Anatomy,
     Matrix,
@@ -47,11 +47,11 @@ from ..anatomy import (
     stack_of,
 )
 from ..core.config import MultimodalConfig
+from ..core.parts import AttachedPart, CallScope, MultimodalLayer, check_rows, rows_beside
 from ..core.registry import Promises, method
 from ..core.stand_in import StandIn
-from ..layers import AttachedPart, CallScope, MultimodalLayer, check_rows, rows_beside
-from ..tuner import MultimodalTuner
-from .blocks import TransformerBlock
+from ..core.tuner import MultimodalTuner
+from ..nn.transformer_block import TransformerBlock
 
 ENCODERS = tuple(tower for tower in TOWERS if tower != "decoder")
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
-from ..anatomy import Anatomy, device_of, is_below, pixel_readers, token_embeddings
+from ..core.anatomy import Anatomy, device_of, is_below, pixel_readers, token_embeddings
+from ..core.parts import AttachedPart, MultimodalLayer, is_checkpointing
 from ..core.stand_in import StandIn
-from ..layers import AttachedPart, MultimodalLayer, is_checkpointing
 from .prompt_text import Piece, PrefixStates, PromptReader, Texts, in_eval, join
 
 if TYPE_CHECKING:

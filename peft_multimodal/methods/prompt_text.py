@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ..anatomy import device_of
-from ..layers import CallScope
+from ..core.anatomy import device_of
+from ..core.parts import CallScope
 from ..text_limits import longest_text
 
 ATTENTION = "structured_prompt"  # the name under which transformers knows the attention that can continue a prefix

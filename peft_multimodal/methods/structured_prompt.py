@@ -33,11 +33,11 @@ from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..anatomy import Anatomy, Site, base_model, describe, is_below, token_embeddings, unwrap
+from ..core.anatomy import Anatomy, Site, base_model, describe, is_below, token_embeddings, unwrap
 from ..core.config import MultimodalConfig
 from ..core.registry import Promises, method
+from ..core.tuner import MultimodalTuner
 from ..model_card import CardNotes
-from ..tuner import MultimodalTuner
 from .prompt_classifier import (
     CHUNK,
     WORDS,

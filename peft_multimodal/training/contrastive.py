@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..anatomy import base_model
+from ..core.anatomy import base_model
 from ..methods.hard_sample_domain_adapter import HardSampleDomainAdapterConfig
 from ..rows import streams
 from .hard_sample_sampler import HardSampleSampler

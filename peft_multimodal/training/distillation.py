@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..anatomy import base_model, describe
+from ..core.anatomy import base_model, describe
 from ..data import LanguageProcessor
 from ..methods.cross_lingual_adapter import LanguageTower
 from .trainer import AdapterTrainer, call_inside

@@ -10,8 +10,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..core.tuner import COMPANIONS
 from ..saving import finish_card
-from ..tuner import COMPANIONS
 
 
 class PushAdapters(TrainerCallback):

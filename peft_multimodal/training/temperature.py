@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import base_model
+from ..core.anatomy import base_model
 from .losses import LOGIT_SCALE
 
 # "Clipped to prevent scaling the logits by more than 100" (CLIP, Radford et al. 2021).

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
+from ..core.tuner import WeightsDontFit
 from ..data import FiniteBatches, evaluating, without_loss
-from ..tuner import WeightsDontFit
 from .callback import AdapterCallback
 from .checkpoints import BATCHES, STATE, batches_of, to_resume
 from .losses import LOGIT_SCALE, retrieval_loss

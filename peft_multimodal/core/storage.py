@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import anatomy
-from .core.config import MultimodalConfig
-from .layers import MultimodalLayer
+from .config import MultimodalConfig
+from .parts import MultimodalLayer
 
 # Heads that PEFT adds to modules_to_save by the task, whether a model has them or not.
 _TASK_HEADS = {

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from ..anatomy import device_of
+from ..core.anatomy import device_of
 
 
 class Place(NamedTuple):

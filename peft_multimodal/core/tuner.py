@@ -1,6 +1,6 @@
 """What must be identical in every method: the config's common fields, injection, switches, storage.
 
-A method subclasses `MultimodalConfig`, `MultimodalTuner` and, in `layers.py`, `MultimodalLayer`. It gets from here
+A method subclasses `MultimodalConfig`, `MultimodalTuner` and, in `parts.py`, `MultimodalLayer`. It gets from here
 
 - `target_modules` in PEFT's forms, scoped by `towers=`, with an error that names what exists;
 - adapters stored under roles (`vision.q.3`) instead of module paths, checked strictly when they are loaded;
@@ -26,11 +26,10 @@ from peft.tuners.tuners_utils import (
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..model_card import CardNotes, is_hub_id
 from . import anatomy
 from .anatomy import Anatomy, Site
-from .core.config import MultimodalConfig
-from .core.registry import METHODS
-from .layers import AttachedPart, InputGradients, MultimodalLayer
+from .config import MultimodalConfig
 from .matching import (
     MatchTable,
     check_same_base,
@@ -40,7 +39,8 @@ from .matching import (
     left_out,
     nothing_matched,
 )
-from .model_card import CardNotes, is_hub_id
+from .parts import AttachedPart, InputGradients, MultimodalLayer
+from .registry import METHODS
 from .storage import (
     check_around,
     check_below,

@@ -5,16 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoModelForTextEncoding, AutoTokenizer
 
-from .frozen_encoder import Place, check_same_encoder, find_encoder, read_encoder
-
-if TYPE_CHECKING:
-    from .cross_lingual_adapter import CrossLingualAdapterConfig
+from .frozen import Place, check_same_encoder, find_encoder, read_encoder
 
 KIND = "language encoder"
 KEPT = "encoder"  # the folder, in an adapter's own, of a copy of its encoder
@@ -29,7 +26,18 @@ class LanguageEncoder(NamedTuple):
     tokenizer: Any = None
 
 
-def load_encoder(config: CrossLingualAdapterConfig, present: nn.ModuleDict | None = None) -> LanguageEncoder:
+class NamesEncoder(Protocol):
+    """The fields of an adapter's config that say which language encoder it has."""
+
+    encoder: str | None
+    encoder_revision: str | None
+    save_encoder: bool
+    is_loaded: bool
+    _given: LanguageEncoder | None
+    _folder: dict[str, Any] | None
+
+
+def load_encoder(config: NamesEncoder, present: nn.ModuleDict | None = None) -> LanguageEncoder:
     """The config's frozen encoder, checked against what the config knows of it; one of `present` if it is among them.
 
     Fills in the config's `encoder_*` fields and `tokenizer_hash`.
@@ -71,11 +79,11 @@ def _read(place: Place) -> nn.Module:
     return module
 
 
-def _is_kept(config: CrossLingualAdapterConfig) -> bool:
+def _is_kept(config: NamesEncoder) -> bool:
     return config.save_encoder and config._folder is not None
 
 
-def _place(config: CrossLingualAdapterConfig) -> Place:
+def _place(config: NamesEncoder) -> Place:
     """Where the encoder is; the config then names its commit."""
     if _is_kept(config):
         folder: Any = config._folder
@@ -93,7 +101,7 @@ def _place(config: CrossLingualAdapterConfig) -> Place:
     return place
 
 
-def place_of(config: CrossLingualAdapterConfig) -> Place | None:
+def place_of(config: NamesEncoder) -> Place | None:
     """Where the encoder was read; None where it was given as a module."""
     return _place(config) if config._given is None else None
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import anatomy
 from .anatomy import Anatomy, Matrix, Site
-from .core.config import MultimodalConfig
+from .config import MultimodalConfig
 
 
 @dataclass

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import describe
-from .frozen_encoder import Place, check_same_encoder, find_encoder, read_encoder
-
-if TYPE_CHECKING:
-    from .gated_xattn import GatedXAttnConfig
+from ..core.anatomy import describe
+from .frozen import Place, check_same_encoder, find_encoder, read_encoder
 
 KIND, FIELD = "vision encoder", "vision_encoder"
 
 
-def load_vision_encoder(config: GatedXAttnConfig, present: nn.ModuleDict | None = None) -> nn.Module | None:
+class NamesVisionEncoder(Protocol):
+    """The fields of an adapter's config that say which vision encoder it has."""
+
+    vision_encoder: str | None
+    vision_encoder_revision: str | None
+    vision_hidden_size: int | None
+    is_loaded: bool
+    _given: nn.Module | None
+
+    @property
+    def has_encoder(self) -> bool: ...
+
+
+def load_vision_encoder(config: NamesVisionEncoder, present: nn.ModuleDict | None = None) -> nn.Module | None:
     """The config's frozen vision encoder, one of `present` if it is among them; None where the config has none.
 
     Of a model that also reads text the vision tower alone is taken. Fills in `vision_hidden_size` and
@@ -48,12 +58,12 @@ def load_vision_encoder(config: GatedXAttnConfig, present: nn.ModuleDict | None 
     return encoder
 
 
-def place_of(config: GatedXAttnConfig) -> Place | None:
+def place_of(config: NamesVisionEncoder) -> Place | None:
     """Where the encoder was read; None where it was given as a module."""
     return _place(config) if config._given is None else None
 
 
-def _place(config: GatedXAttnConfig) -> Place:
+def _place(config: NamesVisionEncoder) -> Place:
     assert config.vision_encoder is not None
     place = find_encoder(config.vision_encoder, config.vision_encoder_revision, KIND, FIELD)
     config.vision_encoder_revision = place.revision
@@ -77,7 +87,7 @@ def frame_features(encoder: nn.Module, pixels: Tensor) -> Tensor:
     return states.unflatten(0, pixels.shape[:2])
 
 
-def _vision_tower(model: nn.Module, config: GatedXAttnConfig) -> nn.Module:
+def _vision_tower(model: nn.Module, config: NamesVisionEncoder) -> nn.Module:
     towers = [t for t in describe(model).towers if t.name == "vision"]
     tower = model.get_submodule(towers[0].path) if len(towers) == 1 else model
     needed = [
@@ -96,7 +106,7 @@ def _vision_tower(model: nn.Module, config: GatedXAttnConfig) -> nn.Module:
     return tower
 
 
-def _width(encoder: Any, config: GatedXAttnConfig) -> int:
+def _width(encoder: Any, config: NamesVisionEncoder) -> int:
     """D, measured on a picture of the encoder's size, which it sees twice."""
     size = getattr(encoder.config, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
@@ -112,5 +122,5 @@ def _width(encoder: Any, config: GatedXAttnConfig) -> int:
     return features.shape[-1]
 
 
-def _name(config: GatedXAttnConfig) -> str:
+def _name(config: NamesVisionEncoder) -> str:
     return repr(config.vision_encoder or "the given vision encoder")

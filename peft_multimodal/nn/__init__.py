@@ -1,0 +1,1 @@
+"""Building blocks of the methods: they take values, and know neither configs nor PEFT."""
