@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +26,6 @@ from ..core.anatomy import Anatomy, device_of, is_below, pixel_readers, token_em
 from ..core.parts import AttachedPart, MultimodalLayer, is_checkpointing
 from ..core.stand_in import StandIn
 from .prompt_text import Piece, PrefixStates, PromptReader, Texts, in_eval, join
-
-if TYPE_CHECKING:
-    from .structured_prompt import StructuredPromptConfig
 
 CHUNK = 64  # texts at a time where no config says
 # {field of the config: the context that starts from its words}
@@ -61,6 +58,24 @@ class Kept(NamedTuple):
     value: Any
 
 
+class PromptSettings(Protocol):
+    """What is read of an adapter's settings in each call; `structured_prompt.py` says what they mean."""
+
+    order: str
+    domain: str
+    num_domains: int
+    mode: str
+    chunk_size: int
+    shortlist: int | None
+    text_anchor: float
+    anchor_template: str
+    is_loaded: bool
+
+    def looks(self) -> bool: ...
+
+    def context(self) -> int: ...
+
+
 class StructuredPromptLayer(MultimodalLayer):
     """Base of what this method puts into a model."""
 
@@ -80,7 +95,7 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
         nn.Module.__init__(self)
         AttachedPart.__init__(self)
         self.structured_prompt_context = nn.ModuleDict()
-        self.configs: dict[str, StructuredPromptConfig] = {}
+        self.configs: dict[str, PromptSettings] = {}
         self.unread: dict[str, list[str]] = {}  # {adapter: fields of WORDS that wait for a tokenizer}
         self.reader = PromptReader(model, tower, embedding)
         self.hooks = [embedding.register_forward_hook(self.reader.replace)]
@@ -105,7 +120,7 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
         del self._model[0].accepts_loss_kwargs
         vars(self._model[0]).update(self._accepted)
 
-    def add(self, adapter_name: str, config: StructuredPromptConfig, context: nn.Module) -> None:
+    def add(self, adapter_name: str, config: PromptSettings, context: nn.Module) -> None:
         self.configs[adapter_name] = config
         self.structured_prompt_context[adapter_name] = context
         self.settle(adapter_name)
