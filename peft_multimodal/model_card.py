@@ -22,6 +22,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from ._version import INSTALL, __version__
+from .core.registry import method_of
 
 CARD = "README.md"
 BEGIN, END = "<!-- written by peft-multimodal: begin -->", "<!-- written by peft-multimodal: end -->"
@@ -68,8 +69,10 @@ class StoredAdapter:
 
     @property
     def method(self) -> str:
-        known: dict[Any, Any] = dict(PEFT_TYPE_TO_CONFIG_MAPPING)
-        config_class = known.get(self.config.get("peft_type"))
+        peft_type = self.config.get("peft_type")
+        if (ours := method_of(peft_type)) is not None:
+            return ours.title
+        config_class = dict[Any, Any](PEFT_TYPE_TO_CONFIG_MAPPING).get(peft_type)
         return "unknown" if config_class is None else config_class.__name__.removesuffix("Config")
 
     @property
@@ -184,7 +187,8 @@ def _snippet(adapters: list[StoredAdapter], base: str | None, local: bool, name:
     first = adapters[0]
     base_class = first.base_class if first.base_class.isidentifier() else "AutoModel"
     given = _quoted(Path(base).name if base and local else base or "path/to/the/base/model")
-    has_classes = first.config.get("peft_type") == "STRUCTURED_PROMPT"
+    method = method_of(first.config.get("peft_type"))
+    has_classes = method is not None and method.promises.classes
     imports = [base_class, *(["AutoTokenizer"] if has_classes else [])]
     place = [_place(adapter) for adapter in adapters]
     lines = [

@@ -212,7 +212,7 @@ class StructuredContext(nn.Module):
     StructuredPromptConfig,
     summary="A classifier from few labels: prompts that look at the image.",
     docs="docs/structured-prompt.md",
-    promises=Promises(starts_as="images", acts_on="tower", takes_targets=False),
+    promises=Promises(starts_as="images", acts_on="tower", takes_targets=False, classes=True),
 )
 class StructuredPromptModel(MultimodalTuner):
     """Turns a dual encoder into a classifier whose prompts look at the picture; the towers stay frozen.

@@ -23,7 +23,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..core.anatomy import base_model
-from ..methods.hard_sample_domain_adapter import HardSampleDomainAdapterConfig
 from ..rows import streams
 from .hard_sample_sampler import HardSampleSampler
 from .hard_samples import (
@@ -133,7 +132,7 @@ class ContrastiveTrainer(AdapterTrainer):
             )
         for name in model.active_adapters if self.bank is not None and isinstance(model, PeftModel) else ():
             config: Any = model.peft_config[name]
-            if isinstance(config, HardSampleDomainAdapterConfig):
+            if "bank" in vars(config):  # a method that keeps the bank beside its adapter
                 config.bank = self.bank  # saved with the adapter from now on
 
     # --- the sampler hook ---
