@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 from itertools import permutations
+from typing import ForwardRef, Optional
 
 import pytest
 import torch
@@ -108,6 +109,17 @@ def test_methods_beside_forward():
     assert float(host.features(torch.tensor(1.0))) == 3
     features.give_back()
     assert "features" not in vars(host)
+
+
+def test_a_signature_with_a_forward_reference_is_pickled():
+    """Such as generate's `Optional["PreTrainedModel"]`, which holds a code object."""
+    host = Tower()
+    annotation = ForwardRef("Tower")
+    host.features.__func__.__annotations__["x"] = Optional[annotation]  # noqa: UP045
+    StandIn(host, "features", takes=["mask"])
+    other = pickle.loads(pickle.dumps(host))
+    assert list(inspect.signature(other.features).parameters) == ["x", "mask"]
+    assert float(other.features(torch.tensor(1.0))) == 2
 
 
 def test_under_a_hook_of_accelerate():

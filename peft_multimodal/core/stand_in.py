@@ -40,9 +40,8 @@ class StandIn:
         self.module, self.name = module, name
         self.below: Callable[..., Any] | None = None
         self.answer: Callable[..., Any] = answer or self.original
-        own = inspect.signature(getattr(module, name))
-        self.parameters = list(own.parameters)  # the method's own
-        self.signature = signature or _with(own, takes)
+        self.parameters = list(inspect.signature(getattr(module, name)).parameters)  # the method's own
+        self.takes, self.signature = tuple(takes), signature
         taken = module.__dict__.get(name)
         if not isinstance(taken, Taken):
             taken = Taken(module, name)
@@ -80,9 +79,11 @@ class Taken:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        if self.stand_ins:
-            return self.stand_ins[-1].signature
-        return inspect.signature(self.own or getattr(type(self.module), self.name).__get__(self.module))
+        # Made anew: annotations may hold what can't be pickled.
+        found = inspect.signature(self.own or getattr(type(self.module), self.name).__get__(self.module))
+        for stand_in in self.stand_ins:
+            found = stand_in.signature or _with(found, stand_in.takes)
+        return found
 
     @property
     def is_answered(self) -> bool:
