@@ -240,8 +240,9 @@ class InterleavedProcessor:
         ids = self.tokenizer.encode(lesson.text, **special)
         found = torch.zeros(len(ids), dtype=torch.bool)
         for before, upto in lesson.learnt:
-            start, end = (_common(ids, self.tokenizer.encode(text, **special)) for text in (before, upto))
-            found[start:end] = True
+            start = _common(ids, self.tokenizer.encode(before, **special))
+            whole = upto == lesson.text
+            found[start : len(ids) if whole else _common(ids, self.tokenizer.encode(upto, **special))] = True
         return found[len(found) - length :] if self.tokenizer.truncation_side == "left" else found[:length]
 
     def _check_counts(self, texts: list[str], images: Sequence[Sequence[Visual]]) -> None:

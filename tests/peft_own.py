@@ -80,7 +80,7 @@ def common_tests(folder: Path) -> types.ModuleType:
     """PEFT's tests/testing_common.py, whose models aren't at their start: there most adapters are the identity."""
     sys.path.insert(0, str(folder))
     pipelines = types.ModuleType("diffusers")
-    pipelines.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})  # type: ignore[attr-defined]
+    pipelines.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})
     with mock.patch.dict(sys.modules, {} if "diffusers" in sys.modules else {"diffusers": pipelines}):
         from tests import testing_common as common
 
@@ -93,7 +93,7 @@ def common_tests(folder: Path) -> types.ModuleType:
         if not isinstance(peft_config, LoraConfig):
             stir(self, adapter_name, seed=len(self.peft_config))
 
-    own, peft.PeftModel.add_adapter = peft.PeftModel.add_adapter, add_adapter  # type: ignore[method-assign]
+    own, peft.PeftModel.add_adapter = peft.PeftModel.add_adapter, add_adapter
 
     class Readied(peft.PeftModel):
         @classmethod

@@ -283,7 +283,10 @@ def test_layers_that_nobody_reads_by_name_and_from_files(method: str, tmp_path: 
 def test_an_adapter_of_a_whole_model_on_one_of_its_towers(method: str, tower: str, tmp_path: Any):
     base = CLIP.build()
     kind = {"vision": hf.CLIPVisionModel, "text": hf.CLIPTextModel}[tower]
-    alone = lambda: kind(getattr(base.config, f"{tower}_config"))  # noqa: E731
+
+    def alone() -> torch.nn.Module:
+        return kind(getattr(base.config, f"{tower}_config"))
+
     wrap(CLIP, method).save_pretrained(tmp_path / "whole")
     with pytest.raises(ValueError, match=rf"its {tower} tower alone: .*towers=\['{tower}'\]"):
         load(alone(), tmp_path / "whole")

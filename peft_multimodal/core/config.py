@@ -146,17 +146,16 @@ class MultimodalConfig(PeftConfig):
         )
         self.check(name, expected, lambda v: type(v) in kinds and low <= v <= high)
 
-    def default_heads(self, width: str) -> None:
-        """`num_heads=None` becomes 4, or the largest number below that divides the field `width`."""
-        if getattr(self, "num_heads", 0) is None:
-            heads = next(n for n in (4, 3, 2, 1) if getattr(self, width) % n == 0)
-            self.num_heads = heads
-
     def check_choice(self, name: str, choices: Collection[str]) -> None:
         self.check(name, "one of " + ", ".join(map(repr, choices)), lambda v: isinstance(v, str) and v in choices)
 
     def check_flag(self, name: str) -> None:
         self.check(name, "True or False", lambda v: isinstance(v, bool))
+
+
+def heads_for(width: int) -> int:
+    """Attention heads where nobody chose them: 4, or the largest number below that divides the width."""
+    return next(n for n in (4, 3, 2, 1) if width % n == 0)
 
 
 def is_strings(value: Any) -> bool:

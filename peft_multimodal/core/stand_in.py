@@ -40,7 +40,6 @@ class StandIn:
         self.module, self.name = module, name
         self.below: Callable[..., Any] | None = None
         self.answer: Callable[..., Any] = answer or self.original
-        self.parameters = list(inspect.signature(getattr(module, name)).parameters)  # the method's own
         self.takes, self.signature = tuple(takes), signature
         taken = module.__dict__.get(name)
         if not isinstance(taken, Taken):
@@ -53,6 +52,10 @@ class StandIn:
         if self.below is not None:
             return self.below(*args, **kwargs)
         return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
+
+    def parameters(self) -> list[str]:
+        """Names of the method's parameters without this stand-in."""
+        return list(self._taken.signature(self).parameters) if self._taken is not None else []
 
     def give_back(self) -> None:
         """Leave. Once is enough, and twice is no error."""
@@ -79,9 +82,14 @@ class Taken:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        # Made anew: annotations may hold what can't be pickled.
+        return self.signature()
+
+    def signature(self, below: StandIn | None = None) -> inspect.Signature:
+        """The method's, or as it is below a stand-in. Made anew: annotations may hold what can't be pickled."""
         found = inspect.signature(self.own or getattr(type(self.module), self.name).__get__(self.module))
         for stand_in in self.stand_ins:
+            if stand_in is below:
+                break
             found = stand_in.signature or _with(found, stand_in.takes)
         return found
 

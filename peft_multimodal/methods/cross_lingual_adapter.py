@@ -45,7 +45,7 @@ from ..core.anatomy import (
     own_modules,
     token_embeddings,
 )
-from ..core.config import MultimodalConfig
+from ..core.config import MultimodalConfig, heads_for
 from ..core.parts import BASE, AttachedPart, CallScope, MultimodalLayer, check_rows, rows_beside
 from ..core.registry import Promises, method
 from ..core.stand_in import StandIn
@@ -88,7 +88,7 @@ class CrossLingualAdapterConfig(MultimodalConfig):
     encoder_revision: str | None = None
     bottleneck_dim: int = 256
     num_layers: int = 1
-    num_heads: int = None  # type: ignore[assignment]  # chosen in __post_init__
+    num_heads: int | None = None
     ff_mult: int = 4
     dropout: float = 0.0
     pool: str = "mean"
@@ -105,7 +105,8 @@ class CrossLingualAdapterConfig(MultimodalConfig):
         self.peft_type = PeftType("CROSS_LINGUAL_ADAPTER")
         for name in ("bottleneck_dim", "ff_mult"):
             self.check_number(name, 1, integer=True)
-        self.default_heads("bottleneck_dim")
+        if self.num_heads is None:
+            self.num_heads = heads_for(self.bottleneck_dim)
         self.check_number("num_heads", 1, integer=True)
         self.check_number("num_layers", 0, 1000, integer=True)
         self.check_number("dropout", 0, 0.999)
@@ -177,12 +178,13 @@ class LanguageAdapter(nn.Module):
     def __init__(self, config: CrossLingualAdapterConfig, width: int, output_dim: int) -> None:
         super().__init__()
         m = config.bottleneck_dim
+        heads: Any = config.num_heads
         self.pool = config.pool
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.dropout = nn.Dropout(config.dropout)
         self.down = nn.Linear(width, m)
         self.blocks = nn.ModuleList(
-            TransformerBlock(m, config.num_heads, config.ff_mult, config.dropout) for _ in range(config.num_layers)
+            TransformerBlock(m, heads, config.ff_mult, config.dropout) for _ in range(config.num_layers)
         )
         self.up = nn.Linear(m, output_dim)
         nn.init.zeros_(self.up.bias)

@@ -52,11 +52,11 @@ class GatedBlock(nn.Module):
         self,
         width: int,
         vision_width: int,
-        heads: int = 8,
-        head_dim: int = 64,
-        ff_mult: int = 1,
-        gate: str = "scalar",
-        gate_init: float = 1.0,
+        heads: int,
+        head_dim: int,
+        ff_mult: int,
+        gate: str,
+        gate_init: float,
     ) -> None:
         super().__init__()
 
@@ -300,7 +300,7 @@ class MediaReader(nn.Module, AttachedPart, GatedXAttnLayer):
         adapter = self._acting(given)
         if adapter is None:
             return stand_in.original(*args, **kwargs)
-        kwargs |= dict(zip(stand_in.parameters, args, strict=False))
+        kwargs |= dict(zip(stand_in.parameters(), args, strict=False))
         ids = kwargs.get("input_ids", kwargs.get("inputs"))
         past, mask = _past_length([*kwargs.values()]), kwargs.get("attention_mask")
         # As generate takes it: a mask that is longer than the text covers what is in the cache as well.

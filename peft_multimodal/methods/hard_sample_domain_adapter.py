@@ -46,7 +46,7 @@ from ..core.anatomy import (
     own_modules,
     stack_of,
 )
-from ..core.config import MultimodalConfig
+from ..core.config import MultimodalConfig, heads_for
 from ..core.parts import AttachedPart, CallScope, MultimodalLayer, check_rows, rows_beside
 from ..core.registry import Promises, method
 from ..core.stand_in import StandIn
@@ -76,7 +76,7 @@ class HardSampleDomainAdapterConfig(MultimodalConfig):
 
     bottleneck_dim: int = 64
     num_layers: int = 1
-    num_heads: int = None  # type: ignore[assignment]  # chosen in __post_init__
+    num_heads: int | None = None
     ff_mult: int = 4
     dropout: float = 0.0
     placement: str = "layer"
@@ -87,7 +87,8 @@ class HardSampleDomainAdapterConfig(MultimodalConfig):
         self.peft_type = PeftType("HARD_SAMPLE_DOMAIN_ADAPTER")
         for name in ("bottleneck_dim", "ff_mult"):
             self.check_number(name, 1, integer=True)
-        self.default_heads("bottleneck_dim")
+        if self.num_heads is None:
+            self.num_heads = heads_for(self.bottleneck_dim)
         self.check_number("num_heads", 1, integer=True)
         self.check_number("num_layers", 0, 1000, integer=True)
         self.check_number("dropout", 0, 0.999)
@@ -126,10 +127,11 @@ class DomainBranch(nn.Module):
     def __init__(self, config: HardSampleDomainAdapterConfig, width: int, output_width: int) -> None:
         super().__init__()
         m = config.bottleneck_dim
+        heads: Any = config.num_heads
         self.norm = nn.LayerNorm(width)
         self.down = nn.Linear(width, m)
         self.blocks = nn.ModuleList(
-            TransformerBlock(m, config.num_heads, config.ff_mult, config.dropout) for _ in range(config.num_layers)
+            TransformerBlock(m, heads, config.ff_mult, config.dropout) for _ in range(config.num_layers)
         )
         self.up = nn.Linear(m, output_width, bias=False)
         self.scale_norm = nn.Parameter(torch.ones(1))  # s; by its name the optimizer doesn't decay it
@@ -235,8 +237,8 @@ class DomainLayer(DomainPart):
         # PyTorch's own attention reads (L, B, d) unless told otherwise.
         self.sequence_first = any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in modules)
         self.is_causal = any(getattr(m, "is_causal", None) is True for m in modules)
-        indices = [m.layer_idx for m in modules if isinstance(getattr(m, "layer_idx", None), int)]
-        self.layer_idx: int = indices[0] if indices else 0  # type: ignore[assignment]
+        indices = (getattr(m, "layer_idx", None) for m in modules)
+        self.layer_idx = next((i for i in indices if isinstance(i, int)), 0)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the layer's `forward`."""

@@ -34,7 +34,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..core.anatomy import Anatomy, Site, base_model, describe, is_below, token_embeddings, unwrap
-from ..core.config import MultimodalConfig
+from ..core.config import MultimodalConfig, heads_for
 from ..core.registry import Promises, method
 from ..core.tuner import MultimodalTuner
 from ..model_card import CardNotes
@@ -87,7 +87,7 @@ class StructuredPromptConfig(MultimodalConfig):
     domain_init: str | None = None
     instance_init: str | None = None
     attention_dim: int = 128
-    num_heads: int = None  # type: ignore[assignment]  # chosen in __post_init__
+    num_heads: int | None = None
     mode: str = "prompt"
     chunk_size: int = 32
     shortlist: int | None = None
@@ -102,7 +102,8 @@ class StructuredPromptConfig(MultimodalConfig):
             self.check_number(name, 0, integer=True)
         for name in ("num_domains", "attention_dim", "chunk_size"):
             self.check_number(name, 1, integer=True)
-        self.default_heads("attention_dim")
+        if self.num_heads is None:
+            self.num_heads = heads_for(self.attention_dim)
         self.check_number("num_heads", 1, integer=True)
         self.check("num_heads", "a divisor of attention_dim", lambda v: self.attention_dim % v == 0)
         self.check_choice("order", ("GDI", "GID"))
@@ -200,7 +201,8 @@ class StructuredContext(nn.Module):
         self.domain = drawn(config.num_domains, config.num_domain)  # K
         self.instance = drawn(config.num_instance) if config.mode == "prompt" else None  # Q
         width = text_width if config.mode == "prompt" else embed_width
-        sizes = (width, patch_width, config.attention_dim, config.num_heads)
+        heads: Any = config.num_heads
+        sizes = (width, patch_width, config.attention_dim, heads)
         self.attention = VisualAttention(*sizes) if config.looks() or config.mode == "feature" else None
 
 

@@ -6,10 +6,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
+from ..core.registry import method_of
 from .publishing import PushAdapters
 from .temperature import ScaleBounds
 
@@ -80,16 +80,17 @@ def rate_messages(model: Any, optimizer: Any) -> list[str]:
     if "adam" not in type(optimizer).__name__.lower():
         return []
     messages = []
-    tuners: dict[Any, Any] = dict(PEFT_TYPE_TO_TUNER_MAPPING)
     for name, config in getattr(model, "peft_config", {}).items():
-        low, high = getattr(tuners.get(config.peft_type), "learning_rates", None) or (0.0, float("inf"))
+        method = method_of(config)
+        if method is None or method.model.learning_rates is None:
+            continue
+        low, high = method.model.learning_rates
         rate = _rate(model, name, optimizer)
         if rate and not low <= rate <= high:
             effect = "it will hardly learn" if rate < low else "training may be unstable"
             messages.append(
                 f"The adapter {name!r} trains at a learning rate of {rate:g}: {effect}. "
-                f"{tuners[config.peft_type].__name__.removesuffix('Model')} takes {low:g} to {high:g}: set "
-                "TrainingArguments(learning_rate=...)."
+                f"{method.title} takes {low:g} to {high:g}: set TrainingArguments(learning_rate=...)."
             )
     return messages
 

@@ -206,10 +206,11 @@ def sigmoid_pair_losses(
 
     scale, bias = (torch.as_tensor(x, device=own.device) for x in (logit_scale, logit_bias))
     loss = image_embeds.new_zeros(len(own))
-    for part in torch.arange(len(all_images), device=own.device).split(chunk_size):
-        columns = slice(int(part[0]), int(part[0]) + len(part))
+    for start in range(0, len(all_images), chunk_size):
+        columns = slice(start, start + chunk_size)
+        places = torch.arange(len(all_images), device=own.device)[columns]
         tensors = (image_embeds, text_embeds, all_images[columns], all_texts[columns], scale, bias)
-        loss = loss + checkpoint(of_columns, part, *tensors, use_reentrant=False, preserve_rng_state=False)
+        loss = loss + checkpoint(of_columns, places, *tensors, use_reentrant=False, preserve_rng_state=False)
     return loss
 
 

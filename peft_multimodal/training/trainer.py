@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
+from ..core.stand_in import StandIn
 from ..core.tuner import WeightsDontFit
 from ..data import FiniteBatches, evaluating, without_loss
 from .callback import AdapterCallback
@@ -283,19 +284,13 @@ class ImageTextRetrievalTrainer(AdapterTrainer):
 def call_inside(wrapper: nn.Module, module: nn.Module, function: Callable[[dict[str, Any]], Any], batch: Any) -> Any:
     """`function(batch)` as module's forward for one call: a DDP or FSDP wrapper's hooks run, as for any forward."""
     wrapper = getattr(wrapper, "_orig_mod", wrapper)  # torch.compile is the outermost wrapper
-    own = vars(module).get("forward")  # accelerate's mixed precision, or an adapter's
-
-    def restore() -> None:
-        vars(module).pop("forward", None)
-        if own is not None:
-            module.forward = own
 
     def forward(batch: dict[str, Any]) -> Any:
-        restore()  # the function may call the module itself
+        stand_in.give_back()  # the function may call the module itself
         return function(batch)
 
-    module.forward = forward
+    stand_in = StandIn(module, "forward", forward)
     try:
         return wrapper(batch)
     finally:
-        restore()
+        stand_in.give_back()
