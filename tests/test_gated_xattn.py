@@ -38,7 +38,7 @@ from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecod
 import peft_multimodal
 from peft_multimodal import GatedXAttnConfig, InterleavedProcessor, MediaCache
 from peft_multimodal.methods.gated_xattn import make_block
-from peft_multimodal.methods.gated_xattn_layers import GatedBlock, MarkerEmbedding, MediaReader, SeeingLayer
+from peft_multimodal.methods.gated_xattn.layers import GatedBlock, MarkerEmbedding, MediaReader, SeeingLayer
 from peft_multimodal.nn.media import (
     ManyPictures,
     OnePicture,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttentionLayer
 
-from peft_multimodal.methods.gated_xattn_layers import GatedBlock
+from peft_multimodal.methods.gated_xattn.layers import GatedBlock
 
 
 class DenseBlock(nn.Module):

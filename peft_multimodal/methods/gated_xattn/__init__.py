@@ -33,7 +33,7 @@ from peft import NoMatchingPeftModuleError
 from peft.utils import PeftType
 from torch import nn
 
-from ..core.anatomy import (
+from ...core.anatomy import (
     Anatomy,
     Site,
     base_model,
@@ -45,13 +45,13 @@ from ..core.anatomy import (
     token_embeddings,
     unwrap,
 )
-from ..core.config import MultimodalConfig
-from ..core.registry import Promises, method
-from ..core.tuner import MultimodalTuner
-from ..encoders.frozen import follow
-from ..encoders.vision import load_vision_encoder, place_of
-from ..nn.perceiver import LinearResampler, MeanResampler, PerceiverResampler, Resampler
-from .gated_xattn_layers import (
+from ...core.config import MultimodalConfig
+from ...core.registry import Promises, method
+from ...core.tuner import MultimodalTuner
+from ...encoders.frozen import follow
+from ...encoders.vision import load_vision_encoder, place_of
+from ...nn.perceiver import LinearResampler, MeanResampler, PerceiverResampler, Resampler
+from .layers import (
     GatedBlock,
     GatedXAttnLayer,
     MarkerEmbedding,

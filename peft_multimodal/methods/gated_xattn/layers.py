@@ -1,6 +1,6 @@
 """What GatedXAttn puts into a model: the gated block before a layer, the marker's row, the reader of a call's pictures.
 
-The equations stand in `gated_xattn.py`.
+The equations stand in `__init__.py`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from ..core.anatomy import device_of
-from ..core.parts import AttachedPart, CallScope, HostedLayer, MultimodalLayer
-from ..core.stand_in import StandIn
-from ..encoders.frozen import Place, share
-from ..encoders.vision import frame_features
-from ..nn.media import MediaCache, Reading, Sight, text_time
-from ..nn.perceiver import (
+from ...core.anatomy import device_of
+from ...core.parts import AttachedPart, CallScope, HostedLayer, MultimodalLayer
+from ...core.stand_in import StandIn
+from ...encoders.frozen import Place, share
+from ...encoders.vision import frame_features
+from ...nn.media import MediaCache, Reading, Sight, text_time
+from ...nn.perceiver import (
     CrossAttention,
     KeysValues,
     Resampler,
