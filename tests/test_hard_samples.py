@@ -31,7 +31,7 @@ from peft_multimodal.training.hard_samples import (
     text_keys,
     unique_keys,
 )
-from peft_multimodal.training.sampling import distinct
+from peft_multimodal.training.hard_samples.draws import distinct
 
 # 0.1 % of right samplers would fail at this quantile; the seeds are fixed.
 QUANTILE = 3.09
@@ -162,7 +162,7 @@ def test_the_race_in_many_parts(monkeypatch):
     """Packing works in place, a part at a time."""
     weights = np.random.default_rng(0).random(1000) + 0.01
     whole = [weighted_order(lambda part: weights[part], 1000, n, np.random.default_rng(3)).copy() for n in (1000, 613)]
-    monkeypatch.setattr("peft_multimodal.training.sampling.PART", 64)
+    monkeypatch.setattr("peft_multimodal.training.hard_samples.draws.PART", 64)
     parts = [weighted_order(lambda part: weights[part], 1000, n, np.random.default_rng(3)) for n in (1000, 613)]
     for a, b in zip(whole, parts, strict=True):
         np.testing.assert_array_equal(a, b)

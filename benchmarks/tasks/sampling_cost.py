@@ -25,7 +25,7 @@ from transformers import TrainingArguments
 
 from peft_multimodal import ContrastiveTrainer, HardSampleBank, HardSampleDomainAdapterConfig
 from peft_multimodal.training.hard_samples import stack_rows
-from peft_multimodal.training.sampling import weighted_order
+from peft_multimodal.training.hard_samples.draws import weighted_order
 
 from .. import report as tables
 from ..experiment import Experiment
@@ -112,7 +112,7 @@ def bytes_a_pair(size: int) -> dict[str, float]:
 PEAK = """
 import sys, numpy as np
 from benchmarks.measure import PeakMemory
-from peft_multimodal.training.sampling import weighted_order
+from peft_multimodal.training.hard_samples.draws import weighted_order
 size = int(sys.argv[1])
 weights = np.random.default_rng(0).random(size, np.float32)
 with PeakMemory() as memory:

@@ -21,11 +21,11 @@ _WHERE = {
     "CrossLingualTrainer": "distillation",
     "DistillationLoss": "distillation",
     "HardSampleBank": "hard_samples",
-    "HardSampleSampler": "hard_sample_sampler",
+    "HardSampleSampler": "hard_samples.sampler",
     "HardSampling": "hard_samples",
     "ImageTextRetrievalTrainer": "trainer",
-    "SumTree": "sampling",
-    "weighted_order": "sampling",
+    "SumTree": "hard_samples.draws",
+    "weighted_order": "hard_samples.draws",
 }
 
 __all__ = list(_WHERE)

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from ..core.anatomy import base_model
 from ..rows import streams
-from .hard_sample_sampler import HardSampleSampler
 from .hard_samples import (
     FILE,
     HardSampleBank,
@@ -36,6 +35,7 @@ from .hard_samples import (
     save_arrays,
     split_keys,
 )
+from .hard_samples.sampler import HardSampleSampler
 from .losses import dual_embeddings, pair_losses, sigmoid_pair_losses
 from .temperature import logit_bias, logit_scale
 from .trainer import AdapterTrainer, call_inside, rows_of_a_step

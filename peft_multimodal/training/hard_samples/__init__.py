@@ -39,11 +39,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..data import ImageTextCollator, evaluating, without_loss
-from ..rows import hash_ids, ids_of, naming, row_name, streams
-from .losses import dual_embeddings, text_keys
-from .sampling import PART, SumTree, distinct
-from .temperature import logit_scale
+from ...data import ImageTextCollator, evaluating, without_loss
+from ...rows import hash_ids, ids_of, naming, row_name, streams
+from ..losses import dual_embeddings, text_keys
+from ..temperature import logit_scale
+from .draws import PART, SumTree, distinct
 
 FILE = "hard_sample_bank.safetensors"
 FORMAT = 1
@@ -612,7 +612,7 @@ class HardSampleBank:
                 was loaded shows only keys without it. One that streams is read until the pairs have come.
             pairs: Shown of each kind.
         """
-        from .hard_sample_report import write_report
+        from .report import write_report
 
         dataset = self.dataset if dataset is None else dataset
         return write_report(self, Path(path), dataset, image_column, text_column, pairs)

@@ -30,10 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core.anatomy import base_model, describe
-from ..data import LanguageProcessor
-from ..methods.cross_lingual_adapter import LanguageTower
-from .trainer import AdapterTrainer, call_inside
+from ...core.anatomy import base_model, describe
+from ...data import LanguageProcessor
+from ...methods.cross_lingual_adapter import LanguageTower
+from ..trainer import AdapterTrainer, call_inside
 
 # --- losses ----------------------------------------------------------------------------------------------------------
 

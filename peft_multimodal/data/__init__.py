@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, BatchEncoding
 from transformers.utils import cached_file
 
-from .core.anatomy import base_model
-from .images import is_image, read_image
-from .rows import Row, check_some, column_of, each, ids_of, naming
-from .text_limits import allowed_length, limit_of, longest_text, reads_padding, truncation
+from ..core.anatomy import base_model
+from ..images import is_image, read_image
+from ..rows import Row, check_some, column_of, each, ids_of, naming
+from ..text_limits import allowed_length, limit_of, longest_text, reads_padding, truncation
 
 
 @dataclass
@@ -348,7 +348,7 @@ class LanguageProcessor:
         return made
 
     def _fit(self, model: Any) -> None:
-        from .methods.cross_lingual_adapter import LanguageTower
+        from ..methods.cross_lingual_adapter import LanguageTower
 
         part = next((m for m in model.modules() if isinstance(m, LanguageTower)), None)
         read = {} if part is None else part.longest

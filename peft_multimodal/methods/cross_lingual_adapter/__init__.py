@@ -34,7 +34,7 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..core.anatomy import (
+from ...core.anatomy import (
     Anatomy,
     Site,
     base_model,
@@ -45,13 +45,13 @@ from ..core.anatomy import (
     own_modules,
     token_embeddings,
 )
-from ..core.config import MultimodalConfig, heads_for
-from ..core.parts import BASE, AttachedPart, CallScope, MultimodalLayer, check_rows, rows_beside
-from ..core.registry import Promises, method
-from ..core.stand_in import StandIn
-from ..core.tuner import MultimodalTuner
-from ..encoders.frozen import follow, share
-from ..encoders.language import (
+from ...core.config import MultimodalConfig, heads_for
+from ...core.parts import BASE, AttachedPart, CallScope, MultimodalLayer, check_rows, rows_beside
+from ...core.registry import Promises, method
+from ...core.stand_in import StandIn
+from ...core.tuner import MultimodalTuner
+from ...encoders.frozen import follow, share
+from ...encoders.language import (
     KEPT,
     KEPT_TOKENIZER,
     LanguageEncoder,
@@ -59,9 +59,9 @@ from ..encoders.language import (
     place_of,
     vocabulary_size,
 )
-from ..model_card import CardNotes
-from ..nn.transformer_block import TransformerBlock
-from ..text_limits import longest_text, reads_padding
+from ...model_card import CardNotes
+from ...nn.transformer_block import TransformerBlock
+from ...text_limits import longest_text, reads_padding
 
 
 @dataclass

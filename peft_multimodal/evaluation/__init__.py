@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .core.anatomy import base_model
-from .data import evaluating, without_loss
+from ..core.anatomy import base_model
+from ..data import evaluating, without_loss
 
 Ids = Sequence[Hashable] | Tensor
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from .hard_samples import HardSampleBank
-from .sampling import PART, weighted_order
+from . import HardSampleBank
+from .draws import PART, weighted_order
 
 
 class HardSampleSampler(Sampler[int]):

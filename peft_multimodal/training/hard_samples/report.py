@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..images import read_image
-from ..rows import hash_ids, streams
+from ...images import read_image
+from ...rows import hash_ids, streams
 
 
 class Remembered(Protocol):
