@@ -17,7 +17,7 @@ from . import anatomy
 BASE = "__base__"  # PEFT's name for rows that no adapter acts on
 
 
-class _Call:
+class Call:
     """What is known in one call."""
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class CallScope(threading.local):
     """
 
     def __init__(self) -> None:
-        self._call = _Call()  # of this thread
+        self._call = Call()  # of this thread
 
     @property
     def is_open(self) -> bool:
@@ -65,6 +65,23 @@ class CallScope(threading.local):
     def close(self, *_: Any) -> None:
         call = self._call
         call.is_open, call.seen, call.values = False, None, {}
+
+    def copy(self) -> Call:
+        """What is known now, for `reopened`."""
+        call = Call()
+        call.is_open, call.seen, call.values = self.is_open, self.seen, dict(self.values)
+        return call
+
+    @contextmanager
+    def reopened(self, call: Call) -> Iterator[None]:
+        """Within it this call is known, in whatever thread; behind it what was known before."""
+        now = self._call
+        before = now.is_open, now.seen, now.values
+        now.is_open, now.seen, now.values = call.is_open, call.seen, dict(call.values)
+        try:
+            yield
+        finally:
+            now.is_open, now.seen, now.values = before
 
     def attach(self, owner: nn.Module) -> list[Any]:
         """Open and close with each call of `owner`; returns the hooks' handles."""

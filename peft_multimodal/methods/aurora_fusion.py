@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from ..core.anatomy import is_cross
 from ..core.parts import AttachedPart, CallScope
+from ..core.private import InsideCheckpoint
 from .aurora_layers import AuroraModeApproxLayer
 
 
@@ -24,9 +24,8 @@ class GatedQueryTransformation(nn.Module, AttachedPart, AuroraModeApproxLayer):
 
     Acts on the positions that the layer's cross-attention saw, where it ran at all. 2 d + 1 parameters a branch.
 
-    Hooks on the two attention blocks keep q and x in the call's scope, a hook on the layer adds the update. Releases of
-    transformers that checkpoint a layer's `forward` leave the layer's own hooks outside the recomputed region; there
-    `InsideCheckpoint` does the same inside it.
+    Hooks on the two attention blocks keep q and x in the call's scope, a hook on the layer adds the update. Where gradient
+    checkpointing leaves the layer's own hooks outside what it recomputes, `InsideCheckpoint` adds the update inside.
     """
 
     adapter_layer_names = ("aurora_mode_approx_gqt",)
@@ -41,21 +40,20 @@ class GatedQueryTransformation(nn.Module, AttachedPart, AuroraModeApproxLayer):
         self._layer = (layer,)
         blocks = {is_cross(a): a.removeprefix(path + ".").partition(".")[0] for a in attentions}
         self.hooks = [
-            layer.register_forward_pre_hook(self._open),
+            layer.register_forward_pre_hook(self.scope.open),
             layer.get_submodule(blocks[False]).register_forward_hook(self._keep_query),
             layer.get_submodule(blocks[True]).register_forward_hook(self._keep_cross),
             layer.register_forward_hook(self._inject),
             layer.register_forward_hook(self.scope.close, always_call=True),
         ]
+        self.inside = InsideCheckpoint(layer, self.scope, finish=self._inject)
 
     def host(self) -> nn.Module:
         return self._layer[0]
 
     def remove_hooks(self) -> None:
         super().remove_hooks()
-        inside = self.host().__dict__.get("_gradient_checkpointing_func")
-        if isinstance(inside, InsideCheckpoint):
-            self.host().__dict__["_gradient_checkpointing_func"] = inside.checkpoint
+        self.inside.remove()
 
     def add(self, adapter_name: str, branches: list[str], width: int) -> None:
         parameters = {}
@@ -65,12 +63,6 @@ class GatedQueryTransformation(nn.Module, AttachedPart, AuroraModeApproxLayer):
             parameters[f"{branch}_shift_norm"] = torch.zeros(width)
         self.aurora_mode_approx_gqt[adapter_name] = nn.ParameterDict(parameters)
         self.settle(adapter_name)
-
-    def _open(self, layer: nn.Module, args: Any) -> None:
-        checkpoint = layer.__dict__.get("_gradient_checkpointing_func")
-        if checkpoint is not None and not isinstance(checkpoint, InsideCheckpoint):
-            layer.__dict__["_gradient_checkpointing_func"] = InsideCheckpoint(checkpoint, self)
-        self.scope.open()
 
     def _keep_query(self, module: nn.Module, args: Any, output: Any) -> None:
         self._keep("query", output)
@@ -99,24 +91,6 @@ class GatedQueryTransformation(nn.Module, AttachedPart, AuroraModeApproxLayer):
                     fused = fused + (torch.tanh(gate) * ((1 + scale) * source + shift)).to(y.dtype)
         y = fused if length == y.shape[1] else torch.cat([fused, y[:, length:]], dim=1)
         return (y, *output[1:]) if isinstance(output, tuple) else y
-
-
-class InsideCheckpoint:
-    """A layer's checkpoint function that adds the query transformation inside the recomputed region."""
-
-    def __init__(self, checkpoint: Callable[..., Any], part: GatedQueryTransformation) -> None:
-        self.checkpoint = checkpoint
-        self.part = part
-
-    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        return self.checkpoint(self._run, function, *args)
-
-    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
-        self.part.scope.open()
-        try:
-            return self.part._inject(self.part.host(), args, function(*args))
-        finally:
-            self.part.scope.close()
 
 
 class ContextBank(nn.Module):
