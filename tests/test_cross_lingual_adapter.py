@@ -44,6 +44,12 @@ def config(**changes: Any) -> CrossLingualAdapterConfig:
     return CrossLingualAdapterConfig(**{"encoder": language(), "bottleneck_dim": 16, "num_heads": 2, **changes})
 
 
+def language_adapter(options: CrossLingualAdapterConfig, width: int, output_dim: int) -> LanguageAdapter:
+    n, heads = options.num_layers, options.num_heads
+    sizes = (width, options.bottleneck_dim, n, output_dim, heads, options.ff_mult)
+    return LanguageAdapter(*sizes, options.dropout, options.pool)
+
+
 def part(model: PeftModel) -> LanguageTower:
     return model.base_model.language_tower()
 
@@ -152,7 +158,7 @@ def test_counts_at_full_size(m: int, layers: int, millions: float):
     for pool, more in (("mean", 0), ("cls", 0), ("attention", m)):
         options.pool = pool
         with torch.device("meta"):
-            count = sum(p.numel() for p in LanguageAdapter(options, 768, 512).parameters())
+            count = sum(p.numel() for p in language_adapter(options, 768, 512).parameters())
         assert count == (768 * m + m) + layers * (12 * m**2 + 13 * m) + (m * 512 + 512) + more
         assert abs(count - more - millions * 1e6) <= 5_100
 
@@ -160,7 +166,7 @@ def test_counts_at_full_size(m: int, layers: int, millions: float):
 @pytest.mark.parametrize("pool", ["mean", "cls", "attention"])
 def test_gradients_in_float64_against_finite_differences(pool: str):
     options = config(bottleneck_dim=4, pool=pool, ff_mult=2)
-    module = stir_module(LanguageAdapter(options, 5, 3).double())
+    module = stir_module(language_adapter(options, 5, 3).double())
     H = torch.randn(2, 4, 5, dtype=torch.float64)
     mask = torch.tensor([[True] * 4, [True, True, False, False]])
     names, values = zip(*module.named_parameters(), strict=True)
@@ -206,7 +212,7 @@ def test_padding_changes_nothing(pool: str):
 @pytest.mark.parametrize("pool", ["mean", "cls", "attention"])
 @torch.no_grad()
 def test_the_adapter_reads_texts_padded_on_the_left(pool: str):
-    module = stir_module(LanguageAdapter(config(pool=pool), ENCODER_WIDTH, 32))
+    module = stir_module(language_adapter(config(pool=pool), ENCODER_WIDTH, 32))
     H = torch.randn(1, 5, ENCODER_WIDTH)
     Y, y = module(H, torch.ones(1, 5, dtype=torch.bool))
     mask = torch.tensor([[False] * 3 + [True] * 5])
@@ -596,11 +602,11 @@ def test_teacher_is_the_tower_itself():
 def test_start_at():
     model, mean = adapt(stirred=False), torch.randn(32)
     before = {n: p.detach().clone() for n, p in adapter(model).items()}
-    model.base_model.start_at(mean, "default")
+    part(model).start_at(mean, "default")
     for name, parameter in adapter(model).items():
         assert torch.equal(parameter, mean if name.endswith("up.bias") else before[name]), name
     up = part(model).cross_lingual_adapter_language["default"].to("meta").up
-    model.base_model.start_at(mean, "default")  # weights are yet to be loaded
+    part(model).start_at(mean, "default")  # weights are yet to be loaded
     assert up.bias.is_meta
 
 
@@ -1165,7 +1171,7 @@ NO_TEXT_TOWER = ("vilt", "llama", "llava", "qwen2_5_vl", "paligemma", "idefics3"
 def test_models_without_a_text_tower_say_why(name: str):
     base = FAMILIES[name].build()
     before = trace(base)
-    message = "reads the picture inside its text layers" if name in INTERLEAVED else "has no text encoder of its own"
+    message = "reads the image inside its text layers" if name in INTERLEAVED else "has no text encoder of its own"
     assert (name in INTERLEAVED) != (name in NO_TEXT_TOWER)
     for call in (get_peft_model, peft_multimodal.matched_modules):
         with pytest.raises(ValueError, match=rf"{type(base).__name__} {message}.*CLIP.*FLAVA.*AuroraModeApprox"):

@@ -114,6 +114,14 @@ def check_rows(
         )
 
 
+def rows_by_name(adapter_names: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+    """{adapter: its rows of a batch, int64 (n,)}, in the order in which the names first come."""
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(adapter_names):
+        rows.setdefault(name, []).append(row)
+    return {name: torch.tensor(of_name, device=device) for name, of_name in rows.items()}
+
+
 @contextmanager
 def rows_beside(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
     """Within it, in this thread, a module that is trained beside adapters (`modules_to_save`) serves row i by the copy of

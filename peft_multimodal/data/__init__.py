@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 
 from ..core.anatomy import base_model
 from ..images import is_image, read_image
+from ..languages import multilingual_tower
 from ..rows import Row, check_some, column_of, each, ids_of, naming
 from ..text_limits import allowed_length, limit_of, longest_text, reads_padding, truncation
 
@@ -348,9 +349,7 @@ class LanguageProcessor:
         return made
 
     def _fit(self, model: Any) -> None:
-        from ..methods.cross_lingual_adapter import LanguageTower
-
-        part = next((m for m in model.modules() if isinstance(m, LanguageTower)), None)
+        part = multilingual_tower(model)
         read = {} if part is None else part.longest
         found = {self.base: longest_text(model)} | {name: read.get(self._route(name)) for name in self.languages[1:]}
         self.limits = {name: longest for name, longest in found.items() if longest is not None}

@@ -47,7 +47,7 @@ from ..core.anatomy import (
     stack_of,
 )
 from ..core.config import MultimodalConfig, heads_for
-from ..core.parts import AttachedPart, CallScope, MultimodalLayer, check_rows, rows_beside
+from ..core.parts import AttachedPart, CallScope, MultimodalLayer, check_rows, rows_beside, rows_by_name
 from ..core.registry import Promises, method
 from ..core.stand_in import StandIn
 from ..core.tuner import MultimodalTuner
@@ -215,8 +215,9 @@ class DomainPart(nn.Module, AttachedPart, HardSampleDomainAdapterLayer):
                 "model.set_adapter(name) and pass the rows of each adapter separately."
             )
         total: Any = None
+        rows_of = rows_by_name(names, h.device)
         for name in self.acting():
-            rows = torch.tensor([i for i, n in enumerate(names) if n == name], device=h.device)
+            rows = rows_of[name]
             seen = mask if mask is None or len(mask) == 1 else mask[rows]
             part = self.added(name, h[rows], seen)
             total = part.new_zeros(len(h), *part.shape[1:]) if total is None else total

@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...core.anatomy import base_model, describe
+from ...core.registry import METHODS
 from ...data import LanguageProcessor
-from ...methods.cross_lingual_adapter import LanguageTower
+from ...languages import MultilingualTower, multilingual_tower
 from ..trainer import AdapterTrainer, call_inside
 
 # --- losses ----------------------------------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ class KeptOutputs(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        part: LanguageTower,
+        part: MultilingualTower,
         adapter_name: str,
         pairs: Sequence[dict[str, Any]],
         collator: PairCollator,
@@ -268,8 +269,7 @@ class KeptOutputs(torch.utils.data.Dataset):
         finally:
             if shown:
                 datasets.enable_progress_bars()
-        adapter: Any = part.cross_lingual_adapter_language[adapter_name]
-        self.widths = {"student": adapter.down.in_features, "teacher": adapter.up.out_features}
+        self.widths = dict(zip(("student", "teacher"), part.widths(adapter_name), strict=True))
 
     def _bytes(self, x: Tensor) -> bytes:
         return x.float().cpu().numpy().astype(self.dtype).tobytes()
@@ -301,7 +301,7 @@ class KeptOutputs(torch.utils.data.Dataset):
         return torch.from_numpy(np.stack(vectors).astype(np.float32)).mean(0)
 
 
-def frozen_outputs(part: LanguageTower, adapter_name: str, batch: dict[str, Any]) -> dict[str, Any]:
+def frozen_outputs(part: MultilingualTower, adapter_name: str, batch: dict[str, Any]) -> dict[str, Any]:
     """Both frozen towers on tokenised pairs: {student_states, student_mask, teacher_states, teacher_mask, pairs}.
 
     Shapes: (B, L_s, d_s), (B, L_s); teacher_states (B, L_t, d_t) at the level of tokens, else (B, d_t).
@@ -318,16 +318,12 @@ def frozen_outputs(part: LanguageTower, adapter_name: str, batch: dict[str, Any]
     }
 
 
-def _weights_hash(part: LanguageTower, adapter_name: str) -> Any:
-    """Of the two frozen towers; a random pooler that a library puts on the encoder is not used and left out."""
+def _weights_hash(part: MultilingualTower, adapter_name: str) -> Any:
+    """Of the two frozen towers."""
     digest = hashlib.sha256()
-    towers = (("teacher", part.host()), ("student", part.encoders[part.encoder_of[adapter_name]]))
-    for name, tower in towers:
-        for key, value in tower.state_dict().items():
-            if "cross_lingual_adapter_tower." in key or (name == "student" and key.startswith("pooler.")):
-                continue
-            digest.update(f"{name}.{key}{tuple(value.shape)}{value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for name, value in part.frozen_weights(adapter_name):
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest
 
 
@@ -483,7 +479,7 @@ class CrossLingualTrainer(AdapterTrainer):
                 "per_device_train_batch_size to 2 or more, or contrastive=0."
             )
 
-    def _prepared(self, data: Any, name: str, part: LanguageTower, keep: dict[str, Any] | None = None) -> Any:
+    def _prepared(self, data: Any, name: str, part: MultilingualTower, keep: dict[str, Any] | None = None) -> Any:
         if isinstance(data, dict):
             return {key: self._prepared(rows, f"{name}_{key}", part, keep) for key, rows in data.items()}
         if data is None:
@@ -523,11 +519,10 @@ class CrossLingualTrainer(AdapterTrainer):
 
     def _start(self, model: Any) -> None:
         part = _tower(model)
-        adapter: Any = part.cross_lingual_adapter_language[self.adapter_name]
-        if not adapter.up.bias.is_meta and not adapter.up.bias.any():  # untrained
-            self.accelerator.unwrap_model(model).base_model.start_at(self._mean_teacher(part), self.adapter_name)
+        if part.is_untrained(self.adapter_name):
+            part.start_at(self._mean_teacher(part), self.adapter_name)
 
-    def _mean_teacher(self, part: LanguageTower) -> Tensor:
+    def _mean_teacher(self, part: MultilingualTower) -> Tensor:
         if isinstance(self.train_dataset, KeptOutputs):
             return self.train_dataset.mean_teacher()
         if not isinstance(self.train_dataset, list):
@@ -637,8 +632,9 @@ def random_pictures(model: Any, count: int, generator: torch.Generator | None = 
     return torch.randn(count, 3, height, width, generator=generator)
 
 
-def _tower(model: Any) -> LanguageTower:
-    part = next((m for m in model.modules() if isinstance(m, LanguageTower)), None)
+def _tower(model: Any) -> MultilingualTower:
+    part = multilingual_tower(model)
     if part is None:
-        raise ValueError("The model has no language: get_peft_model(model, CrossLingualAdapterConfig(...)) adds one.")
+        configs = [method.config.__name__ for method in METHODS.values() if method.promises.starts_as == "images"]
+        raise ValueError(f"The model has no language: get_peft_model(model, {' or '.join(configs)}(...)) adds one.")
     return part

@@ -1,0 +1,257 @@
+"""What hangs below the text tower: the languages' frozen encoders and adapters, and a call that goes through them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ...core.anatomy import dtype_of
+from ...core.parts import BASE, AttachedPart, CallScope, MultimodalLayer, check_rows, rows_beside
+from ...core.stand_in import StandIn
+from ...encoders.frozen import Place, share
+from ...encoders.language import vocabulary_size
+from ...languages import MultilingualTower, Teaching
+from ...text_limits import longest_text, reads_padding
+from .rows import by_language
+from .text_tower import final_norm, teaching
+
+_LANGUAGES = (
+    "A language is called as its adapter: PeftModel.from_pretrained(..., adapter_name=...) gives it a name, "
+    "and LanguageProcessor(..., adapters={language: adapter}) is told another."
+)
+
+
+class CrossLingualAdapterLayer(MultimodalLayer):
+    """Base of everything that this method puts into a model."""
+
+
+class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer, MultilingualTower):
+    """Hangs below the text tower and takes its `forward` over: the adapters and the encoders that they share.
+
+    A language is an adapter. With the adapters disabled, and for rows named `__base__`, the tower runs as it is.
+    """
+
+    role = "text"
+    adapter_layer_names = ("cross_lingual_adapter_language",)
+    cross_lingual_adapter_language: Any  # {adapter: LanguageAdapter}
+
+    def __init__(self, model: nn.Module, tower: nn.Module, level: str) -> None:
+        nn.Module.__init__(self)
+        AttachedPart.__init__(self)
+        self.cross_lingual_adapter_language = nn.ModuleDict()
+        self.encoders = nn.ModuleDict()
+        self.encoder_of: dict[str, str] = {}
+        self.longest: dict[str, int | None] = {}
+        self.reads_padding = reads_padding(tower)
+        self.level = level
+        self.scope = CallScope()  # `adapter_names` of a call
+        self._model, self._tower = (model,), (tower,)  # tuples are not registered
+        self.stand_in = StandIn(tower, "forward", self.forward)
+        self.features_of: StandIn | None = None
+        if hasattr(type(model), "get_text_features"):
+            self.features_of = StandIn(model, "get_text_features", self.get_text_features, takes=["adapter_names"])
+
+    def host(self) -> nn.Module:
+        return self._tower[0]
+
+    def remove_hooks(self) -> None:
+        super().remove_hooks()
+        self.stand_in.give_back()
+        if self.features_of is not None:
+            self.features_of.give_back()
+
+    def add(self, adapter_name: str, adapter: nn.Module, encoder: nn.Module, place: Place | None) -> None:
+        """Add a language: its adapter, and the encoder that was read at `place` (None: given as a module)."""
+        self.encoder_of[adapter_name] = share(self.encoders, encoder, place)
+        self.longest[adapter_name] = longest_text(encoder)
+        self.cross_lingual_adapter_language[adapter_name] = adapter
+        self.settle(adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.encoder_of.pop(adapter_name, None)
+        self.longest.pop(adapter_name, None)
+        for key in set(self.encoders) - set(self.encoder_of.values()):
+            del self.encoders[key]
+
+    def train(self, mode: bool = True) -> LanguageTower:
+        super().train(mode)
+        self.encoders.eval()  # frozen: no dropout, ever
+        return self
+
+    # --- for training ---
+
+    def encoder(self, adapter_name: str) -> Any:
+        return self.encoders[self.encoder_of[adapter_name]]
+
+    def widths(self, adapter_name: str) -> tuple[int, int]:
+        adapter = self.cross_lingual_adapter_language[adapter_name]
+        return adapter.down.in_features, adapter.up.out_features
+
+    def frozen_weights(self, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
+        for key, value in self.host().state_dict().items():
+            if "cross_lingual_adapter_tower." not in key:
+                yield f"teacher.{key}", value
+        for key, value in self.encoder(adapter_name).state_dict().items():
+            if not key.startswith("pooler."):  # a random one that a library puts on the encoder isn't used
+                yield f"student.{key}", value
+
+    def is_untrained(self, adapter_name: str) -> bool:
+        bias = self.cross_lingual_adapter_language[adapter_name].up.bias
+        return not bias.is_meta and not bias.any()
+
+    @torch.no_grad()
+    def start_at(self, mean: Tensor, adapter_name: str) -> None:
+        self.cross_lingual_adapter_language[adapter_name].up.bias.copy_(mean)
+
+    @torch.no_grad()
+    def teach(self, input_ids: Tensor, attention_mask: Tensor | None) -> Teaching:
+        tower = self.host()
+        training = tower.training
+        try:
+            return teaching(tower.eval(), self.stand_in.original, self.level, input_ids, attention_mask)
+        finally:
+            tower.train(training)
+
+    @contextmanager
+    def standing_in(self, states: Tensor) -> Iterator[None]:
+        self.scope.open()
+        self.scope.values["states"] = states
+        try:
+            yield
+        finally:
+            self.scope.close()
+
+    # --- a text of one language ---
+
+    @torch.no_grad()
+    def encode(self, input_ids: Tensor, mask: Tensor, adapter_name: str) -> Tensor:
+        """H (B, L, d_s) of the language's frozen encoder.
+
+        Raises:
+            ValueError: a token is outside its vocabulary, or a text is longer than it can read.
+        """
+        encoder, limit = self.encoder(adapter_name), self.longest[adapter_name]
+        if not torch.compiler.is_compiling() and not input_ids.is_meta:
+            low, high = (int(x) for x in input_ids.aminmax())
+            size = vocabulary_size(encoder)
+            if low < 0 or high >= size:
+                raise ValueError(
+                    f"Token {high if high >= size else low} is outside the {size} tokens of adapter {adapter_name!r}'s encoder: "
+                    "the text was tokenised for another model. LanguageProcessor picks the tokenizer of a language."
+                )
+        if limit is not None and input_ids.shape[1] > limit:
+            raise ValueError(
+                f"{input_ids.shape[1]} tokens, but the encoder of adapter {adapter_name!r} reads {limit}: tokenise with "
+                f"truncation=True, max_length={limit}."
+            )
+        return encoder(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
+
+    def project(
+        self, H: Tensor, mask: Tensor, adapter_name: str, tokens: bool | None = None
+    ) -> tuple[Tensor | None, Tensor]:
+        adapter = self.cross_lingual_adapter_language[adapter_name]
+        tokens = self.level == "tokens" if tokens is None else tokens
+        return adapter(self._cast_input_dtype(H, dtype_of(adapter)), mask, tokens=tokens)
+
+    def adapted(
+        self, input_ids: Tensor, attention_mask: Tensor | None, adapter_name: str
+    ) -> BaseModelOutputWithPooling:
+        """What the text tower gives, for a text of the adapter's language."""
+        if attention_mask is not None:
+            mask = attention_mask.bool()
+        else:
+            pad = getattr(self.encoder(adapter_name).config, "pad_token_id", None)
+            mask = torch.ones_like(input_ids, dtype=torch.bool) if pad is None else input_ids != pad
+        H = self.encode(input_ids, mask, adapter_name)
+        Y, y = self.project(H, mask, adapter_name, tokens=True)
+        assert Y is not None
+        dtype = dtype_of(self.host())
+        Y, y = Y.to(dtype), y.to(dtype)
+        if self.level == "pooled":
+            return BaseModelOutputWithPooling(last_hidden_state=Y, pooler_output=y, hidden_states=(Y,))
+        return self.finished(Y)
+
+    def finished(self, states: Tensor) -> BaseModelOutputWithPooling:
+        """The tower's output of its last layer's states (B, L, d_t): what stands behind the layers is its own."""
+        tower: Any = self.host()
+        norm, pooler = final_norm(tower), getattr(tower, "pooler", None)
+        last = states if norm is None else norm(states)
+        pooled = last[:, 0] if pooler is None else pooler(last)
+        return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=(states,))
+
+    def in_language(self, input_ids: Tensor, attention_mask: Tensor, name: str) -> Any:
+        """`adapted`, or the tower as it is for the base model's rows."""
+        if name != BASE:
+            return self.adapted(input_ids, attention_mask, name)
+        return self.stand_in.original(
+            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, return_dict=True
+        )
+
+    # --- a call of the tower ---
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the tower's `forward`."""
+        if "states" in self.scope.values:
+            return self.finished(self.scope.values["states"])
+        names, active = self.scope.values.get("adapter_names"), self.live_adapters()
+        if names is not None and len(names) != len(input_ids):
+            raise ValueError(f"{len(names)} adapter_names for {len(input_ids)} rows.")
+        languages = active if names is None else list(dict.fromkeys(names))
+        if self.disable_adapters or languages in ([], [BASE]):
+            if args:
+                return self.stand_in.original(input_ids, attention_mask, *args, **kwargs)
+            return self.stand_in.original(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if input_ids is None:
+            raise ValueError(
+                "A language's encoder reads input_ids; pass them, or use the English tower: model.disable_adapter()."
+            )
+        if len(languages) == 1:
+            out = self.adapted(input_ids, attention_mask, languages[0])
+        elif names is None:
+            raise ValueError(
+                f"Adapters {active} are languages: one can be active, or name each row's: adapter_names=[...]."
+            )
+        else:
+            limit = getattr(getattr(self.host(), "config", None), "max_position_embeddings", None)
+            out = by_language(self.in_language, input_ids, attention_mask, names, limit, self.level)
+        wanted = kwargs.get("return_dict")
+        if wanted is None:
+            wanted = getattr(getattr(self.host(), "config", None), "return_dict", True)
+        return out if wanted else out.to_tuple()
+
+    def get_text_features(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The model's own `get_text_features`, with the language of each row where `adapter_names` is given."""
+        assert self.features_of is not None
+        with self.rows(adapter_names, [*args, *kwargs.values()]):
+            return self.features_of.original(*args, **kwargs)
+
+    @contextmanager
+    def rows(self, adapter_names: Sequence[str] | None, inputs: Collection[Any] = ()) -> Iterator[None]:
+        """Within it, row i of a batch, of which these are inputs, is of the language `adapter_names[i]`."""
+        if adapter_names is None:
+            yield
+            return
+        check_rows(adapter_names, self.cross_lingual_adapter_language, inputs, _LANGUAGES)
+        named = set(adapter_names)
+        if self.disable_adapters and named != {BASE}:
+            raise ValueError(
+                f"Texts of {sorted(named - {BASE})} came while the adapters are disabled (adapter_names=[...] names each row's "
+                "language)."
+            )
+        acting = [BASE] if self.disable_adapters else self.live_adapters()
+        if len(acting) == 1 and named == set(acting):
+            yield  # as it would be without names
+            return
+        self.scope.open()
+        self.scope.values["adapter_names"] = list(adapter_names)
+        try:
+            with rows_beside(self._model[0], adapter_names):
+                yield
+        finally:
+            self.scope.close()
