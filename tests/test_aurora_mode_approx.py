@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import operator
 import re
@@ -25,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_multimodal import AuroraModeApproxConfig, AuroraModeApproxModel
 from peft_multimodal.core.parts import CallScope
-from peft_multimodal.methods.aurora_fusion import ContextBank, GatedQueryTransformation
+from peft_multimodal.methods.aurora_mode_approx.fusion import ContextBank, GatedQueryTransformation
 
 BLIP, CLIP = FAMILIES["blip_retrieval"], FAMILIES["clip"]  # both: vision 48 wide, text 32, two layers each
 BOTH = ["query", "cross"]
@@ -190,21 +191,31 @@ SHARES = {
     "per_shape": [(48, 48, 6), (32, 32, 8), (48, 32, 4)],  # vision; text q, k, v and cross q; cross k, v
     "per_modality": [(48, 48, 6), (32, 32, 6), (32, 32, 2), (48, 32, 4)],
     "none": [(48, 48, 1)] * 6 + [(32, 32, 1)] * 8 + [(48, 32, 1)] * 4,
-    "global": [(48, 48, 6)],
 }
 
 
 @pytest.mark.parametrize("share", SHARES)
 def test_share(share):
-    towers, modules = (["vision"], 2) if share == "global" else (None, 14)
-    model, groups = adapt(BLIP.build(), share=share, towers=towers), SHARES[share]
+    model, groups = adapt(BLIP.build(), share=share), SHARES[share]
     for part, sizes in (("U", (0,)), ("V", (1,)), ("lambda_norm", ())):
         store = getattr(model.base_model.model.aurora_mode_approx_shared, f"aurora_mode_approx_{part}")["default"]
         assert sorted(tuple(p.shape) for p in store.values()) == sorted((*(g[i] for i in sizes), 4) for g in groups)
     assert model.get_nb_trainable_parameters()[0] == count(groups)
-    assert len({p.data_ptr() for p in adapter(model).values()}) == 3 * len(groups) + modules  # a P each
-    tucker = adapt(BLIP.build(), share=share, towers=towers, core="tucker")  # R^3 for R
+    assert len({p.data_ptr() for p in adapter(model).values()}) == 3 * len(groups) + 14  # a P each
+    tucker = adapt(BLIP.build(), share=share, core="tucker")  # R^3 for R
     assert tucker.get_nb_trainable_parameters()[0] == count(groups) + len(groups) * (4**3 - 4)
+
+
+def test_files_of_a_share_that_is_gone_load(tmp_path):
+    """share="global" was allowed where all matrices have one shape, and gave what "per_shape" gives there."""
+    model = adapt(BLIP.build(), towers=["vision"])
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "share": "global"}))
+    with pytest.warns(UserWarning, match="share='per_shape', which gives the same, is taken"):
+        loaded = PeftModel.from_pretrained(BLIP.build(), tmp_path)
+    assert loaded.peft_config["default"].share == "per_shape"
+    assert torch.equal(run(BLIP, loaded), run(BLIP, model))
 
 
 def test_counts_at_full_size():

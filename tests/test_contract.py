@@ -877,7 +877,6 @@ def test_a_wider_model_of_the_same_class_is_another_base(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"share": "global"}, r"share='global' needs one shape.*\(32, 32\), \(48, 48\)"),
         ({"use_gqt": True}, r"use_gqt=True needs .*CLIPModel has none"),
         ({"use_ice": True}, r"use_ice=True needs .*CLIPModel has none"),
     ],

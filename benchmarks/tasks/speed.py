@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel
 
 from peft_multimodal import AuroraModeApproxConfig
-from peft_multimodal.methods.aurora_layers import AuroraMatrixLayer, drop_scope
+from peft_multimodal.methods.aurora_mode_approx.layers import AuroraMatrixLayer, drop_scope
 
 from .. import report as tables
 from ..experiment import Experiment

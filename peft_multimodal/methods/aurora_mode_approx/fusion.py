@@ -1,22 +1,22 @@
-"""The two parts of AuroraModeApprox that repair a fusion encoder: gated query transformation, context enhancement.
+"""What AuroraModeApprox adds to a fusion encoder: gated query transformation (GQT), informative context enhancement (ICE).
 
-Both act through hooks, are the identity at the start, and are no weight updates. The equations stand in
-`aurora_mode_approx.py`.
+Both act through hooks, are the identity at the start, and are no weight updates.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.anatomy import is_cross
-from ..core.parts import AttachedPart, CallScope
-from ..core.private import InsideCheckpoint
-from .aurora_layers import AuroraModeApproxLayer
+from ...core.anatomy import Anatomy, device_of, is_cross
+from ...core.parts import AttachedPart, CallScope
+from ...core.private import InsideCheckpoint
+from .factors import AuroraModeApproxLayer
 
 
 class GatedQueryTransformation(nn.Module, AttachedPart, AuroraModeApproxLayer):
@@ -80,7 +80,7 @@ class GatedQueryTransformation(nn.Module, AttachedPart, AuroraModeApproxLayer):
         if "cross" not in kept:  # text alone: nothing is fused
             return output
         y = output[0] if isinstance(output, tuple) else output
-        length = kept["cross"].shape[1]  # a Q-Former's queries stand first; the text behind them reads no picture
+        length = kept["cross"].shape[1]  # a Q-Former's queries stand first; the text behind them reads no image
         fused = y[:, :length]
         for adapter in self.live_adapters():
             parameters = self.aurora_mode_approx_gqt[adapter]
@@ -126,7 +126,7 @@ class ContextBank(nn.Module):
 class InformativeContext(nn.Module, AttachedPart, AuroraModeApproxLayer):
     """F' = F + gamma softmax(F T^T / sqrt(d)) T on every fused token of a text encoder.
 
-    In training, calls of the encoder without a picture fill the bank with their first tokens' states (detached);
+    In training, calls of the encoder without an image fill the bank with their first tokens' states (detached);
     retrieval training makes such calls for its contrastive loss. Elsewhere call `collect_context`.
     """
 
@@ -149,21 +149,33 @@ class InformativeContext(nn.Module, AttachedPart, AuroraModeApproxLayer):
         self.aurora_mode_approx_ice[adapter_name] = ContextBank(size, width)
         self.settle(adapter_name)
 
+    @torch.no_grad()
+    def collect(self, batches: Iterable[Mapping[str, Tensor]]) -> int:
+        """Fill the banks of the active adapters by running the encoder on text alone; returns the number of features."""
+        encoder = self.host()
+        device = device_of(encoder)
+        banks = [self.aurora_mode_approx_ice[adapter] for adapter in self.live_adapters()]
+        for batch in batches:
+            output = encoder(batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device))
+            for bank in () if encoder.training else banks:  # in training the hook has pushed them already
+                bank.push(output[0][:, 0])
+        return max((int(bank.count) for bank in banks), default=0)
+
     def _enhance(self, encoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         adapters = self.live_adapters()
         if not adapters:
             return output
-        picture = kwargs.get("encoder_hidden_states")
-        picture = args[self._position] if picture is None and len(args) > self._position else picture
+        image = kwargs.get("encoder_hidden_states")
+        image = args[self._position] if image is None and len(args) > self._position else image
         fused = output[0]
         for adapter in adapters:
             bank = self.aurora_mode_approx_ice[adapter]
-            if picture is None:
+            if image is None:
                 if encoder.training:
                     bank.push(fused[:, 0].detach())
             else:
                 fused = fused + bank.context(fused)
-        if picture is None:
+        if image is None:
             return output
         if isinstance(output, tuple):
             return (fused, *output[1:])
@@ -171,8 +183,44 @@ class InformativeContext(nn.Module, AttachedPart, AuroraModeApproxLayer):
         return output
 
 
-def reads_pictures(model: nn.Module, path: str) -> bool:
-    """Whether a text tower can read a picture: its forward takes `encoder_hidden_states` and it has cross-attentions."""
-    tower = model.get_submodule(path)
+# --- where they go ---------------------------------------------------------------------------------------------------
+
+
+def gqt_layers(found: Anatomy, towers: list[str] | None) -> dict[str, str]:
+    """{path: tower} of the layers with a self- and a cross-attention; a layer is in the tower of its cross-attention."""
+    tower = {
+        path: next(m.tower for m in found.matrices if m.module.startswith(path + ".") and is_cross(m.module))
+        for path in found.fusion_layers
+    }
+    return {path: name for path, name in tower.items() if not towers or name in towers}
+
+
+def add_gqt(model: nn.Module, found: Anatomy, adapter_name: str, towers: list[str] | None, branches: list[str]) -> None:
+    queries = {m.module: m.d_in for m in found.matrices if m.letter == "q"}
+    for index, (path, tower) in enumerate(gqt_layers(found, towers).items()):
+        layer: Any = model.get_submodule(path)
+        widths = {query.rpartition(".")[0]: d for query, d in queries.items() if query.startswith(path + ".")}
+        if not hasattr(layer, "aurora_mode_approx_gqt"):
+            part = GatedQueryTransformation(layer, path, list(widths), f"{tower}.gqt.{index}")
+            layer.add_module("aurora_mode_approx_gqt", part)
+        layer.aurora_mode_approx_gqt.add(adapter_name, branches, next(iter(widths.values())))
+
+
+def ice_encoder(model: nn.Module, found: Anatomy) -> Any:
+    """The tower whose text encoder runs with and without the image; None where there is none."""
+    texts = (tower for tower in found.towers if tower.name == "text")
+    return next((tower for tower in texts if reads_images(model.get_submodule(tower.path))), None)
+
+
+def add_ice(model: nn.Module, found: Anatomy, adapter_name: str, size: int) -> None:
+    tower = ice_encoder(model, found)
+    encoder: Any = model.get_submodule(tower.path)
+    if not hasattr(encoder, "aurora_mode_approx_ice"):
+        encoder.add_module("aurora_mode_approx_ice", InformativeContext(encoder, "fusion.ice"))
+    encoder.aurora_mode_approx_ice.add(adapter_name, size, tower.hidden_size)
+
+
+def reads_images(tower: nn.Module) -> bool:
+    """Whether a text tower can read an image: its forward takes `encoder_hidden_states` and it has cross-attentions."""
     takes = "encoder_hidden_states" in inspect.signature(tower.forward).parameters
     return takes and any(is_cross(name) for name, _ in tower.named_modules())

@@ -1,0 +1,313 @@
+"""AuroraModeApprox: one CP tensor updates every attention of every modality (Wang et al., arXiv 2305.08381).
+
+The updates of N frozen matrices W_n are the slices of one third-order tensor in CP form,
+
+    dW_n = s V diag(lambda * P_n) U^T            U: d_in x R,  V: d_out x R,  lambda: R,  P: N x R
+
+so the whole network shares U, V and lambda, and a matrix owns R numbers. In the forward pass nothing of size
+d_out x d_in is made:
+
+    y = W_n x + b + (drop(x U)) (s V diag(lambda * P_n))^T
+
+At the start V = 0, hence y is the frozen model's. Matrices of equal shape share a group of factors (`share`). The q, k
+and v of one attention read the same x, and share the product x U.
+
+Two parts serve models with a fusion encoder (BLIP and its like); both are the identity at the start:
+
+    gated query transformation      y' = y + tanh(g) ((1 + s_q) q + b_q)        q: the layer's self-attention output
+    informative context enhancement F' = F + gamma softmax(F T^T / sqrt(d)) T   T: a bank of text features
+
+The paper adds a mean of the batch's captions to matched pairs alone, which tells the matching head the label; here every
+fused feature of every pair reads the same bank, which is kept with the adapter, so a pair's score doesn't depend on
+its batch. `core="tucker"` gives the form of the authors' released code, dW_n = s V G(P_n)^T U^T with
+G(c)_ij = sum_k C_ijk c_k.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+from peft.utils import PeftType
+from torch import Tensor, nn
+
+from ...core.anatomy import Anatomy, Matrix, unwrap
+from ...core.config import MultimodalConfig
+from ...core.registry import Promises, method
+from ...core.tuner import MultimodalTuner
+from . import conversion
+from .algebra import CompressionErrors
+from .factors import AuroraModeApproxLayer, SharedFactors
+from .fusion import InformativeContext, add_gqt, add_ice, gqt_layers, ice_encoder
+from .layers import AuroraLinear, AuroraMatrixLayer, AuroraMultiheadAttention, drop_scope, scope_of
+
+SHARES = ("per_shape", "per_modality", "none")
+
+
+@dataclass
+class AuroraModeApproxConfig(MultimodalConfig):
+    """Configuration of [`AuroraModeApproxModel`].
+
+    Args:
+        r: Rank R of the CP tensor.
+        alpha: The update is scaled by s = alpha / r; None means alpha = r, that is s = 1.
+        dropout: Probability of dropping an entry of x U in training.
+        share: Which matrices share U, V and lambda. "per_shape": those of equal (d_in, d_out). "per_modality":
+            those of one tower and shape. "none": each has its own.
+        core: "cp", or "tucker" for the form of the authors' released code (R^3 more parameters a group).
+        init_weights: "gauss" draws U ~ N(0, 1/d_in) and P ~ N(0, 1); "inherit" takes U and P from a CP decomposition
+            of the frozen weights. V is 0 either way.
+        use_gqt: Add the gated query transformation to every layer with self- and cross-attention.
+        gqt_branches: "query" (the paper's) and/or "cross" (the authors' code also adds the cross-attention's output).
+        use_ice: Add the informative context enhancement to a text encoder that runs with and without the image.
+        ice_bank_size: Number of text features in the bank (first in, first out).
+        target_modules: None takes q, k and v of every attention in the chosen towers.
+
+    The other arguments are those of [`MultimodalConfig`].
+    """
+
+    r: int = 64
+    alpha: float | None = None
+    dropout: float = 0.1
+    share: str = "per_shape"
+    core: str = "cp"
+    init_weights: str = "gauss"
+    use_gqt: bool = False
+    gqt_branches: list[str] | None = None
+    use_ice: bool = False
+    ice_bank_size: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("AURORA_MODE_APPROX")
+        self.check_number("r", 1, integer=True)
+        self.check(
+            "alpha", "a positive number or None", lambda v: v is None or (type(v) in (int, float) and 0 < v < math.inf)
+        )
+        self.check_number("dropout", 0, 0.999)
+        if self.share == "global":
+            warnings.warn("share='global' is gone: share='per_shape', which gives the same, is taken.", stacklevel=3)
+            self.share = "per_shape"
+        self.check_choice("share", SHARES)
+        self.check_choice("core", ("cp", "tucker"))
+        self.check_choice("init_weights", ("gauss", "inherit"))
+        self.check_flag("use_gqt")
+        self.check_flag("use_ice")
+        self.gqt_branches = self.gqt_branches or ["query"]
+        self.check("gqt_branches", "a list of 'query' and/or 'cross'", lambda v: v and set(v) <= {"query", "cross"})
+        self.check_number("ice_bank_size", 1, integer=True)
+
+    @property
+    def scaling(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.r
+
+
+@method(
+    "aurora_mode_approx",
+    AuroraModeApproxConfig,
+    summary="Image-text tasks at a fraction of LoRA's parameters: one CP tensor updates every attention of every tower.",
+    docs="docs/aurora-mode-approx.md",
+    promises=Promises(),
+)
+class AuroraModeApproxModel(MultimodalTuner):
+    """Adapts a vision-language model with one CP tensor for all its attentions (arXiv 2305.08381).
+
+    Parameters: (d_in + d_out) R + N R + R a group of N matrices of equal shape; 2 d + 1 a layer and branch for the
+    gated query transformation; 1 for the context enhancement.
+
+    Example:
+        >>> import peft_multimodal
+        >>> from peft import get_peft_model
+        >>> from transformers import CLIPModel
+        >>> clip = CLIPModel.from_pretrained("openai/clip-vit-base-patch32")
+        >>> model = get_peft_model(clip, peft_multimodal.AuroraModeApproxConfig(r=64))
+    """
+
+    prefix = "aurora_mode_approx_"
+    tuner_layer_cls = AuroraModeApproxLayer
+    learning_rates = (1e-4, 1e-2)
+    uses_shared_state = True  # U, V and lambda
+    scalars = ("_gate_norm", ".gamma_norm")
+    wraps = True
+
+    @classmethod
+    def default_targets(cls, config: AuroraModeApproxConfig, candidates: list[Matrix]) -> list[Matrix]:
+        return [m for m in candidates if m.letter in ("q", "k", "v", "qkv")]
+
+    def check_model(self, config: AuroraModeApproxConfig, matrices: list[Matrix], found: Anatomy) -> None:
+        if config.use_gqt and not gqt_layers(found, config.towers):
+            raise ValueError(
+                f"use_gqt=True needs layers with a self- and a cross-attention (a fusion encoder such as BLIP's or a "
+                f"Q-Former); {found.model_class} has none in its towers {sorted({m.tower for m in matrices})}. Leave use_gqt "
+                "off."
+            )
+        if config.use_ice and ice_encoder(self.model, found) is None:
+            raise ValueError(
+                "use_ice=True needs a fusion encoder that runs with and without the image, as BLIP's text encoder does; "
+                f"{found.model_class} has none. Leave use_ice off."
+            )
+        self._found = found
+
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:  # fmt: skip
+        factors = self._prepare_factors(peft_config, adapter_name)
+        matrices = self._matched[current_key]
+        if isinstance(target, AuroraMatrixLayer):
+            self._update(target, adapter_name, peft_config, matrices)
+            return
+        base = unwrap(target)
+        scope = scope_of(parent)
+        if isinstance(base, nn.MultiheadAttention):
+            if base.bias_k is not None or base.add_zero_attn:
+                raise ValueError(
+                    f"{current_key}: nn.MultiheadAttention with add_bias_kv or add_zero_attn isn't supported."
+                )
+            layer: AuroraMatrixLayer = AuroraMultiheadAttention(target, factors, None)
+        else:
+            layer = AuroraLinear(target, factors, scope)
+        letters = "".join(m.letter for m in matrices)
+        layer.role = matrices[0].role.replace(f".{matrices[0].letter}.", f".{letters}.")
+        self._update(layer, adapter_name, peft_config, matrices)
+        layer.train(target.training)  # no dropout in a model that stands in eval mode
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _update(self, layer: AuroraMatrixLayer, adapter_name: str, config: Any, matrices: list[Matrix]) -> None:
+        groups = [group_of(config.share, m) for m in matrices]
+        layer.update_layer(adapter_name, groups, config.r, config.core, config.scaling, config.dropout)
+
+    def _prepare_factors(self, config: AuroraModeApproxConfig, adapter_name: str) -> SharedFactors:
+        """The store of shared factors, with those (and what acts on the fusion encoder) of this adapter."""
+        name = "aurora_mode_approx_shared"
+        if not hasattr(self.model, name):
+            self.model.add_module(name, SharedFactors(self.model))
+        factors = self.model.get_submodule(name)
+        if adapter_name not in factors.aurora_mode_approx_U:
+            matrices = [m for of_module in self._matched.values() for m in of_module]
+            shapes = {group_of(config.share, m): (m.d_in, m.d_out) for m in matrices}
+            factors.add(adapter_name, config.r, config.core, shapes)
+            if config.use_gqt:
+                add_gqt(self.model, self._found, adapter_name, config.towers, config.gqt_branches or [])
+            if config.use_ice:
+                add_ice(self.model, self._found, adapter_name, config.ice_bank_size)
+        return factors
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        if config.init_weights == "inherit" and not config.inference_mode and not kwargs.get("low_cpu_mem_usage"):
+            conversion.inherit(self.model, adapter_name, config.r)
+
+    # --- from other adapters ---
+
+    @classmethod
+    def from_lora(
+        cls,
+        model: PeftModel,
+        config: AuroraModeApproxConfig | None = None,
+        adapter_name: str = "default",
+        iterations: int = 100,
+    ) -> tuple[PeftModel, CompressionErrors]:
+        """Compress a trained LoRA into CP factors.
+
+        Args:
+            model: A PeftModel with a LoRA adapter `adapter_name`. Its LoRA layers are taken out.
+            config: Rank and sharing of the result; the target modules are the LoRA's.
+            iterations: Of alternating least squares (tensorly's `parafac`).
+
+        Returns:
+            The base model with an Aurora adapter of the same name, and what was lost: [`CompressionErrors`]. A warning
+            says when a larger R is needed.
+        """
+        return conversion.from_lora(model, config or AuroraModeApproxConfig(), adapter_name, iterations)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "sum"
+    ) -> None:
+        """Add an adapter whose update is exactly sum_a weights[a] dW_a: factors side by side, rank sum of ranks.
+
+        Args:
+            combination_type: "sum", or "cat" as PEFT calls it for LoRA, whose other types approximate the sum.
+
+        Raises:
+            ValueError: the adapters differ in matched modules or sharing, have a Tucker core, or parts that are no
+                weight updates (GQT, ICE, modules_to_save).
+        """
+        known = self.peft_config
+        conversion.check_addable(self.model, known, adapters, weights, adapter_name, combination_type)
+        config = copy.deepcopy(known[adapters[0]])
+        config.r, config.alpha, config.init_weights = sum(known[a].r for a in adapters), None, "gauss"
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        summands = [(a, weight, known[a].scaling) for a, weight in zip(adapters, weights, strict=True)]
+        conversion.write_sum(self.model, adapter_name, summands)
+
+    # --- merging ---
+
+    def _check_merge(self, adapter_names: list[str] | None, safe: bool, cp_only: bool, then: str) -> None:
+        """Refuse before any weight is touched."""
+        for name in adapter_names or self.active_adapters:
+            config = self.peft_config[name]
+            if not cp_only and (config.use_gqt or config.use_ice):
+                raise ValueError(
+                    f"Adapter {name!r} has {'GQT' if config.use_gqt else ''}{' and ' if config.use_gqt and config.use_ice else ''}"
+                    f"{'ICE' if config.use_ice else ''}, which are no weight updates and can't be merged. Keep the adapter, or "
+                    f"merge the CP part alone with cp_only=True ({then})."
+                )
+        if safe:
+            for module in self.model.modules():
+                if isinstance(module, AuroraMatrixLayer):
+                    module.check_merge(adapter_names)
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, cp_only: bool = False
+    ) -> None:
+        """Add the updates to the base weights; with `cp_only=True` GQT and ICE go on acting as they are."""
+        self._check_merge(adapter_names, safe_merge, cp_only, "GQT and ICE go on acting")
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        cp_only: bool = False,
+    ) -> nn.Module:
+        """The base model with the updates in its weights; with `cp_only=True` GQT and ICE are dropped."""
+        self._check_merge(adapter_names, safe_merge, cp_only, "GQT and ICE are dropped")
+        return super().merge_and_unload(progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
+
+    @classmethod
+    def drop_traces(cls, model: nn.Module) -> None:
+        for module in model.modules():
+            drop_scope(module)
+
+    def collect_context(self, batches: Iterable[Mapping[str, Tensor]]) -> int:
+        """Fill the context bank of the active adapter by running the text encoder on text alone.
+
+        Args:
+            batches: Tokenised texts, each a mapping with `input_ids` and `attention_mask` (B x L).
+
+        Returns:
+            The number of features in the bank.
+        """
+        part = next((p for _, _, p in self.attached_parts() if isinstance(p, InformativeContext)), None)
+        if part is None:
+            raise ValueError("No adapter of this model has use_ice=True.")
+        return part.collect(batches)
+
+
+def group_of(share: str, matrix: Matrix) -> str:
+    """Name of the factors that a matrix uses, by what shares them."""
+    shape = f"{matrix.d_in}x{matrix.d_out}"
+    if share == "none":
+        return matrix.role.replace(".", "-")
+    return f"{matrix.tower}-{shape}" if share == "per_modality" else shape
