@@ -426,11 +426,21 @@ def _configs(config: Any) -> Iterator[Any]:
             yield from _configs(value) if value is not config else ()
 
 
+def image_sizes(model: Any) -> Iterator[tuple[int, int]]:
+    """(height, width) of images, as the config and those inside it name them."""
+    for config in _configs(getattr(model, "config", None)):
+        size = getattr(config, "image_size", None)
+        if isinstance(size, int):
+            yield size, size
+        elif isinstance(size, (list, tuple)) and len(size) == 2:
+            yield size[0], size[1]
+
+
 def _media_tokens(model: nn.Module) -> dict[str, int]:
     """{"image_token_id": 32000, ...} as far as the config or one inside it names them."""
     found: dict[str, int] = {}
     for config in _configs(getattr(model, "config", None)):
-        for kind in ("image", "video", "media"):
+        for kind in ("image", "video", "media", "audio"):
             for name in (f"{kind}_token_id", f"{kind}_token_index"):
                 value = getattr(config, name, None)
                 if isinstance(value, int) and kind not in {n.partition("_")[0] for n in found}:

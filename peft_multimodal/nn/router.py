@@ -1,0 +1,439 @@
+"""Which modality every token of a layer's input has, in models whose layers read several.
+
+    m(t) in {-1 none, 0 text, 1 image, 2 video, 3 audio}        B x L, for each call
+
+How it is known differs from stack to stack of layers, and is told by the model:
+
+- a tower reads one modality;
+- in a decoder with placeholders, `mm_token_type_ids` say it where a call brings them, else `input_ids` beside the media
+  tokens of the config. A placeholder is an image only where the call brings images: one that the model itself has
+  written is text, like everything else that is generated;
+- single-stream models put text and image side by side in an order of their own. It is measured once: the model runs on a
+  tiny input, again with other tokens and again with another image, and the positions of the stack's input that move are
+  text and image. In a call the text's length is known, and the rest is the image's.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.anatomy import (
+    Anatomy,
+    describe,
+    device_of,
+    dtype_of,
+    image_sizes,
+    is_cross,
+    own_modules,
+    pixel_readers,
+    stack_of,
+)
+from ..core.parts import CallScope
+
+NONE, TEXT, IMAGE, VIDEO, AUDIO = -1, 0, 1, 2, 3
+
+_OF_TOKEN = {"image": IMAGE, "media": IMAGE, "video": VIDEO, "audio": AUDIO}
+_MEDIA = re.compile(r"pixel|image|video|audio|vis(ual|ion)|features|mm_encoder_outputs")
+_WORDS = 3  # of the tiny text
+
+
+@dataclass(frozen=True)
+class Stream:
+    """How the modality of the tokens in one stack of layers is known.
+
+    Args:
+        modalities: Those that there can be; one alone is that of every token.
+        order: Of a single stream: (modality, length), from first to last. The length of a text is the name of the argument
+            that brings it, that of the image None. Empty where placeholders stand among the tokens.
+    """
+
+    modalities: tuple[int, ...]
+    order: tuple[tuple[int, int | str | None], ...] = ()
+
+
+@dataclass
+class Call:
+    """What one call of the model says.
+
+    Args:
+        lengths: {argument: tokens in each row} of the texts.
+        placeholders: (B, L), where tokens or their types were given; None where they weren't.
+    """
+
+    lengths: dict[str, int]
+    placeholders: Tensor | None = None
+    orders: dict[Any, Tensor] = field(default_factory=dict)  # of the stacks that have asked
+
+
+class ModalityRouter:
+    """Tells the modality of tokens in a model's layers.
+
+    Hooks on the model see each call, and what they see dies with it; gradient checkpointing opens it again where it
+    recomputes a layer. A call of an inner module alone is not seen.
+
+        >>> router = ModalityRouter(model)
+        >>> router.modalities("vilt.encoder.layer.3")         # (0, 1)
+        >>> router.modality("vilt.encoder.layer.3", states)   # in a hook of that layer: (B, L)
+
+    Args:
+        model: A Hugging Face model. The first question for the modalities of a single stream runs it on tiny inputs, for
+            which it needs its weights: ask while it is wrapped. Other models are never run.
+        found: The model's anatomy.
+    """
+
+    def __init__(self, model: nn.Module, found: Anatomy | None = None) -> None:
+        self._model = (model,)
+        self.scope = CallScope()
+        found = found or describe(model)
+        self._names = list(inspect.signature(type(model).forward).parameters)[1:]
+        self._media_tokens = {i: _OF_TOKEN[name.partition("_")[0]] for name, i in found.media_tokens.items()}
+        self.streams: dict[str, Stream | None] = dict(self._streams(found))
+        self._checkpointing = (
+            [m for m in model.modules() if hasattr(m, "gradient_checkpointing")] if self._is_needed else []
+        )
+        self.hooks: list[Any] = []
+        if self._is_needed:
+            self.hooks.append(model.register_forward_pre_hook(self._open, with_kwargs=True))
+            self.hooks.append(model.register_forward_hook(self.scope.close, always_call=True))
+
+    def remove(self) -> None:
+        """Take everything out of the model."""
+        for handle in self.hooks:
+            handle.remove()
+        for module in self._checkpointing:
+            checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+            if isinstance(checkpoint, _Reopening) and checkpoint.scope is self.scope:
+                module.__dict__["_gradient_checkpointing_func"] = checkpoint.checkpoint
+
+    # --- what is asked ---
+
+    def modalities(self, path: str) -> tuple[int, ...]:
+        """Those that the tokens of a layer can have; one alone is the modality of all.
+
+        Args:
+            path: Of the layer, or of a module inside it.
+
+        Raises:
+            ValueError: it has to be measured and can't be; the message says why.
+        """
+        stack = stack_of(path)
+        if stack not in self.streams:
+            raise ValueError(f"{path} lies in no stack of layers; there are {sorted(self.streams)}.")
+        if self.streams[stack] is None:
+            self._measure()
+        if (stream := self.streams[stack]) is None:
+            raise ValueError(
+                f"{stack} reads text and images in a way that tiny inputs don't show: either its first layer isn't reached, "
+                "or its tokens already hold both. Leave these layers out."
+            )
+        return stream.modalities
+
+    def modality(self, path: str, states: Tensor) -> Tensor | None:
+        """(B, L) int64 for a layer's states (B, L, d); None where all tokens have one modality.
+
+        Raises:
+            ValueError: nothing says the modality in this call; the message says what to pass.
+        """
+        stream = self.streams[stack_of(path)]
+        if stream is None:
+            raise ValueError(f"{path} wasn't measured: ask for modalities({path!r}) before the first call.")
+        if len(stream.modalities) == 1:
+            return None
+        model = type(self._model[0]).__name__
+        if not self.scope.is_open:
+            raise ValueError(
+                f"{path} was called without {model}, whose inputs say which of its tokens are images. Call the model itself."
+            )
+        call: Call = self.scope.seen
+        rows, length = states.shape[:2]
+        if stream.order:
+            key = (stack_of(path), length, states.device)
+            kinds = call.orders.get(key)
+            if kinds is None:
+                kinds = self._lay_out(stream, call, length, states.device)
+                if not torch.compiler.is_compiling():
+                    call.orders[key] = kinds
+            return kinds.expand(rows, length)
+        if call.placeholders is None:
+            raise ValueError(
+                f"{model} was given inputs_embeds alone, which don't say which of its tokens are images. Pass input_ids, or "
+                "mm_token_type_ids beside inputs_embeds: the processor makes them with return_mm_token_type_ids=True."
+            )
+        if call.placeholders.shape != states.shape[:2]:
+            raise ValueError(
+                f"{path} reads states of shape {tuple(states.shape)} where the call's tokens have shape "
+                f"{tuple(call.placeholders.shape)}: which of them are images isn't known."
+            )
+        return call.placeholders.to(states.device)
+
+    def _lay_out(self, stream: Stream, call: Call, length: int, device: torch.device) -> Tensor:
+        """(1, L) of a single stream's order."""
+        known = {name: call.lengths.get(name) for _, name in stream.order if isinstance(name, str)}
+        if missing := [name for name, tokens in known.items() if tokens is None]:
+            raise ValueError(f"The call has no {missing[0]}, which says how many of the tokens are text. Pass it.")
+        lengths: list[Any] = [known[n] if isinstance(n, str) else n for _, n in stream.order]
+        rest = length - sum(n for n in lengths if n is not None)
+        kinds = [
+            torch.full((1, rest if n is None else n), kind, device=device)
+            for (kind, _), n in zip(stream.order, lengths, strict=True)
+        ]
+        return torch.cat(kinds, dim=1)
+
+    # --- a call ---
+
+    @property
+    def _is_needed(self) -> bool:
+        return any(stream is None or len(stream.modalities) > 1 for stream in self.streams.values())
+
+    def _open(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs = dict(zip(self._names, args, strict=False)) | kwargs
+        call = Call({n: v.shape[1] for n, v in inputs.items() if n.endswith("input_ids") and isinstance(v, Tensor)})
+        embeddings = inputs.get("inputs_embeds")
+        if isinstance(embeddings, Tensor):
+            call.lengths.setdefault("input_ids", embeddings.shape[1])
+        call.placeholders = self._placeholders(inputs)
+        self.scope.open()
+        self.scope.seen = call
+        if not torch.compiler.is_compiling():
+            for module in self._checkpointing:
+                reopen_inside_checkpoints(module, self.scope)
+
+    def _placeholders(self, inputs: dict[str, Any]) -> Tensor | None:
+        """(B, L), as the types of the tokens or the tokens themselves say it; None where neither is known."""
+        types, ids = inputs.get("mm_token_type_ids"), inputs.get("input_ids")
+        if types is not None:
+            return types.long()
+        if ids is None:
+            return None
+        kinds = torch.zeros_like(ids, dtype=torch.long)
+        if any(_brings_media(name, value) for name, value in inputs.items()):
+            for token, kind in self._media_tokens.items():
+                kinds = kinds.masked_fill(ids == token, kind)
+        return kinds
+
+    # --- how it is known ---
+
+    def _streams(self, found: Anatomy) -> Iterator[tuple[str, Stream | None]]:
+        """(stack, its stream), None where that has to be measured."""
+        towers: dict[str, set[str]] = {}
+        crossing = {stack_of(m.module) for m in found.matrices if is_cross(m.module)}
+        for matrix in found.matrices:
+            towers.setdefault(stack_of(matrix.module), set()).add(matrix.tower)
+        sees = any(t.name == "vision" for t in found.towers)
+        takes = any(_MEDIA.search(name) for name in self._names)
+        attending = {stack_of(m.module) for m in found.matrices if m.letter in ("q", "qkv")}
+        for stack, names in towers.items():
+            if "vision" in names:
+                yield stack, Stream((IMAGE,))
+            elif not names & {"text", "decoder"}:
+                if stack in attending:
+                    yield stack, None
+            elif stack in crossing:  # images come through the cross-attention
+                yield stack, Stream((TEXT,))
+            elif self._media_tokens:
+                yield stack, Stream((TEXT, *sorted(set(self._media_tokens.values()))))
+            else:
+                yield stack, Stream((TEXT,)) if sees or not takes else None
+
+    def _measure(self) -> None:
+        """Find the order of the single streams.
+
+        Raises:
+            ValueError: the model can't be run.
+        """
+        stacks = [stack for stack, stream in self.streams.items() if stream is None]
+        firsts = {
+            stack: layer for stack in stacks for layer in [_first_layer(self._model[0], stack)] if layer is not None
+        }
+        if not firsts:
+            return
+        model = self._model[0]
+        name = type(model).__name__
+        if device_of(model).type == "meta":
+            raise ValueError(
+                f"{name} puts text and images into one stack of layers ({', '.join(firsts)}); in which order is measured by "
+                "running it, and its weights lie on the meta device. Load them before."
+            )
+        text, base, read, seen = self._run(firsts)
+        lengths = {tokens.shape[1]: name for name, tokens in text.items() if name.endswith("input_ids")}
+        for stack in base:
+            self.streams[stack] = order_of(_moved(base[stack], read[stack]), _moved(base[stack], seen[stack]), lengths)
+
+    def _run(self, firsts: dict[str, nn.Module]) -> tuple[dict[str, Tensor], ...]:
+        """(a tiny text, what the layers read of it and an image, of another text, of another image)."""
+        model = self._model[0]
+        failed: Exception | None = None
+        for several in ((), (2,)):  # images a row, where a class wants more than one (NLVR2)
+            text, image = tiny_inputs(model, 0, several)
+            other_text, other_image = tiny_inputs(model, 1, several)
+            runs = (text | image, other_text | image, text | other_image)
+            try:
+                return text, *(layer_inputs(model, firsts, inputs) for inputs in runs)
+            except Exception as error:  # whatever a model's own code says
+                failed = failed or error
+        raise ValueError(
+            f"{type(model).__name__} puts text and images into one stack of layers; in which order is measured by running it "
+            f"on {sorted(text | image)}, and that fails: {failed}. Leave these layers out: {', '.join(firsts)}."
+        ) from failed
+
+
+def order_of(text: list[bool], image: list[bool], lengths: dict[int, str]) -> Stream | None:
+    """The stream of a stack in whose input these positions follow the text and the image; None where they mix.
+
+    What follows neither stands for itself at the beginning of the stack (its own class token), and is the image's
+    elsewhere (the image's class token).
+
+    Args:
+        lengths: {tokens: argument that brings a text of so many}.
+    """
+    if any(t and i for t, i in zip(text, image, strict=True)):
+        return None
+    kinds = [TEXT if t else IMAGE if i else NONE for t, i in zip(text, image, strict=True)]
+    present = sorted(set(kinds) - {NONE})
+    if len(present) < 2:
+        return Stream(tuple(present) or (NONE,))
+    start = next(i for i, kind in enumerate(kinds) if kind != NONE)
+    kinds[start:] = [IMAGE if kind == NONE else kind for kind in kinds[start:]]
+    runs = [(kind, len(list(run))) for kind, run in groupby(kinds)]
+    order: list[tuple[int, int | str | None]] = []
+    for kind, length in runs:
+        if kind in [k for k, _ in order] or (kind == TEXT and length not in lengths):
+            return None
+        order.append((kind, {TEXT: lengths.get(length), IMAGE: None}.get(kind, length)))
+    return Stream(tuple(sorted(kind for kind, _ in order)), tuple(order))
+
+
+def _brings_media(name: str, value: Any) -> bool:
+    """Whether an argument holds images, videos or sound, rather than masks or sizes of them, or nothing."""
+    if not _MEDIA.search(name):
+        return False
+    if isinstance(value, (list, tuple)):
+        return any(_brings_media(name, one) for one in value)
+    return value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, Mapping) and bool(value)
+
+
+# --- the tiny runs ---------------------------------------------------------------------------------------------------
+
+
+def tiny_inputs(model: Any, seed: int, several: tuple[int, ...] = ()) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A text and an image as a model's `forward` takes them, both differing from seed to seed everywhere.
+
+    Args:
+        several: (images a row,) where it takes more than one.
+    """
+    names = list(inspect.signature(type(model).forward).parameters)
+    modules, device, dtype = own_modules(model), device_of(model), dtype_of(model)
+    drawn = torch.Generator().manual_seed(seed)
+    text: dict[str, Tensor] = {}
+    for name in names:
+        if name.endswith("input_ids"):  # texts of different lengths are told apart
+            length = _WORDS + len(text)
+            text[name] = torch.arange(1, 1 + length, device=device)[None] + seed * length
+    if "attention_mask" in names and "input_ids" in text:
+        text["attention_mask"] = torch.ones_like(text["input_ids"])
+    image: dict[str, Tensor] = {}
+    if "pixel_values" in names and pixel_readers(model):
+        size = next(iter(image_sizes(model)), None) or (64, 64)
+        image["pixel_values"] = torch.randn(1, *several, 3, *size, generator=drawn).to(device, dtype)
+    elif name := next((n for n in names if re.fullmatch(r"visual_(embeds|feats)", n)), ""):
+        widths = [m.in_features for p, m in modules.items() if isinstance(m, nn.Linear) and re.search(r"vis(ual|n)", p)]
+        image[name] = torch.randn(1, 2, widths[0] if widths else 1, generator=drawn).to(device, dtype)
+    return text, image
+
+
+class _AllSeen(Exception):
+    """Raised in a layer once nothing more is to be seen."""
+
+
+@torch.no_grad()
+def layer_inputs(model: nn.Module, layers: dict[str, nn.Module], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """{name: what the layer of this name reads} in one call, which ends when the last of them is reached."""
+    seen: dict[str, Tensor] = {}
+
+    def see(name: str, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        states = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        seen.setdefault(name, states.float())
+        if len(seen) == len(layers):
+            raise _AllSeen
+
+    hooks = [
+        layer.register_forward_pre_hook(partial(see, name), with_kwargs=True, prepend=True)
+        for name, layer in layers.items()
+    ]
+    try:
+        with in_eval_mode(model), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # ViLT draws which patches it reads
+            model(**inputs)
+    except _AllSeen:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within it no module of a model is in training mode."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _first_layer(model: nn.Module, stack: str) -> nn.Module | None:
+    numbered = [p for p in own_modules(model) if p.rpartition(".")[0] == stack and p.rpartition(".")[2].isdigit()]
+    return model.get_submodule(numbered[0]) if numbered else None
+
+
+def _moved(before: Tensor, after: Tensor) -> list[bool]:
+    """Which positions differ between two inputs (1, L, d) of a layer."""
+    difference = (before - after).abs().amax(dim=-1)[0]
+    return (difference > 1e-5 * before.abs().amax()).tolist()
+
+
+# --- inside gradient checkpointing -----------------------------------------------------------------------------------
+
+
+def reopen_inside_checkpoints(module: nn.Module, scope: CallScope) -> None:
+    """Let what a module checkpoints see the call in `scope` when it is recomputed, after the call and in another thread."""
+    checkpoint: Any = module.__dict__.get("_gradient_checkpointing_func")
+    inner = checkpoint
+    while inner is not None and not (isinstance(inner, _Reopening) and inner.scope is scope):
+        inner = getattr(inner, "checkpoint", None)
+    if checkpoint is not None and inner is None:
+        module.__dict__["_gradient_checkpointing_func"] = _Reopening(checkpoint, scope)
+
+
+class _Reopening:
+    """A module's checkpoint function that takes the running call along."""
+
+    def __init__(self, checkpoint: Callable[..., Any], scope: CallScope) -> None:
+        self.checkpoint, self.scope = checkpoint, scope
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.checkpoint(partial(self._run, self.scope.seen, function), *args, **kwargs)
+
+    def _run(self, call: Any, function: Callable[..., Any], *args: Any) -> Any:
+        if self.scope.is_open or call is None:  # the call itself
+            return function(*args)
+        self.scope.open()
+        self.scope.seen = call
+        try:
+            return function(*args)
+        finally:
+            self.scope.close()
