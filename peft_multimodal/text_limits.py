@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core.anatomy import base_model, device_of, own_modules, token_embeddings
+from .core.modes import unadapted
 
 NO_LIMIT = 1_000_000  # transformers' tokenizers say 1e30
 
@@ -101,7 +100,7 @@ def reads_padding(model: Any, tokenizer: Any = None) -> bool:
     limit = limit_of(tokenizer, longest_text(base))
     if limit is not None and padded["input_ids"].shape[1] > limit:
         return False
-    with _without_adapters(model):
+    with unadapted(model):
         one, other = _features(base, short), _features(base, padded)
     if one is None or other is None or one.ndim != 2:  # FLAVA gives every token's
         return False
@@ -114,23 +113,6 @@ def _any_text(base: Any) -> dict[str, Tensor]:
     size = min(modules[path].num_embeddings for path in token_embeddings(base))
     ids = torch.tensor([[2, 3, size - 1]]) % size
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-@contextmanager
-def _without_adapters(model: Any) -> Iterator[None]:
-    """In eval mode, adapters disabled; afterwards every mode and every `requires_grad` is as it was."""
-    modes = [module for module in model.modules() if module.training]
-    trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval()
-    try:
-        with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
-            yield
-    finally:
-        for module in modes:
-            module.training = True
-        for parameter, flag in trains.items():
-            if parameter.requires_grad is not flag:  # switching adapters sets them anew
-                parameter.requires_grad_(flag)
 
 
 def _features(base: Any, tokens: Any) -> Tensor | None:

@@ -25,13 +25,13 @@ from peft_multimodal.training.hard_samples import (
     SampleIds,
     difficulties,
     hash_ids,
-    logit_scale,
     read_ids,
     stack_rows,
-    text_keys,
     unique_keys,
 )
 from peft_multimodal.training.hard_samples.draws import distinct
+from peft_multimodal.training.losses import text_keys
+from peft_multimodal.training.temperature import logit_scale
 
 # 0.1 % of right samplers would fail at this quantile; the seeds are fixed.
 QUANTILE = 3.09
@@ -500,7 +500,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("peft_multimodal.training.hard_samples.os.replace", fail)
+    monkeypatch.setattr("peft_multimodal.training.hard_samples.arrays.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         bank.save(tmp_path)
     assert HardSampleBank.load(tmp_path).visits.tolist() == [0, 0]

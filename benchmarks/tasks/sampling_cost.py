@@ -99,7 +99,7 @@ def chunk(size: int, rounds: int) -> dict[str, Any]:
 def bytes_a_pair(size: int) -> dict[str, float]:
     """Of the bank without its ids, of the ids, and of the tree."""
     bank = bank_of(size)
-    bank._sum_tree()
+    bank.sum_tree()
     own = ("difficulty", "base_difficulty", "visits", "last_step", "flag")
     assert bank.tree is not None
     return {

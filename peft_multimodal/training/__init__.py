@@ -21,7 +21,7 @@ _WHERE = {
     "CrossLingualTrainer": "distillation",
     "DistillationLoss": "distillation",
     "HardSampleBank": "hard_samples",
-    "HardSampleSampler": "hard_samples.sampler",
+    "HardSampleSampler": "hard_samples",
     "HardSampling": "hard_samples",
     "ImageTextRetrievalTrainer": "trainer",
     "SumTree": "hard_samples.draws",

@@ -23,19 +23,19 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..core.anatomy import base_model
+from ..core.modes import unadapted
 from ..rows import streams
 from .hard_samples import (
     FILE,
     HardSampleBank,
+    HardSampleSampler,
     SampleIds,
-    as_it_was,
     default_collator,
     difficulties,
     load_arrays,
     save_arrays,
     split_keys,
 )
-from .hard_samples.sampler import HardSampleSampler
 from .losses import dual_embeddings, pair_losses, sigmoid_pair_losses
 from .temperature import logit_bias, logit_scale
 from .trainer import AdapterTrainer, call_inside, rows_of_a_step
@@ -268,7 +268,7 @@ class ContrastiveTrainer(AdapterTrainer):
             losses = losses * weights.to(losses)
         loss = losses.mean()
         if training and self.keep_close:
-            with as_it_was(self._module(model)), torch.no_grad(), self.accelerator.autocast():
+            with unadapted(self._module(model)), torch.no_grad(), self.accelerator.autocast():
                 images, texts = self.encode(self._module(model), inputs)
             apart = [(x - F.normalize(y.float(), dim=-1)).square().sum(-1) for x, y in ((image, images), (text, texts))]
             loss = loss + self.keep_close * (apart[0] + apart[1]).mean() / 2

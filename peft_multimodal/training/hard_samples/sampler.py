@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from . import HardSampleBank
+from .bank import HardSampleBank
 from .draws import PART, weighted_order
 
 

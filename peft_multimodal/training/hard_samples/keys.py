@@ -1,0 +1,82 @@
+"""Pairs known by their ids: keys of data sets, of rows and of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ...data import evaluating
+from ...rows import hash_ids, ids_of, naming
+from ..losses import text_keys
+
+
+def unique_keys(ids: Sequence[Any]) -> np.ndarray:
+    """`hash_ids` of ids that are all different.
+
+    Raises:
+        ValueError: an id occurs twice, or two have one key.
+    """
+    keys = hash_ids(ids)
+    order = np.argsort(keys, kind="stable")
+    equal = np.flatnonzero(keys[order][1:] == keys[order][:-1])
+    if len(equal):
+        first, second = (ids[order[equal[0] + i]] for i in (0, 1))
+        if first == second:
+            raise ValueError(f"The id {first!r} occurs twice ({len(equal)} such): ids must tell the pairs apart.")
+        raise ValueError(f"The ids {first!r} and {second!r} have the same 64-bit key: rename one of them.")
+    return keys
+
+
+def read_ids(dataset: Any, column: str) -> list[Any]:
+    """The id of each row, in the data set's order."""
+    if column in (getattr(dataset, "column_names", None) or ()):
+        return list(dataset[column])
+    ids = []
+    for i in range(len(dataset)):
+        row = dataset[i]
+        if not isinstance(row, Mapping) or column not in row:
+            has = sorted(row) if isinstance(row, Mapping) else type(row).__name__
+            raise ValueError(f"Row {i} of the data set has no id column {column!r}: {has}.")
+        ids.append(row[column])
+    return ids
+
+
+@dataclass
+class SampleIds:
+    """Wraps a collator: its batches also have `sample_ids`, and `image_ids` where there is a column of them.
+
+    Args:
+        collator: Makes a batch of rows.
+        id_column: Strings or integers, one for each pair.
+        image_id_column: Of pictures that stand in several pairs.
+    """
+
+    collator: Callable[[list[Any]], Mapping[str, Any]]
+    id_column: str
+    image_id_column: str | None = None
+
+    def evaluating(self, every_text: bool = False) -> SampleIds:
+        """This around the collator's copy for evaluation."""
+        return replace(self, collator=evaluating(self.collator, every_text))
+
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        columns = {"sample_ids": self.id_column, "image_ids": self.image_id_column}
+        keys = {name: ids_of(rows, column) for name, column in columns.items() if column is not None}
+        with naming(rows, self.id_column):
+            return {**self.collator(rows), **keys}
+
+
+def split_keys(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A batch without and with its keys: (what the model reads, {"sample", "image", "text"} int64 (B,) each).
+
+    Equal texts have equal text keys. Pictures are told apart by `image_ids`, else by the collator's own `ids`, else by
+    the pairs'.
+    """
+    inputs = {name: value for name, value in batch.items() if name not in ("sample_ids", "image_ids")}
+    image = next(batch[name] for name in ("image_ids", "ids", "sample_ids") if name in batch)
+    text = text_keys(batch["input_ids"], batch.get("attention_mask"))
+    return inputs, {"sample": batch["sample_ids"], "image": image, "text": text}
