@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,6 +39,7 @@ from ..core.anatomy import (
     stack_of,
 )
 from ..core.parts import CallScope
+from ..core.private import InsideCheckpoint
 
 NONE, TEXT, IMAGE, VIDEO, AUDIO = -1, 0, 1, 2, 3
 
@@ -62,7 +63,7 @@ class Stream:
 
 
 @dataclass
-class Call:
+class Told:
     """What one call of the model says.
 
     Args:
@@ -98,22 +99,21 @@ class ModalityRouter:
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._media_tokens = {i: _OF_TOKEN[name.partition("_")[0]] for name, i in found.media_tokens.items()}
         self.streams: dict[str, Stream | None] = dict(self._streams(found))
-        self._checkpointing = (
-            [m for m in model.modules() if hasattr(m, "gradient_checkpointing")] if self._is_needed else []
-        )
         self.hooks: list[Any] = []
-        if self._is_needed:
-            self.hooks.append(model.register_forward_pre_hook(self._open, with_kwargs=True))
-            self.hooks.append(model.register_forward_hook(self.scope.close, always_call=True))
+        if any(stream is None or len(stream.modalities) > 1 for stream in self.streams.values()):
+            self.hooks += [
+                model.register_forward_pre_hook(self._open, with_kwargs=True),
+                model.register_forward_hook(self.scope.close, always_call=True),
+            ]
+            self.inside = InsideCheckpoint(model, self.scope)
 
     def remove(self) -> None:
         """Take everything out of the model."""
+        if self.hooks:
+            self.inside.remove()
         for handle in self.hooks:
             handle.remove()
-        for module in self._checkpointing:
-            checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-            if isinstance(checkpoint, _Reopening) and checkpoint.scope is self.scope:
-                module.__dict__["_gradient_checkpointing_func"] = checkpoint.checkpoint
+        self.hooks = []
 
     # --- what is asked ---
 
@@ -154,7 +154,7 @@ class ModalityRouter:
             raise ValueError(
                 f"{path} was called without {model}, whose inputs say which of its tokens are images. Call the model itself."
             )
-        call: Call = self.scope.seen
+        call: Told = self.scope.seen
         rows, length = states.shape[:2]
         if stream.order:
             key = (stack_of(path), length, states.device)
@@ -176,7 +176,7 @@ class ModalityRouter:
             )
         return call.placeholders.to(states.device)
 
-    def _lay_out(self, stream: Stream, call: Call, length: int, device: torch.device) -> Tensor:
+    def _lay_out(self, stream: Stream, call: Told, length: int, device: torch.device) -> Tensor:
         """(1, L) of a single stream's order."""
         known = {name: call.lengths.get(name) for _, name in stream.order if isinstance(name, str)}
         if missing := [name for name, tokens in known.items() if tokens is None]:
@@ -191,22 +191,15 @@ class ModalityRouter:
 
     # --- a call ---
 
-    @property
-    def _is_needed(self) -> bool:
-        return any(stream is None or len(stream.modalities) > 1 for stream in self.streams.values())
-
     def _open(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = dict(zip(self._names, args, strict=False)) | kwargs
-        call = Call({n: v.shape[1] for n, v in inputs.items() if n.endswith("input_ids") and isinstance(v, Tensor)})
+        call = Told({n: v.shape[1] for n, v in inputs.items() if n.endswith("input_ids") and isinstance(v, Tensor)})
         embeddings = inputs.get("inputs_embeds")
         if isinstance(embeddings, Tensor):
             call.lengths.setdefault("input_ids", embeddings.shape[1])
         call.placeholders = self._placeholders(inputs)
         self.scope.open()
         self.scope.seen = call
-        if not torch.compiler.is_compiling():
-            for module in self._checkpointing:
-                reopen_inside_checkpoints(module, self.scope)
 
     def _placeholders(self, inputs: dict[str, Any]) -> Tensor | None:
         """(B, L), as the types of the tokens or the tokens themselves say it; None where neither is known."""
@@ -404,36 +397,3 @@ def _moved(before: Tensor, after: Tensor) -> list[bool]:
     """Which positions differ between two inputs (1, L, d) of a layer."""
     difference = (before - after).abs().amax(dim=-1)[0]
     return (difference > 1e-5 * before.abs().amax()).tolist()
-
-
-# --- inside gradient checkpointing -----------------------------------------------------------------------------------
-
-
-def reopen_inside_checkpoints(module: nn.Module, scope: CallScope) -> None:
-    """Let what a module checkpoints see the call in `scope` when it is recomputed, after the call and in another thread."""
-    checkpoint: Any = module.__dict__.get("_gradient_checkpointing_func")
-    inner = checkpoint
-    while inner is not None and not (isinstance(inner, _Reopening) and inner.scope is scope):
-        inner = getattr(inner, "checkpoint", None)
-    if checkpoint is not None and inner is None:
-        module.__dict__["_gradient_checkpointing_func"] = _Reopening(checkpoint, scope)
-
-
-class _Reopening:
-    """A module's checkpoint function that takes the running call along."""
-
-    def __init__(self, checkpoint: Callable[..., Any], scope: CallScope) -> None:
-        self.checkpoint, self.scope = checkpoint, scope
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.checkpoint(partial(self._run, self.scope.seen, function), *args, **kwargs)
-
-    def _run(self, call: Any, function: Callable[..., Any], *args: Any) -> Any:
-        if self.scope.is_open or call is None:  # the call itself
-            return function(*args)
-        self.scope.open()
-        self.scope.seen = call
-        try:
-            return function(*args)
-        finally:
-            self.scope.close()
