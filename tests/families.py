@@ -21,7 +21,7 @@ import transformers as hf
 from torch import Tensor, nn
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
-from peft_multimodal.methods.gated_xattn.layers import MediaReader
+from peft_multimodal.nn.media_reader import MediaReader
 
 VOCAB = 64
 PAD, BOS, EOS, SEP = 0, 1, 2, 3

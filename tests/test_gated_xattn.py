@@ -38,17 +38,18 @@ from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecod
 import peft_multimodal
 from peft_multimodal import GatedXAttnConfig, InterleavedProcessor, MediaCache
 from peft_multimodal.methods.gated_xattn import make_block
-from peft_multimodal.methods.gated_xattn.layers import GatedBlock, MarkerEmbedding, MediaReader, SeeingLayer
+from peft_multimodal.methods.gated_xattn.layers import GatedBlock, MarkerEmbedding, SeeingLayer
 from peft_multimodal.nn.media import (
-    ManyPictures,
-    OnePicture,
+    ManyImages,
+    OneImage,
     Reading,
     Segments,
-    _allow,
     _segments,
-    look,
+    allowed,
+    sight_of,
     text_time,
 )
+from peft_multimodal.nn.media_reader import MediaReader
 from peft_multimodal.nn.perceiver import LinearResampler, MeanResampler, PerceiverResampler
 
 M = 59  # the marker
@@ -107,7 +108,7 @@ def wrap(base: nn.Module | None = None, stirred: bool = True, **changes) -> Peft
 
 
 def batch(marker: int = M, **changes) -> dict[str, Tensor]:
-    """Two rows of two pictures and one, and one without."""
+    """Two rows of two images and one, and one without."""
     ids = torch.tensor([[1, 5, M, 6, 7, M, 8, 9], [1, M, 10, 5, 6, 7, 8, 9], [1, 11, 12, 13, 4, 5, 6, 7]])
     ids = ids.masked_fill(ids == M, marker)
     x = torch.randn(3, 2, 1, 4, D, generator=torch.Generator().manual_seed(1))
@@ -153,7 +154,7 @@ def ffw(x: Tensor, norm: nn.LayerNorm, maps: nn.Sequential) -> Tensor:
 
 
 def slow_resampler(m: PerceiverResampler, X: Tensor) -> Tensor:
-    """(F, S, D) of one picture -> (R, D)."""
+    """(F, S, D) of one image -> (R, D)."""
     features = [x + m.frames[f] for f, frame in enumerate(X) for x in frame]
     Z = list(m.latents)
     for layer in m.layers:
@@ -165,14 +166,14 @@ def slow_resampler(m: PerceiverResampler, X: Tensor) -> Tensor:
 
 
 def slow_block(block: GatedBlock, y: Tensor, m: Tensor, marks: Tensor, attend: str) -> Tensor:
-    """y (L, d) and the tokens m (T, R, D) of a row's pictures."""
+    """y (L, d) and the tokens m (T, R, D) of a row's images."""
     out, t = [], 0
     for token, mark in zip(y, marks, strict=True):
         t += int(mark)
-        pictures = [m[t - 1]] if attend == "last" and t else list(m[:t])
-        if pictures:
+        images = [m[t - 1]] if attend == "last" and t else list(m[:t])
+        if images:
             gate = block.attention_gate_norm
-            seen = attention(layer_norm(token, block.attention_norm), [r for p in pictures for r in p], block.attention)
+            seen = attention(layer_norm(token, block.attention_norm), [r for p in images for r in p], block.attention)
             token = token + (1 if gate is None else gate.tanh()) * seen
         if block.ffw is not None:
             gate = block.ffw_gate_norm
@@ -236,13 +237,13 @@ def test_block_follows_its_equations(attend: str, gate: str, ff_mult: int):
     y, m = torch.randn(3, 8, 16), torch.randn(3, 3, R, D)
     cache = MediaCache()
     cache.append(m, marks.sum(1))
-    sight = look(text_time(marks), cache.numbers, attend)
+    sight = sight_of(text_time(marks), cache.numbers, attend)
     out = block(y, sight, sight.pick(*block.attention.keys_values(m)))
     expected = torch.stack([slow_block(block, y[b], m[b], marks[b], attend) for b in range(3)])
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------ whose picture is seen
+# ------------------------------------------------------------------------------------------------ whose image is seen
 
 
 def slow_attention(q: Tensor, k: Tensor, v: Tensor, times: Tensor, numbers: Tensor, attend: str) -> Tensor:
@@ -261,7 +262,7 @@ def slow_attention(q: Tensor, k: Tensor, v: Tensor, times: Tensor, numbers: Tens
 
 @st.composite
 def conversations(draw):
-    """Rows of markers, and the numbers of pictures as a cache holds them after one or two turns."""
+    """Rows of markers, and the numbers of images as a cache holds them after one or two turns."""
     rows, length = draw(st.integers(1, 3)), draw(st.integers(1, 9))
     marks = torch.tensor(
         draw(st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=rows, max_size=rows))
@@ -292,12 +293,12 @@ def test_each_way_of_reading_reads_the_same(conversation, attend: str):
     q = torch.randn(b, length, 2, 4, generator=generator)
     k, v = (torch.randn(b, t, 3, 2, 4, generator=generator) for _ in "kv")
     expected = slow_attention(q, k, v, times, cache.numbers, attend)
-    allow = _allow(times, cache.numbers, attend)
-    ways = [look(times, cache.numbers, attend), ManyPictures(allow)]
+    allow = allowed(times, cache.numbers, attend)
+    ways = [sight_of(times, cache.numbers, attend), ManyImages(allow)]
     if attend == "last" and allow.any():
         ways.append(_segments(allow))
     for way in ways:
-        out = torch.zeros_like(q) if way is None else way.attend(q, *way.pick(k, v))
+        out = torch.zeros_like(q) if way is None else way.attention(q, *way.pick(k, v))
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
         assert not out[times == 0].any(), "exactly zero"
 
@@ -306,28 +307,28 @@ def test_the_cheapest_way_is_taken():
     even = torch.zeros(2, 64, dtype=torch.long)
     even[:, ::8] = 1
     uneven = torch.zeros(2, 64, dtype=torch.long)
-    uneven[:, :8] = 1  # seven pictures of one token and one of 57
+    uneven[:, :8] = 1  # seven images of one token and one of 57
     numbers = torch.arange(1, 9).expand(2, -1)
-    assert isinstance(look(text_time(even), numbers, "last"), Segments)
-    assert isinstance(look(text_time(uneven), numbers, "last"), ManyPictures)
-    assert isinstance(look(text_time(even), numbers, "all_previous"), ManyPictures)
-    assert isinstance(look(torch.full((2, 1), 5), numbers, "last"), OnePicture)
-    assert isinstance(look(text_time(even)[:, :8], numbers[:, :1], "last"), OnePicture)
-    assert look(torch.zeros(2, 4), numbers, "last") is None
+    assert isinstance(sight_of(text_time(even), numbers, "last"), Segments)
+    assert isinstance(sight_of(text_time(uneven), numbers, "last"), ManyImages)
+    assert isinstance(sight_of(text_time(even), numbers, "all_previous"), ManyImages)
+    assert isinstance(sight_of(torch.full((2, 1), 5), numbers, "last"), OneImage)
+    assert isinstance(sight_of(text_time(even)[:, :8], numbers[:, :1], "last"), OneImage)
+    assert sight_of(torch.zeros(2, 4), numbers, "last") is None
 
 
-def test_text_reads_the_last_picture_before_it():
+def test_text_reads_the_last_image_before_it():
     model, inputs = wrap(), batch()
     before = logits(model, **inputs)
     other = inputs["vision_features"].clone()
-    other[0, 1] = torch.randn(1, 4, D)  # the second picture of the first row
+    other[0, 1] = torch.randn(1, 4, D)  # the second image of the first row
     other[1, 1] = torch.randn(1, 4, D)  # padding
     changed = (logits(model, **{**inputs, "vision_features": other}) - before).abs().amax(-1) > 1e-4
     assert changed.tolist() == [[False] * 5 + [True] * 3, [False] * 8, [False] * 8]
 
-    # Inside a block, what stands behind the second marker doesn't read the first picture.
+    # Inside a block, what stands behind the second marker doesn't read the first image.
     block, y, latents = blocks(model)[0], torch.randn(1, 8, WIDTH), torch.randn(1, 2, R, D)
-    sight = look(text_time(inputs["input_ids"][:1] == M), torch.tensor([[1, 2]]), "last")
+    sight = sight_of(text_time(inputs["input_ids"][:1] == M), torch.tensor([[1, 2]]), "last")
     outs = []
     for shift in (0.0, 1.0):
         latents[:, 0] += shift * torch.randn(R, D)
@@ -354,13 +355,13 @@ def like(layer, heads: int, head_dim: int, width: int, source: int, gates: tuple
     return block
 
 
-def pictures_and_text():
+def images_and_text():
     marks = torch.tensor([[0, 1, 0, 0, 1, 0], [0, 0, 1, 0, 0, 0]])
     y, m = torch.randn(2, 6, 24), torch.randn(2, 2, R, 16)
     numbers = torch.tensor([[1, 2], [1, 0]])
-    allow = _allow(text_time(marks), numbers, "last")
+    allow = allowed(text_time(marks), numbers, "last")
     scores = torch.where(allow, 0.0, torch.finfo(torch.float32).min).repeat_interleave(R, dim=-1)[:, None]
-    return y, m, look(text_time(marks), numbers, "last"), allow.any(-1), scores
+    return y, m, sight_of(text_time(marks), numbers, "last"), allow.any(-1), scores
 
 
 @torch.no_grad()
@@ -372,7 +373,7 @@ def test_mask_attention_and_gates_are_those_of_idefics(alpha: str):
     settings._attn_implementation = "eager"
     layer = IdeficsGatedCrossAttentionLayer(settings, layer_idx=0).eval()
     block = like(layer, 2, 12, 24, 16, ("alpha_cross_attn", "alpha_dense"))
-    y, m, sight, seen, mask = pictures_and_text()
+    y, m, sight, seen, mask = images_and_text()
     theirs = layer(y, image_hidden_states=m.flatten(1, 2), image_attention_mask=mask, cross_attention_gate=seen.float())
     ours = block(y, sight, sight.pick(*block.attention.keys_values(m)))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
@@ -387,7 +388,7 @@ def test_mask_attention_and_gates_are_those_of_mllama():
     settings._attn_implementation = "eager"
     layer = MllamaCrossAttentionDecoderLayer(settings, layer_idx=0).eval()
     block = like(layer, 2, 12, 24, 24, ("cross_attn_attn_gate", "cross_attn_mlp_gate"))
-    y, m, sight, seen, mask = pictures_and_text()
+    y, m, sight, seen, mask = images_and_text()
     m = torch.randn(2, 2, R, 24)
     maps, own = layer.cross_attn, block.attention
     queries, keys_values = own.queries, own.keys_values
@@ -649,7 +650,7 @@ def test_cached_is_uncached(name: str):
     whole = logits(model, input_ids=ids, vision_features=inputs["vision_features"])[:, 7:-1]
     torch.testing.assert_close(scores, whole, atol=1e-4, rtol=1e-4)
     tokens, other = written(model, {**inputs, "vision_features": -inputs["vision_features"]})
-    assert (other - scores)[:, 0].abs().amax(-1).gt(1e-3).tolist() == [True, True, False], "pictures matter"
+    assert (other - scores)[:, 0].abs().amax(-1).gt(1e-3).tolist() == [True, True, False], "images matter"
     assert tokens[2] == cached[2]
 
 
@@ -684,7 +685,7 @@ def test_rows_generate_as_they_do_alone(side: str):
         assert together[b] == whole[0]
 
 
-def test_pictures_are_read_once():
+def test_images_are_read_once():
     model, inputs = wrap(), batch()
     calls: dict[str, int] = {"resampler": 0, "keys": 0, "queries": 0}
 
@@ -701,7 +702,7 @@ def test_pictures_are_read_once():
         assert calls == {"resampler": 1, "keys": 2, "queries": 12}, options
 
 
-def test_only_the_pictures_of_a_row_are_encoded():
+def test_only_the_images_of_a_row_are_encoded():
     model, inputs = wrap(), batch()
     seen = []
     reader(model).gated_xattn_resampler["default"].register_forward_hook(lambda m, args, out: seen.append(len(out)))
@@ -745,7 +746,7 @@ def test_logits_processors_meet_a_marker_beyond_the_vocabulary(options: dict, wa
 
 
 @pytest.mark.parametrize("negative", [None, [[1, 6, 7], [9, 4, 5], [8, 8, 6]]], ids=["last token", "own prompt"])
-def test_guidance_reads_its_own_text_without_pictures(negative: list | None):
+def test_guidance_reads_its_own_text_without_images(negative: list | None):
     model, inputs, scale = wrap(), batch(), 1.5
     prompt = None if negative is None else torch.tensor(negative)
     found = generate(model, inputs, guidance_scale=scale, negative_prompt_ids=prompt)
@@ -809,7 +810,7 @@ def test_a_call_that_failed_can_be_made_again(call: str, error: type[BaseExcepti
     torch.testing.assert_close(found, whole, atol=1e-4, rtol=1e-4)
 
 
-def test_pictures_that_another_adapter_has_read_are_an_error():
+def test_images_that_another_adapter_has_read_are_an_error():
     model, inputs, media = wrap(), batch(), MediaCache()
     model.add_adapter("other", config())
     logits(model, **inputs, media=media)
@@ -817,7 +818,7 @@ def test_pictures_that_another_adapter_has_read_are_an_error():
     again = logits(model, **text, media=media)
     model.set_adapter("other")
     for call in (model, model.generate):
-        with pytest.raises(ValueError, match=r"media holds pictures as another adapter than 'other' has read them"):
+        with pytest.raises(ValueError, match=r"media holds images as another adapter than 'other' has read them"):
             call(**text, media=media)
     with pytest.raises(ValueError, match="another adapter than 'default'"):
         wrap()(**text, media=media.repeat_interleave(1))
@@ -827,8 +828,8 @@ def test_pictures_that_another_adapter_has_read_are_an_error():
 
 @pytest.mark.parametrize("cache", ["past_key_values", "cache"])  # "cache" since transformers 5.24
 @pytest.mark.parametrize("whole", [True, False], ids=["whole text", "new text"])
-def test_new_pictures_in_a_conversation(whole: bool, cache: str):
-    """The second turn reads its own pictures and the first one's, which are not read again."""
+def test_new_images_in_a_conversation(whole: bool, cache: str):
+    """The second turn reads its own images and the first one's, which are not read again."""
     model, x = wrap(), torch.randn(2, 3, 1, 4, D)
     turn = torch.tensor([[1, 5, M, 6], [1, M, M, 7]])
     more = torch.tensor([[M, 8, M, 9], [4, 8, 10, 9]])
@@ -863,20 +864,20 @@ def test_forward_goes_on_with_a_cache():
     expected = logits(model, **inputs)
     media, past = MediaCache(), hf.DynamicCache(config=model.config)
     parts = []
-    for piece, pictures in (
+    for piece, images in (
         ((0, 3), inputs["vision_features"][:, :1]),
         ((3, 5), None),
         ((5, 8), inputs["vision_features"][:, 1:]),
     ):
         ids = inputs["input_ids"][:, slice(*piece)]
-        parts.append(logits(model, input_ids=ids, vision_features=pictures, media=media, past_key_values=past))
+        parts.append(logits(model, input_ids=ids, vision_features=images, media=media, past_key_values=past))
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match=r"past_key_values .*media=MediaCache\(\)"):
         model(input_ids=inputs["input_ids"][:, :1], past_key_values=past)
 
 
 def test_answers_are_compared_behind_one_prompt():
-    """Two answers to each of three prompts, whose pictures, keys and values are made once."""
+    """Two answers to each of three prompts, whose images, keys and values are made once."""
     model, inputs = wrap(), batch()
     made = []
     for block in blocks(model):
@@ -1020,7 +1021,7 @@ dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("share", "checkpointing"), [(False, False), (True, False), (False, True)])
-def test_a_process_without_pictures_takes_part(share: bool, checkpointing: bool, tmp_path: Path):
+def test_a_process_without_images_takes_part(share: bool, checkpointing: bool, tmp_path: Path):
     tests = Path(__file__).parent
     (tmp_path / "run.py").write_text(DDP.format(tests=str(tests), share=share, checkpointing=checkpointing))
     path = os.pathsep.join([str(tests.parent), os.environ.get("PYTHONPATH", "")])
@@ -1052,12 +1053,12 @@ def test_segments_train_as_the_mask_does():
     ids[:, ::4] = M
     inputs = {"input_ids": ids, "vision_features": torch.randn(2, 6, 1, 4, D)}
     model = wrap()
-    assert isinstance(look(text_time(ids == M), torch.arange(1, 7).expand(2, -1), "last"), Segments)
+    assert isinstance(sight_of(text_time(ids == M), torch.arange(1, 7).expand(2, -1), "last"), Segments)
     found = []
     for forced in (False, True):
         with pytest.MonkeyPatch.context() as patch:
             if forced:
-                patch.setattr("peft_multimodal.nn.media.look", lambda t, n, a: ManyPictures(_allow(t, n, a)))
+                patch.setattr("peft_multimodal.nn.media.sight_of", lambda t, n, a: ManyImages(allowed(t, n, a)))
             model.zero_grad()
             loss = model(**inputs, labels=ids).loss
             loss.backward()
@@ -1096,7 +1097,7 @@ def test_low_cpu_mem_usage_and_copies(tmp_path: Path):
     assert generate(other, batch(VOCAB)) != generate(model, batch(VOCAB))
 
 
-# ----------------------------------------------------------------------------------------- vision encoders and pictures
+# ----------------------------------------------------------------------------------------- vision encoders and images
 
 
 def dinov2(folder: Path) -> Path:
@@ -1198,8 +1199,8 @@ def test_videos(tmp_path: Path):
     inputs = batch(vision_features=None, pixel_values=video)
     out = logits(model, **inputs)
     assert distance(logits(model, **{**inputs, "pixel_values": video.flip(2)}), out) > 1e-4, "time matters"
-    picture = logits(model, **{**inputs, "pixel_values": video[:, :, 0]})
-    torch.testing.assert_close(picture, logits(model, **{**inputs, "pixel_values": video[:, :, :1]}))
+    image = logits(model, **{**inputs, "pixel_values": video[:, :, 0]})
+    torch.testing.assert_close(image, logits(model, **{**inputs, "pixel_values": video[:, :, :1]}))
     mask = (torch.arange(4) < 3).expand(3, 2, -1)
     three = logits(model, **{**inputs, "pixel_values": video[:, :, :3]})
     torch.testing.assert_close(logits(model, **{**inputs, "frame_mask": mask}), three)
@@ -1291,14 +1292,14 @@ def processor(**changes) -> InterleavedProcessor:
     return InterleavedProcessor(tokenizer, images, **changes)
 
 
-def picture(red: int, mode: str = "RGB") -> Image.Image:
+def image(red: int, mode: str = "RGB") -> Image.Image:
     return Image.new("RGB", (20, 24), (red, 10, 200 - red)).convert(mode)
 
 
 def test_processor(tmp_path: Path):
     made = processor()
     assert made.media_token_id == VOCAB
-    one, two = picture(10), picture(200)
+    one, two = image(10), image(200)
     found = made(["<image>w4 w5 <image> w6", "w7"], images=[[one, two], []])
     assert found["input_ids"].tolist() == [[VOCAB, 4, 5, VOCAB, 6], [0, 0, 0, 0, 7]]
     assert found["attention_mask"].tolist() == [[1] * 5, [0, 0, 0, 0, 1]]
@@ -1308,7 +1309,7 @@ def test_processor(tmp_path: Path):
     assert not found["pixel_values"][1].any()
     assert set(made("w7")) == {"input_ids", "attention_mask"}
     assert made.batch_decode(found["input_ids"])[0] == "<image> w4 w5 <image> w6"
-    made(["<image>"], images=[[picture(3, "L")]])
+    made(["<image>"], images=[[image(3, "L")]])
     made.save_pretrained(tmp_path)
     again = InterleavedProcessor.from_pretrained(tmp_path)
     for key, value in again(["<image>w4 w5 <image> w6", "w7"], images=[[one, two], []]).items():
@@ -1318,36 +1319,34 @@ def test_processor(tmp_path: Path):
 
 
 def test_processor_of_videos():
-    found = processor()(
-        ["<image> w4 <image>", "<image>"], images=[[picture(9), [picture(20), picture(30)]], [picture(40)]]
-    )
+    found = processor()(["<image> w4 <image>", "<image>"], images=[[image(9), [image(20), image(30)]], [image(40)]])
     assert found["pixel_values"].shape == (2, 2, 2, 3, 16, 16)
     assert found["frame_mask"].tolist() == [[[True, False], [True, True]], [[True, False], [False, False]]]
 
 
 @pytest.mark.parametrize(("side", "kept"), [("left", [1, 2]), ("right", [0])])
-def test_pictures_are_cut_off_with_their_markers(side: str, kept: list[int]):
-    made, pictures = processor(), [picture(10), picture(100), picture(200)]
+def test_images_are_cut_off_with_their_markers(side: str, kept: list[int]):
+    made, images = processor(), [image(10), image(100), image(200)]
     made.tokenizer.truncation_side = side
     texts = ["<image> w4 w5 <image> w6 <image>", "w4 w5 w6"]
-    found = made(texts, images=[pictures, []], truncation=True, max_length=3)
-    expected = made.image_processor([pictures[i] for i in kept], return_tensors="pt")["pixel_values"]
+    found = made(texts, images=[images, []], truncation=True, max_length=3)
+    expected = made.image_processor([images[i] for i in kept], return_tensors="pt")["pixel_values"]
     assert (found["input_ids"] == VOCAB).sum(dim=1).tolist() == [len(kept), 0]
     assert torch.equal(found["pixel_values"][0], expected)
     if side == "left":
-        assert "pixel_values" not in made(["<image> w4"], images=[pictures[:1]], truncation=True, max_length=1)
+        assert "pixel_values" not in made(["<image> w4"], images=[images[:1]], truncation=True, max_length=1)
     several = {"truncation": True, "max_length": 3, "return_overflowing_tokens": True}
     with pytest.raises(ValueError, match=r"made 2 rows of 1 texts"):
-        made(texts[:1], images=[pictures], **several)
+        made(texts[:1], images=[images], **several)
 
 
 @pytest.mark.parametrize(
     ("texts", "images", "message"),
     [
         (["<image> w4"], [[]], "Row 0 has 1 markers '<image>' but 0 images"),
-        (["w4"], [[picture(1)]], "0 markers .* but 1 images"),
+        (["w4"], [[image(1)]], "0 markers .* but 1 images"),
         (["w4", "w5"], [[]], "1 lists of images for 2 texts"),
-        (["<image>"], [picture(1)], "a list of images for each text"),
+        (["<image>"], [image(1)], "a list of images for each text"),
         (["<image>"], [["a.png"]], "Row 0: image 0 holds the path 'a.png', which can't be read"),
         (["<image>"], [[[]]], "no frames"),
         ([3], None, "strings, got int"),
@@ -1361,7 +1360,7 @@ def test_processor_refuses(texts, images, message: str):
 def test_processor_without_what_it_needs():
     bare = InterleavedProcessor(processor().tokenizer)
     with pytest.raises(ValueError, match="has no image_processor"):
-        bare(["<image>"], images=[[picture(1)]])
+        bare(["<image>"], images=[[image(1)]])
     bare.tokenizer.pad_token = None
     with pytest.raises(ValueError, match=r"no padding token: set tokenizer.pad_token"):
         bare(["w4"])
@@ -1374,7 +1373,7 @@ def test_trainer(tmp_path: Path):
     rows = [
         {
             "text": f"<image> w{4 + i % 2} <image> w{5 - i % 2} [EOS]",
-            "images": [picture(250 * (i % 2)), picture(250 - 250 * (i % 2))],
+            "images": [image(250 * (i % 2)), image(250 - 250 * (i % 2))],
         }
         for i in range(8)
     ] + [{"text": "w9 w10", "images": []}]
@@ -1416,9 +1415,9 @@ def test_trainer(tmp_path: Path):
 
 X = torch.randn(3, 2, 1, 4, D)
 BAD_CALLS = {
-    "no pictures": ({"vision_features": None}, r"Row 0 has 2 markers but 0 pictures"),
-    "too few": ({"vision_features": X[:, :1]}, r"Row 0 has 2 markers but 1 pictures"),
-    "other rows": ({"vision_features": X[:2]}, r"Pictures of 2 rows were given for 3 rows"),
+    "no images": ({"vision_features": None}, r"Row 0 has 2 markers but 0 images"),
+    "too few": ({"vision_features": X[:, :1]}, r"Row 0 has 2 markers but 1 images"),
+    "other rows": ({"vision_features": X[:2]}, r"Images of 2 rows were given for 3 rows"),
     "four axes": ({"vision_features": X[:, :, 0]}, r"shape \(3, 2, 4, 20\), not \(B, T, F, S, 20\)"),
     "another width": ({"vision_features": X[..., :8]}, r"not \(B, T, F, S, 20\)"),
     "pixels": ({"vision_features": None, "pixel_values": torch.zeros(3, 2, 3, 16, 16)}, r"no vision_encoder: pass"),
@@ -1442,7 +1441,7 @@ def test_bad_calls(bad: str, call: str):
         model(**inputs) if call == "forward" else model.generate(**inputs, **GREEDY)
 
 
-def test_pictures_of_a_disabled_adapter_are_an_error():
+def test_images_of_a_disabled_adapter_are_an_error():
     model, inputs = wrap(), batch()
     with model.disable_adapter():
         for call in (model, model.generate, model.get_base_model()):
@@ -1513,8 +1512,8 @@ def test_models_without_attention_are_refused(name: str):
     assert trace(base) == before
 
 
-def test_an_encoder_of_pictures_with_a_decoder_is_refused():
-    """It is given `decoder_input_ids`, and its layers read pictures already."""
+def test_an_encoder_of_images_with_a_decoder_is_refused():
+    """It is given `decoder_input_ids`, and its layers read images already."""
     text = hf.BertConfig(**text_tower(WIDTH), is_decoder=True, add_cross_attention=True)
     both = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(hf.ViTConfig(**vision_tower(WIDTH)), text)
     with pytest.raises(ValueError, match=r"an encoder and a decoder.* Use a decoder-only language model"):
@@ -1555,7 +1554,7 @@ DECODER = ("blip_2", "llava", "qwen2_5_vl", "paligemma", "idefics3", "mllama")
 
 
 def gated_xattn(family: Family, **changes: Any) -> PeftConfig | None:
-    """The pictures are the families' `media`."""
+    """The images are the families' `media`."""
     if family.name not in DECODER:
         return None
     sizes = {"num_latents": 3, "resampler_depth": 1, "resampler_heads": 2, "head_dim": 8, "max_frames": 2}

@@ -11,7 +11,7 @@ import transformers as hf
 from families import FAMILIES, VOCAB, text_tower, tiny
 from torch import nn
 
-from peft_multimodal.core.sites import ends, ffns
+from peft_multimodal.core.sites import decoder, ends, ffns
 
 HALVES = {f"{half}_{part}": size for half in ("encoder", "decoder") for part, size in
           (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))}  # fmt: skip
@@ -83,3 +83,27 @@ def test_what_ends_a_sub_layer_is_what_the_stream_gets(name: str):
         for path in ffn.first:
             model.get_submodule(path).weight.add_(1.0)
     assert torch.equal(family.output(model(**family.inputs(model))), before)
+
+
+DECODERS = {
+    "llama": ("model", "model.layers", "model.embed_tokens", True),
+    "llava": ("model.language_model", "model.language_model.layers", "model.language_model.embed_tokens", True),
+    "gpt2": ("transformer", "transformer.h", "transformer.wte", True),
+    "mixtral": ("model", "model.layers", "model.embed_tokens", True),
+    "t5": ("decoder", "decoder.block", "decoder.embed_tokens", False),
+    "bart": ("model.decoder", "model.decoder.layers", "model.decoder.embed_tokens", False),
+    **dict.fromkeys(("clip", "flava", "vilt", "vision_text_dual_encoder"), None),
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_is_found_inside_and_behind_others(name: str):
+    model, expected = MODELS[name](), DECODERS[name]
+    stack = decoder(model)
+    if expected is None:
+        assert stack is None
+        return
+    assert stack is not None
+    layers = [f"{expected[1]}.{i}" for i in range(len(model.get_submodule(expected[1])))]
+    assert (stack.stack, list(stack.layers), stack.embedding, stack.is_alone) == (expected[0], layers, *expected[2:])
+    assert stack.width == model.get_submodule(stack.embedding).embedding_dim == 32

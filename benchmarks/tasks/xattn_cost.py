@@ -24,7 +24,7 @@ from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttent
 
 from peft_multimodal import GatedXAttnConfig
 from peft_multimodal.methods.gated_xattn import make_block
-from peft_multimodal.nn.media import look, text_time
+from peft_multimodal.nn.media import sight_of, text_time
 
 from .. import report as tables
 from ..experiment import Experiment
@@ -104,7 +104,7 @@ def train_step(rounds: int, rows: int = 2, length: int = 512) -> dict[str, Any]:
             return Loss(out, out)
 
     def ours(y: Tensor, m: Tensor) -> Tensor:
-        sight = look(times, numbers, "last")
+        sight = sight_of(times, numbers, "last")
         assert sight is not None
         return block(y, sight, sight.pick(*block.attention.keys_values(m)))
 

@@ -9,10 +9,24 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from .anatomy import LETTER, Anatomy, Matrix, Site, describe, is_below, is_cross, layer_of
+from .anatomy import (
+    LETTER,
+    Anatomy,
+    Matrix,
+    Site,
+    describe,
+    is_below,
+    is_cross,
+    layer_of,
+    own_modules,
+    stack_of,
+    token_embeddings,
+    unwrap,
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,61 @@ def ends(model: nn.Module, found: Anatomy | None = None) -> list[Site]:
         ordinals[tower, kind] += 1
         sites.append(Site(matrix.module, kind, tower, role, matrix.d_in, matrix.d_out))
     return sites
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The stack of layers that predicts text; paths of modules.
+
+    Args:
+        stack: Its forward runs the layers.
+        layers: In their order.
+        embedding: Reads the tokens.
+        width: d of the stream.
+        is_alone: Whether no encoder reads text or images for it, as in T5 and BART.
+    """
+
+    stack: str
+    layers: tuple[str, ...]
+    embedding: str
+    width: int
+    is_alone: bool
+
+
+def decoder(model: Any, anatomy: Anatomy | None = None) -> Decoder | None:
+    """A model's decoder, also inside a vision-language model or behind an encoder; None where it has not exactly one."""
+    anatomy = anatomy or describe(model)
+    towers = [t for t in anatomy.towers if t.name == "decoder"]
+    if len(towers) != 1:
+        return None
+    (tower,) = towers
+    numbered = [m for m in anatomy.matrices if m.tower == "decoder" and layer_of(m.module)]
+    # Attention tells the layers from other lists. Not every family's is known: some fuse q, k and v head by head, or
+    # factorise them; their layers are then the only list there is.
+    queries = [m for m in numbered if m.letter in ("q", "qkv")]
+    stacks = {stack_of(m.module) for m in queries or numbered}
+    embeddings = [e for e in token_embeddings(model) if is_below(e, tower.path)]
+    if len(stacks) != 1 or not embeddings:
+        return None
+    (stack,) = stacks
+    modules, configs = own_modules(model), text_configs(model)
+    layers = (path for path in modules if path.rpartition(".")[0] == stack and path.rpartition(".")[2].isdigit())
+    primary = unwrap(model.get_input_embeddings())
+    embedding = next((e for e in embeddings if modules[e] is primary), embeddings[0])
+    width: Any = tower.hidden_size or configs[-1].hidden_size
+    encodes = any(t.name == "text" for t in anatomy.towers)
+    is_alone = not (encodes or any(getattr(c, "is_encoder_decoder", False) for c in configs))
+    return Decoder(stack.rpartition(".")[0], tuple(layers), embedding, width, is_alone)
+
+
+def text_configs(model: Any) -> list[Any]:
+    """The model's config and that of its text part, as far as it has them."""
+    config: Any = getattr(model, "config", None)
+    try:
+        text = config.get_text_config()
+    except (AttributeError, ValueError):  # none of transformers', or of several text parts
+        text = None
+    return [c for c in (config, text) if c is not None]
 
 
 def _attentions(found: Anatomy) -> dict[str, Matrix]:

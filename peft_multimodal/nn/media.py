@@ -1,13 +1,13 @@
-"""Which pictures a text looks at: its markers, the pictures of a batch, and attention that reads only those.
+"""Which images a text looks at: its markers, the images of a batch, and attention that reads only those.
 
-With mark[b, i] = 1 where token i is the marker of a picture, the text time of a token is
+With mark[b, i] = 1 where token i is the marker of an image, the text time of a token is
 
-    t[b, i] = sum_{k <= i} mark[b, k]                       a marker already sees its own picture
+    t[b, i] = sum_{k <= i} mark[b, k]                       a marker already sees its own image
 
-    allow[b, i, j] = (t[b, i] == j)                         attend = "last": the last picture before the token
+    allow[b, i, j] = (t[b, i] == j)                         attend = "last": the last image before the token
                      (t[b, i] >= j)                         attend = "all_previous"
 
-for the pictures j = 1..T. Where nothing is allowed (t = 0) the attention's output is exactly 0.
+for the images j = 1..T. Where nothing is allowed (t = 0) the attention's output is exactly 0.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ def text_time(marks: Tensor, before: Tensor | None = None) -> Tensor:
 
 
 class MediaCache:
-    """The pictures of a batch of conversations, kept from turn to turn as `past_key_values` keeps their text.
+    """The images of a batch of conversations, kept from turn to turn as `past_key_values` keeps their text.
 
-    Each call adds the pictures that it is given; their tokens, and the keys and values of every layer, are made once.
+    Each call adds the images that it is given; their tokens, and the keys and values of every layer, are made once.
 
         >>> media = MediaCache()
-        >>> out = model.generate(**turn_1, pixel_values=pictures_1, media=media, return_dict_in_generate=True)
-        >>> model.generate(**both_turns, pixel_values=pictures_2, media=media, past_key_values=out.past_key_values)
+        >>> out = model.generate(**turn_1, pixel_values=images_1, media=media, return_dict_in_generate=True)
+        >>> model.generate(**both_turns, pixel_values=images_2, media=media, past_key_values=out.past_key_values)
 
     Attributes:
-        latents: (B, T, R, D), or None before the first picture.
-        numbers: (B, T), the number j >= 1 of each picture in its conversation; 0 where a row has none in this place.
+        latents: (B, T, R, D), or None before the first image.
+        numbers: (B, T), the number j >= 1 of each image in its conversation; 0 where a row has none in this place.
         adapter: Which adapter has read them; to another they would mean nothing.
     """
 
@@ -52,11 +52,11 @@ class MediaCache:
         self._kept: dict[Any, KeysValues] = {}
 
     def counts(self, rows: Tensor) -> Tensor:
-        """(B): how many pictures each row has. `rows` is any tensor of B rows on the right device."""
+        """(B): how many images each row has. `rows` is any tensor of B rows on the right device."""
         return rows.new_zeros(len(rows)) if self.numbers is None else self.numbers.amax(dim=1).to(rows)
 
     def append(self, latents: Tensor, counts: Tensor) -> None:
-        """Add pictures.
+        """Add images.
 
         Args:
             latents: (B, T, R, D).
@@ -99,7 +99,7 @@ class MediaCache:
         return found
 
     def keys_values(self, key: Any, make: Callable[[Tensor], KeysValues]) -> KeysValues:
-        """Those of all pictures, each (B, T, R, heads, d_h); `make` is called for pictures that are new to `key`."""
+        """Those of all images, each (B, T, R, heads, d_h); `make` is called for images that are new to `key`."""
         assert self.latents is not None
         kept = self._kept.get(key)
         known = 0 if kept is None else kept[0].shape[1]
@@ -111,11 +111,11 @@ class MediaCache:
         return self._kept[key]
 
 
-# --- attention to pictures -------------------------------------------------------------------------------------------
+# --- attention to images -------------------------------------------------------------------------------------------
 
 
 class Sight:
-    """Base of the ways in which the tokens of one forward pass read their pictures.
+    """Base of the ways in which the tokens of one forward pass read their images.
 
     Args:
         seen: (B, L), the tokens that see one at all.
@@ -126,16 +126,16 @@ class Sight:
         self.unseen = ~seen[..., None, None]
 
     def pick(self, k: Tensor, v: Tensor) -> KeysValues:
-        """What is read of all pictures' keys and values, each (B, T, R, h, d_h); worth keeping while this object is."""
+        """What is read of all images' keys and values, each (B, T, R, h, d_h); worth keeping while this object is."""
         raise NotImplementedError
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Queries (B, L, h, d_h) and what `pick` gave -> (B, L, h, d_h), exactly 0 where a token sees nothing."""
         raise NotImplementedError
 
 
-class OnePicture(Sight):
-    """Every row has one picture in view.
+class OneImage(Sight):
+    """Every row has one image in view.
 
     Args:
         seen: (B, L).
@@ -152,13 +152,13 @@ class OnePicture(Sight):
         rows = torch.arange(len(k), device=k.device)
         return _heads_first(k[rows, self.places]), _heads_first(v[rows, self.places])
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = F.scaled_dot_product_attention(_heads_first(q), k, v)
         return _heads_first(out).masked_fill(self.unseen, 0.0)
 
 
-class ManyPictures(Sight):
-    """Every token is scored against all pictures, and a mask leaves those that it sees.
+class ManyImages(Sight):
+    """Every token is scored against all images, and a mask leaves those that it sees.
 
     Args:
         allow: (B, L, T).
@@ -171,36 +171,36 @@ class ManyPictures(Sight):
     def pick(self, k: Tensor, v: Tensor) -> KeysValues:
         return _heads_first(k.flatten(1, 2)), _heads_first(v.flatten(1, 2))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = self.allow.repeat_interleave(k.shape[2] // self.allow.shape[-1], dim=-1)[:, None]
         out = F.scaled_dot_product_attention(_heads_first(q), k, v, mask)
         return _heads_first(out).masked_fill(self.unseen, 0.0)
 
 
 class Segments(Sight):
-    """Each run of tokens that see the same picture is scored against that picture alone.
+    """Each run of tokens that see the same image is scored against that image alone.
 
     The N runs are laid side by side, padded to the longest: N x longest x R scores instead of B x L x T R.
 
     Args:
         seen: (B, L).
-        pictures: (N), the picture of each run: row * T + place.
+        images: (N), the image of each run: row * T + place.
         tokens: (N, longest), the token in each place: row * L + i; any where the run is shorter.
         back: (B, L), where each token stands in `tokens`, flat; any where it sees nothing.
-        all_in_order: Whether `pictures` is 0, 1, ..., B T - 1.
+        all_in_order: Whether `images` is 0, 1, ..., B T - 1.
     """
 
-    def __init__(self, seen: Tensor, pictures: Tensor, tokens: Tensor, back: Tensor, all_in_order: bool) -> None:
+    def __init__(self, seen: Tensor, images: Tensor, tokens: Tensor, back: Tensor, all_in_order: bool) -> None:
         super().__init__(seen)
-        self.pictures, self.tokens, self.back, self.all_in_order = pictures, tokens, back, all_in_order
+        self.images, self.tokens, self.back, self.all_in_order = images, tokens, back, all_in_order
 
     def pick(self, k: Tensor, v: Tensor) -> KeysValues:
         k, v = k.flatten(0, 1), v.flatten(0, 1)
         if not self.all_in_order:
-            k, v = k.index_select(0, self.pictures), v.index_select(0, self.pictures)
+            k, v = k.index_select(0, self.images), v.index_select(0, self.images)
         return _heads_first(k), _heads_first(v)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q = q.flatten(0, 1).index_select(0, self.tokens.flatten()).unflatten(0, self.tokens.shape)
         out = _heads_first(F.scaled_dot_product_attention(_heads_first(q), k, v))
         out = out.flatten(0, 1).index_select(0, self.back.flatten()).unflatten(0, self.back.shape)
@@ -212,12 +212,12 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2)
 
 
-def look(times: Tensor, numbers: Tensor, attend: str) -> Sight | None:
-    """How the tokens of a forward pass read their pictures in the cheapest way; None if no token sees one.
+def sight_of(times: Tensor, numbers: Tensor, attend: str) -> Sight | None:
+    """How the tokens of a forward pass read their images in the cheapest way; None if no token sees one.
 
     Args:
         times: (B, L), their text time.
-        numbers: (B, T), of the pictures, as `MediaCache` keeps them.
+        numbers: (B, T), of the images, as `MediaCache` keeps them.
         attend: "last" or "all_previous".
     """
     one, compiling = numbers.shape[1] == 1, torch.compiler.is_compiling()
@@ -227,16 +227,16 @@ def look(times: Tensor, numbers: Tensor, attend: str) -> Sight | None:
         one = one or (attend == "last" and bool((times == times[:, :1]).all()))
     if one:
         place = (numbers == times[:, -1:].clamp_min(1)).long().argmax(dim=1)
-        return OnePicture(times > 0, place)
-    allow = _allow(times, numbers, attend)
+        return OneImage(times > 0, place)
+    allow = allowed(times, numbers, attend)
     if compiling or attend != "last":
-        return ManyPictures(allow)
+        return ManyImages(allow)
     segments = _segments(allow)
     # Laying tokens side by side costs passes over them: it pays where it halves the scores at least.
-    return segments if 2 * segments.tokens.numel() <= allow.numel() else ManyPictures(allow)
+    return segments if 2 * segments.tokens.numel() <= allow.numel() else ManyImages(allow)
 
 
-def _allow(times: Tensor, numbers: Tensor, attend: str) -> Tensor:
+def allowed(times: Tensor, numbers: Tensor, attend: str) -> Tensor:
     t, j = times[..., None], numbers[:, None]
     return (j > 0) & ((t == j) if attend == "last" else (t >= j))
 
@@ -244,9 +244,9 @@ def _allow(times: Tensor, numbers: Tensor, attend: str) -> Tensor:
 def _segments(allow: Tensor) -> Segments:
     b, length, t = allow.shape
     seen = allow.any(dim=-1)
-    pictures = torch.arange(b, device=allow.device)[:, None] * t + allow.long().argmax(dim=-1)
+    images = torch.arange(b, device=allow.device)[:, None] * t + allow.long().argmax(dim=-1)
     tokens = seen.flatten().nonzero().flatten()
-    found, run, lengths = torch.unique_consecutive(pictures.flatten()[tokens], return_inverse=True, return_counts=True)
+    found, run, lengths = torch.unique_consecutive(images.flatten()[tokens], return_inverse=True, return_counts=True)
     longest = int(lengths.max())
     first = lengths.cumsum(0) - lengths
     place = run * longest + torch.arange(len(tokens), device=allow.device) - first[run]
@@ -263,14 +263,14 @@ def _segments(allow: Tensor) -> Segments:
 
 @dataclass
 class Reading:
-    """What the decoder's layers know of the pictures of one call of the model, or of one `generate`.
+    """What the decoder's layers know of the images of one call of the model, or of one `generate`.
 
     Args:
-        media: The pictures.
-        times: (B, P), the text time of the text that was given; None where that text is unknown, and has no pictures.
+        media: The images.
+        times: (B, P), the text time of the text that was given; None where that text is unknown, and has no images.
         attend: "last" or "all_previous".
         generating: Then forward passes follow each other.
-        keeps: Then what is made of the pictures is kept for later forward passes, in this call or with this `media`.
+        keeps: Then what is made of the images is kept for later forward passes, in this call or with this `media`.
         start: Place of the first token of `times` in its sequence.
         offset: Place of the first token of the running forward pass.
         known: How many places `media` had before the call.
@@ -284,16 +284,16 @@ class Reading:
     start: int = 0
     offset: int = 0
     known: int = 0
-    is_missed: bool = False  # whether a layer has found that there are no pictures
+    is_missed: bool = False  # whether a layer has found that there are no images
     _sight: tuple[Any, Sight | None] = (None, None)
     _picked: dict[Any, KeysValues] = field(default_factory=dict)
 
     def undo(self) -> None:
-        """After a call that failed: its pictures are taken out of `media`, so that it can be made again."""
+        """After a call that failed: its images are taken out of `media`, so that it can be made again."""
         self.media.cut(self.known)
 
     def sight(self, y: Tensor) -> Sight | None:
-        """How the tokens of a stream (rows, L, d) read their pictures; rows are B or, of beams, a multiple of it."""
+        """How the tokens of a stream (rows, L, d) read their images; rows are B or, of beams, a multiple of it."""
         if self.times is None or self.media.latents is None:
             return None
         rows, length, given = y.shape[0], y.shape[1], self.times.shape[1]
@@ -318,7 +318,7 @@ class Reading:
             times = torch.cat([times, times[:, -1:].expand(-1, length - times.shape[1])], dim=1)
         assert self.media.numbers is not None
         times = times.repeat_interleave(rows // len(times), dim=0).reshape(len(times), -1)
-        return look(times.to(device), self.media.numbers.to(device), self.attend)
+        return sight_of(times.to(device), self.media.numbers.to(device), self.attend)
 
     def keys_values(self, key: Any, sight: Sight, make: Callable[[Tensor], KeysValues]) -> KeysValues:
         """What the layer `key` reads in this forward pass; made once while the sight is the same."""

@@ -1,6 +1,6 @@
 """From the features of a vision encoder to the tokens that a language model reads (Alayrac et al., arXiv 2204.14198).
 
-The Perceiver resampler turns any number of features of one picture or video, X in R^{F x S x D} (F frames, S places),
+The Perceiver resampler turns any number of features of one image or video, X in R^{F x S x D} (F frames, S places),
 into R tokens. With learned latents Z in R^{R x D} and a learned embedding T in R^{F_max x D} of the frames:
 
     X   = X + T[f], flattened to (F S) x D                  places have no embedding
@@ -61,7 +61,7 @@ def feed_forward(width: int, mult: int) -> nn.Sequential:
 
 
 class Resampler(nn.Module):
-    """Base of the resamplers: features of pictures and videos to tokens, frames told apart by an embedding.
+    """Base of the resamplers: features of images and videos to tokens, frames told apart by an embedding.
 
     Args:
         width: D of the vision encoder.
@@ -73,7 +73,7 @@ class Resampler(nn.Module):
         self.frames = nn.Parameter(0.02 * torch.randn(max_frames, width))
 
     def forward(self, x: Tensor, frame_mask: Tensor | None = None) -> Tensor:
-        """Features (N, F, S, D) of N pictures or videos -> tokens (N, R, D).
+        """Features (N, F, S, D) of N images or videos -> tokens (N, R, D).
 
         Args:
             frame_mask: (N, F), True where a frame is one; the others are never read. None: all are.
@@ -144,7 +144,7 @@ class PerceiverLayer(nn.Module):
 
 
 class LinearResampler(Resampler):
-    """An ablation without attention: m = LN(mean of X over the frames) W, S tokens a picture; 2 D + D^2 parameters
+    """An ablation without attention: m = LN(mean of X over the frames) W, S tokens an image; 2 D + D^2 parameters
     beside the frames'."""
 
     def __init__(self, width: int, max_frames: int) -> None:
@@ -160,7 +160,7 @@ class LinearResampler(Resampler):
 
 
 class MeanResampler(LinearResampler):
-    """An ablation that reads the whole picture as one token: the mean of what `LinearResampler` reads."""
+    """An ablation that reads the whole image as one token: the mean of what `LinearResampler` reads."""
 
     def resample(self, x: Tensor, frame_mask: Tensor | None) -> Tensor:
         return super().resample(x.mean(dim=2, keepdim=True), frame_mask)
