@@ -13,7 +13,7 @@ TORCH_NEWEST ?= torch
 CORE = test_registry.py test_families.py test_contract.py test_trainer.py test_saving.py test_life.py \
 	test_peft_expectations.py test_auto_contract.py
 
-.PHONY: help install lock quickstart test test-all test-newest test-oldest test-peft quality format package benchmark gpu-check clean
+.PHONY: help install lock quickstart test test-all test-newest test-oldest test-peft quality format docs-tables package benchmark gpu-check clean
 
 help:
 	@grep -E '^# make' Makefile | cut -c3-
@@ -80,6 +80,10 @@ package: install
 	$(PYTHON) -m venv build/clean
 	build/clean/bin/python -m pip install --quiet --constraint $(LOCK) dist/*.whl
 	cd build && clean/bin/python -m peft_multimodal --help
+
+# the README's table of methods and the index of docs/, from the registry
+docs-tables: install
+	$(BIN)/python tests/docs_tables.py
 
 # hours of CPU; results that are there already are kept
 benchmark: install

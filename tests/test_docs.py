@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import docs_tables
 import pytest
 from docs_models import MODELS
 from docs_reader import ROOT, Block, blocks, check_command, commands, do
@@ -52,6 +53,10 @@ def test_every_block_is_carried_out(page: str, desk: Desk, tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [block.line for block in blocks(page)]
+
+
+def test_tables_of_methods_are_the_registry():
+    assert not docs_tables.stale(), "run `make docs-tables`"
 
 
 @pytest.mark.parametrize("page", COMMANDS_ALONE)

@@ -122,7 +122,7 @@ def test_another_package_of_the_same_name_is_named():
     known = mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name]
     stranger = type("StrangeConfig", (peft.PeftConfig,), {"__module__": "stranger.methods"})
     with pytest.raises(RuntimeError, match=r"registered .*peft_multimodal"):
-        registry.method(name.lower(), stranger, summary="", docs="", promises=registry.Promises())(
+        registry.method(name.lower(), stranger, summary="", use=None, docs="", promises=registry.Promises())(
             mapping.PEFT_TYPE_TO_TUNER_MAPPING[name]
         )
     assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name] is known

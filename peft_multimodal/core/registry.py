@@ -1,6 +1,8 @@
 """The one list of methods, and the only file that touches PEFT's registries.
 
-    @method("my_method", MyMethodConfig, summary="...", docs="docs/my-method.md", promises=Promises(...))
+    @method(
+        "my_method", MyMethodConfig, summary="...", use=Use(...), docs="docs/my-method.md", promises=Promises(...)
+    )
     class MyMethodModel(MultimodalTuner): ...
 
 makes a method known to PEFT and to this package: the doctor, the model card, the contract tests and the tables of the
@@ -47,6 +49,23 @@ class Promises:
 
 
 @dataclass(frozen=True)
+class Use:
+    """When to take a method: its row of the README's table.
+
+    Args:
+        have: What the user has.
+        want: What the user wants.
+        cost: What it costs, in one or two figures that a benchmark printed.
+        compare: What else to try on the same data.
+    """
+
+    have: str
+    want: str
+    cost: str
+    compare: str
+
+
+@dataclass(frozen=True)
 class Method:
     """A method as it is registered.
 
@@ -54,6 +73,7 @@ class Method:
         name: As PEFT knows it, in lower case; the prefix of its parameters is this and an underscore.
         config, model: Its two classes.
         summary: What it is for, in one line.
+        use: When to take it.
         docs: Path of its page in the repository.
         promises: What it claims.
         smallest: Makes a config of little more than defaults, to say what would be adapted.
@@ -63,6 +83,7 @@ class Method:
     config: type[PeftConfig]
     model: Any
     summary: str
+    use: Use
     docs: str
     promises: Promises
     smallest: Callable[[], Any]
@@ -82,6 +103,7 @@ def method(
     config: type[PeftConfig],
     *,
     summary: str,
+    use: Use,
     docs: str,
     promises: Promises,
     smallest: Callable[[], Any] | None = None,
@@ -96,7 +118,7 @@ def method(
 
     def register(model: Tuner) -> Tuner:
         _tell_peft(name, config, model)
-        METHODS[name] = Method(name, config, model, summary, docs, promises, smallest or config)
+        METHODS[name] = Method(name, config, model, summary, use, docs, promises, smallest or config)
         return model
 
     return register

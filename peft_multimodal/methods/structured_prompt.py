@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from ..core.anatomy import Anatomy, Site, base_model, describe, is_below, token_embeddings, unwrap
 from ..core.config import MultimodalConfig, heads_for
-from ..core.registry import Promises, method
+from ..core.registry import Promises, Use, method
 from ..core.tuner import MultimodalTuner
 from ..model_card import CardNotes
 from .prompt_classifier import (
@@ -213,6 +213,12 @@ class StructuredContext(nn.Module):
     "structured_prompt",
     StructuredPromptConfig,
     summary="A classifier from few labels: prompts that look at the image.",
+    use=Use(
+        have="a few labelled images of each class",
+        want="a classifier whose class names may change",
+        cost="a text for each class and image; with `num_instance=0` for each class",
+        compare="zero-shot, and a linear probe that starts from the text: ahead where class names never change",
+    ),
     docs="docs/structured-prompt.md",
     promises=Promises(starts_as="images", acts_on="tower", takes_targets=False, classes=True),
 )

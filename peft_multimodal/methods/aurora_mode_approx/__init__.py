@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from ...core.anatomy import Anatomy, Matrix, unwrap
 from ...core.config import MultimodalConfig
-from ...core.registry import Promises, method
+from ...core.registry import Promises, Use, method
 from ...core.tuner import MultimodalTuner
 from . import conversion
 from .algebra import CompressionErrors
@@ -111,6 +111,12 @@ class AuroraModeApproxConfig(MultimodalConfig):
     "aurora_mode_approx",
     AuroraModeApproxConfig,
     summary="Image-text tasks at a fraction of LoRA's parameters: one CP tensor updates every attention of every tower.",
+    use=Use(
+        have="images with captions, or questions with answers",
+        want="your task, in the smallest file",
+        cost="0.7 MB for CLIP ViT-B/32",
+        compare="PEFT's LoRA: ahead by a little, in ten times the file",
+    ),
     docs="docs/aurora-mode-approx.md",
     promises=Promises(),
 )

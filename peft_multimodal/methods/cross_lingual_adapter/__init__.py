@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from ...core.anatomy import Anatomy, Site, base_model, describe, is_below, own_modules, token_embeddings
 from ...core.config import MultimodalConfig, heads_for
-from ...core.registry import Promises, method
+from ...core.registry import Promises, Use, method
 from ...core.tuner import MultimodalTuner
 from ...encoders.frozen import follow
 from ...encoders.language import KEPT, KEPT_TOKENIZER, LanguageEncoder, load_encoder, place_of
@@ -201,6 +201,12 @@ class LanguageAdapter(nn.Module):
     "cross_lingual_adapter",
     CrossLingualAdapterConfig,
     summary="An English model reads another language, from translation pairs alone; images and their index stay as they are.",
+    use=Use(
+        have="translation pairs, and no images",
+        want="an English model that reads another language, while an index of images stays valid",
+        cost="8,213 pairs: 88 seconds of one core",
+        compare="a small MLP on the language encoder: close in Chinese",
+    ),
     docs="docs/cross-lingual-adapter.md",
     promises=Promises(
         starts_as="images",

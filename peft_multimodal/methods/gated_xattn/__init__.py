@@ -35,7 +35,7 @@ from torch import nn
 
 from ...core.anatomy import Anatomy, Site, base_model, describe, own_modules
 from ...core.config import MultimodalConfig
-from ...core.registry import Promises, method
+from ...core.registry import Promises, Use, method
 from ...core.sites import Decoder
 from ...core.tuner import MultimodalTuner
 from ...encoders.frozen import follow
@@ -179,6 +179,12 @@ def count_parameters(config: GatedXAttnConfig, width: int, blocks: int) -> int:
     "gated_xattn",
     GatedXAttnConfig,
     summary="A frozen language model sees: images and videos between its words, in context and in generation.",
+    use=Use(
+        have="a language model, and images or videos",
+        want="a language model that sees, in context and in generation",
+        cost="8.4M parameters for SmolLM2-135M",
+        compare="a model that sees already (LLaVA, Qwen-VL) with LoRA: these blocks start from nothing and need more data",
+    ),
     docs="docs/gated-xattn.md",
     promises=Promises(acts_on="decoder", takes_targets=False),
     smallest=lambda: GatedXAttnConfig(media_token_id=0),
