@@ -456,7 +456,7 @@ def states(seed, *lengths):
 
 def test_functional_loss_is_that_of_the_models_forward(flava):
     """With E as the tower's states for a text, the fusion encoder gives what the English model gives."""
-    pixels = ds.random_pictures(flava, 2)
+    pixels = ds.random_images(flava, 2)
     assert pixels.shape == (2, 3, 16, 16)
     batch = PROCESSOR.tokenize(["e1 e2 e3", "e4"], "en")
     with torch.no_grad():
@@ -484,7 +484,7 @@ def test_functional_loss_is_that_of_the_models_forward(flava):
 
 def test_functional_loss_is_zero_where_both_are_equal(flava):
     E, mask = states(0, 4, 2)
-    pixels = ds.random_pictures(flava, 2)
+    pixels = ds.random_images(flava, 2)
     assert ds.functional_loss(flava, E, E, mask, mask, pixels) == 0
     assert ds.functional_loss(flava, E + 1e-2, E, mask, mask, pixels) > 0
     assert ds.functional_loss(flava.eval(), E, E.flip(0), mask, mask.flip(0), pixels) > 0
@@ -498,12 +498,12 @@ def test_functional_loss_is_zero_where_both_are_equal_under_dropout(folder):
             module.p = 0.3
     model = adapted("flava", folder, base=base).train()
     E, mask = states(0, 4, 2)
-    assert ds.functional_loss(model, E, E, mask, mask, ds.random_pictures(model, 2)) == 0
+    assert ds.functional_loss(model, E, E, mask, mask, ds.random_images(model, 2)) == 0
 
 
 def test_functional_loss_knows_no_padding(flava):
     (Y, mask), (E, target_mask) = states(0, 4, 2), states(1, 3, 5)
-    pixels = ds.random_pictures(flava, 2)
+    pixels = ds.random_images(flava, 2)
     found = ds.functional_loss(flava, Y, E, mask, target_mask, pixels)
     Y, E = (F.pad(x, (0, 0, 0, 3), value=9.0) for x in (Y, E))
     mask, target_mask = (F.pad(m, (0, 3)) for m in (mask, target_mask))
@@ -514,7 +514,7 @@ def test_functional_loss_reaches_the_adapter_alone(folder):
     model = adapted("flava", folder)
     (H, mask), (E, target_mask) = ragged(0, [4, 2], 28), states(1, 3, 5)
     Y, _ = part_of(model).project(H, mask, "zh")
-    ds.functional_loss(model, Y, E.requires_grad_(), mask, target_mask, ds.random_pictures(model, 2)).backward()
+    ds.functional_loss(model, Y, E.requires_grad_(), mask, target_mask, ds.random_images(model, 2)).backward()
     assert E.grad is None
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapter_of(model).values())
     adapter = {id(p) for p in adapter_of(model).values()}

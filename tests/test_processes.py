@@ -309,7 +309,7 @@ def step_of_many(processes: int, rows: int, width: int, pairs: int = 0) -> dict[
     images, texts = (F.normalize(torch.randn(rows, width), dim=-1).requires_grad_() for _ in range(2))
     keys = {name: torch.arange(rows) for name in ("sample", "image", "text")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("peft_multimodal.training.contrastive.dist", ranks)
+        patch.setattr("peft_multimodal.training.gathering.dist", ranks)
         patch.setattr(hf.TrainingArguments, "world_size", processes)
         start = time.perf_counter()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):

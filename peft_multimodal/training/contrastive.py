@@ -10,40 +10,26 @@ l_i is InfoNCE's, or the sigmoid loss's for a model that was trained by it (see 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
-import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
 
 from ..core.anatomy import base_model
 from ..core.modes import unadapted
-from ..rows import streams
-from .hard_samples import (
-    FILE,
-    HardSampleBank,
-    HardSampleSampler,
-    SampleIds,
-    default_collator,
-    difficulties,
-    load_arrays,
-    save_arrays,
-    split_keys,
-)
+from .gathering import gather_with_gradients
+from .hard_samples import HardSampleBank, default_collator, split_keys
+from .hard_samples.trainer import RememberingTrainer
 from .losses import dual_embeddings, pair_losses, sigmoid_pair_losses
+from .parts import part_of, random_states, with_random_states
 from .temperature import logit_bias, logit_scale
-from .trainer import AdapterTrainer, call_inside, rows_of_a_step
-
-SAMPLER_FILE = "hard_sample_sampler.safetensors"
+from .trainer import call_inside
 
 
-class ContrastiveTrainer(AdapterTrainer):
+class ContrastiveTrainer(RememberingTrainer):
     """`transformers.Trainer` with the contrastive loss of all processes' pairs, for every dual encoder.
 
         >>> bank = HardSampleBank.from_model(model, dataset, id_column="id")
@@ -97,26 +83,9 @@ class ContrastiveTrainer(AdapterTrainer):
         for name, value in (("rows_at_once", rows_at_once), ("chunk_size", chunk_size)):
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be a positive integer or None, got {value!r}.")
-        if hard_samples is not None and not isinstance(hard_samples, HardSampleBank):
-            raise TypeError(f"hard_samples takes a HardSampleBank, got {type(hard_samples).__name__}.")
-        self.bank, self.keep_close, self.rows_at_once = hard_samples, keep_close, rows_at_once
-        self.chunk_size = chunk_size
+        self.keep_close, self.rows_at_once, self.loss = keep_close, rows_at_once, loss
         self.encode = encode or dual_embeddings
-        self.loss = loss
-        self.sampler: HardSampleSampler | None = None
-        self._resume_sampler: dict[str, np.ndarray] | None = None
-        self._positions = None
-        if self.bank is not None and train_dataset is not None and not streams(train_dataset):
-            self._positions = self.bank.positions_in(train_dataset)  # another data set is an error here
-            self.bank.dataset = train_dataset
-        if self._positions is not None and args and args.world_size > 1 and args.accelerator_config.dispatch_batches:
-            raise ValueError(
-                "dispatch_batches=True lets the first process alone draw, and the other processes' banks fall behind: "
-                "leave it out, or stream the data set."
-            )
-        self._first_bank = None  # what each model that model_init makes starts from
-        if self.bank is not None and kwargs.get("model_init") is not None:
-            self._first_bank = {name: array.copy() for name, array in self.bank.state().items()}
+        kwargs |= {"hard_samples": hard_samples, "chunk_size": chunk_size}
         super().__init__(model, args, data_collator, train_dataset, *fixed, **kwargs)
         self.can_return_loss = True
         if data_collator is None and (row := _first_row(self.train_dataset, self.eval_dataset)) is not None:
@@ -130,77 +99,7 @@ class ContrastiveTrainer(AdapterTrainer):
                 f"{type(base_model(model)).__name__} has no logit_bias, which the sigmoid loss needs: it was trained by "
                 "softmax; leave loss= out."
             )
-        for name in model.active_adapters if self.bank is not None and isinstance(model, PeftModel) else ():
-            config: Any = model.peft_config[name]
-            if "bank" in vars(config):  # a method that keeps the bank beside its adapter
-                config.bank = self.bank  # saved with the adapter from now on
-
-    # --- the sampler hook ---
-
-    def get_train_dataloader(self) -> Any:
-        if self.bank is None:
-            return super().get_train_dataloader()
-        with self._collating(SampleIds(self.data_collator, self.bank.id_column, self.bank.image_id_column)):
-            return super().get_train_dataloader()
-
-    def _draws(self) -> int | None:
-        return super()._draws() if self._positions is None else len(self._sampler())
-
-    def _order(self) -> dict[str, int]:
-        return super()._order() if self._positions is None else {}  # the sampler and the bank know theirs
-
-    def _sampler(self) -> HardSampleSampler:
-        assert self.bank is not None
-        assert self._positions is not None
-        rows = rows_of_a_step(self._batches())
-        return HardSampleSampler(self.bank, self._positions, rows, self.chunk_size, self.args.seed)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self._positions is None or self.bank is None:
-            return super()._get_train_sampler(train_dataset)
-        self.sampler = self._sampler()
-        if self._resume_sampler is not None:
-            self.sampler.load_state(self._resume_sampler)
-            self._resume_sampler = None
-        return self.sampler
-
-    # --- checkpoints ---
-
-    def _make_ready(self, checkpoint: Path | None) -> None:
-        super()._make_ready(checkpoint)
-        if self.bank is not None:
-            if self._first_bank is not None:
-                self.bank.load_state(self._first_bank)
-            if checkpoint is not None:
-                self._resume(checkpoint)
-            self._agree()
-
-    def _resume(self, folder: Path) -> None:
-        assert self.bank is not None
-        if not (folder / FILE).is_file():
-            raise FileNotFoundError(f"{folder} has no {FILE}: it is a checkpoint of a training without a bank.")
-        if self._positions is not None and not self.args.ignore_data_skip:
-            self._resume_sampler = load_arrays(folder / SAMPLER_FILE)[0]
-            self._sampler().load_state(self._resume_sampler)  # refuses another sampler's
-        self.bank.load_state(load_arrays(folder / FILE)[0])
-
-    def _agree(self) -> None:
-        """Every process starts from the first one's bank."""
-        assert self.bank is not None
-        if self.args.world_size > 1:
-            arrays = {name: torch.from_numpy(array).to(self.args.device) for name, array in self.bank.state().items()}
-            for name in sorted(arrays):
-                dist.broadcast(arrays[name], src=0)
-            self.bank.load_state({name: array.cpu().numpy() for name, array in arrays.items()})
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.bank is not None:
-            self.bank.save(output_dir or str(self.args.output_dir))
-
-    def _save_beside(self, folder: Path) -> None:
-        if self.sampler is not None:
-            save_arrays(self.sampler.state(), folder / SAMPLER_FILE)
+        super()._adopt(model)
 
     # --- the loss ---
 
@@ -217,7 +116,7 @@ class ContrastiveTrainer(AdapterTrainer):
         return (loss, {"image_embeds": image, "text_embeds": text}) if return_outputs else loss
 
     def _keys(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What the model reads, and the pairs' keys; without ids each picture is another."""
+        """What the model reads, and the pairs' keys; without ids each image is another."""
         if "sample_ids" not in inputs:
             count = len(inputs["input_ids"])
             own = torch.arange(count, device=inputs["input_ids"].device) + self.args.process_index * count
@@ -274,25 +173,6 @@ class ContrastiveTrainer(AdapterTrainer):
             loss = loss + self.keep_close * (apart[0] + apart[1]).mean() / 2
         return loss
 
-    def _visit(
-        self, image: Tensor, text: Tensor, scale: Tensor, keys: dict[str, Tensor], first: int, count: int
-    ) -> Tensor:
-        """Show the bank the pairs of all processes; the weights (count,) of this one's."""
-        bank: Any = self.bank
-        bank.queue.push(image, text, keys)
-        own = slice(first, first + count)
-        mine = {name: key[own] for name, key in keys.items()}
-        found = difficulties(image[own], text[own], scale, mine, bank.queue, bank.settings)
-        if count < len(image):
-            found = gather_with_gradients(found)  # each computed once, so that all processes have the same bits
-        sample = keys["sample"].cpu().numpy()
-        bank.update(sample, found.cpu().numpy(), self.state.global_step)
-        if self.sampler is not None:
-            self.sampler.trained(len(sample))
-        elif bank.since_ranked >= len(bank):  # no sampler says when an epoch starts
-            bank.start_epoch()
-        return torch.from_numpy(bank.loss_weights(sample)[own])
-
     # --- a batch in parts ---
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -304,11 +184,11 @@ class ContrastiveTrainer(AdapterTrainer):
             optimizer.train()
         inputs, keys = self._keys(self._prepare_inputs(inputs))
         size = len(inputs["input_ids"])
-        parts = [_rows(inputs, start, start + self.rows_at_once, size) for start in range(0, size, self.rows_at_once)]
+        parts = [part_of(inputs, start, start + self.rows_at_once, size) for start in range(0, size, self.rows_at_once)]
         states, embedded = [], []
         with torch.no_grad(), self.compute_loss_context_manager():
             for part in parts:
-                states.append(_random_states(self.args.device))
+                states.append(random_states(self.args.device))
                 embedded.append(self._embed(self._module(model), part))
         image, text = (torch.cat(side).requires_grad_() for side in zip(*embedded, strict=True))
         temper = [number.detach().requires_grad_() for number in self._temper(model)]
@@ -322,7 +202,7 @@ class ContrastiveTrainer(AdapterTrainer):
             # Only the last part's backward exchanges the gradients that have added up.
             with (
                 nullcontext() if last else self.accelerator.no_sync(model),
-                _with_random_states(states[i], self.args.device),
+                with_random_states(states[i], self.args.device),
             ):
                 with self.compute_loss_context_manager():
                     again = self._embed(model, part)
@@ -343,28 +223,6 @@ class ContrastiveTrainer(AdapterTrainer):
         return loss.detach(), outputs["image_embeds"].detach(), outputs["text_embeds"].detach()
 
 
-class _Gather(torch.autograd.Function):
-    """All processes' rows, in their order; in backward each gets the sum of what all of them owe it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.first, ctx.size = dist.get_rank() * len(x), len(x)
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Tensor:
-        grad = grads[0].contiguous().clone()
-        dist.all_reduce(grad)
-        return grad[ctx.first : ctx.first + ctx.size]
-
-
-def gather_with_gradients(x: Tensor) -> Tensor:
-    """(B, ...) of each process -> (processes * B, ...), with gradients; every process has as many rows."""
-    return _Gather.apply(x)
-
-
 def _first_row(*datasets: Any) -> Any:
     """Of the first data set that there is; evaluation takes a dict of them."""
     parts = [part for data in datasets for part in (data.values() if isinstance(data, dict) else [data])]
@@ -373,29 +231,3 @@ def _first_row(*datasets: Any) -> Any:
 
 def _alone(x: Tensor) -> Tensor:
     return x
-
-
-def _rows(inputs: Mapping[str, Any], start: int, stop: int, size: int) -> dict[str, Any]:
-    """A part of a batch; what isn't a tensor or a list of the batch's rows goes with every part."""
-
-    def has_rows(value: Any) -> bool:
-        return isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)
-
-    return {
-        name: value[start:stop] if has_rows(value) and len(value) == size else value for name, value in inputs.items()
-    }
-
-
-def _random_states(device: torch.device) -> list[Tensor]:
-    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.get_rng_state(), *on_device]
-
-
-@contextmanager
-def _with_random_states(states: list[Tensor], device: torch.device) -> Iterator[None]:
-    """Within it random numbers are drawn as they were before: dropout is the same in both passes."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.set_rng_state(states[0])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(states[1], device)
-        yield
