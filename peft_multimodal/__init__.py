@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 from .core.anatomy import describe
 from .core.config import MultimodalConfig
-from .core.tuner import matched_modules
+from .core.matching import matched_modules
 from .methods import (
     AuroraModeApproxConfig,
     AuroraModeApproxModel,

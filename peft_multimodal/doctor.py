@@ -27,10 +27,10 @@ from torch import nn
 from ._version import INSTALL, __version__
 from .core import anatomy
 from .core.config import FORMAT_VERSION, MultimodalConfig
+from .core.matching import matched_modules
 from .core.parts import MultimodalLayer
 from .core.registry import METHODS, Method, method_of
 from .core.storage import fault_of_saving
-from .core.tuner import matched_modules
 from .saving import UNCLEAR, AdapterError, check_files, find_adapter
 
 PACKAGE = "peft-multimodal"

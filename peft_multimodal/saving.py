@@ -28,7 +28,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .core.config import MultimodalConfig
-from .core.tuner import WeightsDontFit, card_notes, tuner_of
+from .core.switching import tuner_of
+from .core.tuner import WeightsDontFit, card_notes
 from .model_card import CARD, CardNotes, write_card
 
 # What PEFT, torch and Python say of values that make no sense.

@@ -29,7 +29,7 @@ from test_contract import Rows, trainer_for
 
 import peft_multimodal
 from peft_multimodal import FiniteBatches, load, save
-from peft_multimodal.core.tuner import tuner_of
+from peft_multimodal.core.switching import tuner_of
 
 TESTS = str(Path(__file__).parent)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -179,14 +179,14 @@ def test_an_injection_that_fails_in_its_midst(method: str, monkeypatch: pytest.M
     before, output, left = list(model.state_dict()), run(family, model), trace(model)
     config = METHODS[method](family)
     tuner = tuner_of(config)
-    own = tuner._create_and_replace
+    own = tuner.add
 
     def fails(*args: Any, **kwargs: Any) -> None:
         own(*args, **kwargs)
         raise RuntimeError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tuner, "_create_and_replace", fails)
+        patch.setattr(tuner, "add", fails)
         with pytest.raises(RuntimeError, match="no memory"):
             get_peft_model(model, config)
     assert list(model.state_dict()) == before
@@ -196,7 +196,7 @@ def test_an_injection_that_fails_in_its_midst(method: str, monkeypatch: pytest.M
     wrapped = wrap(family, method, base=model)
     before, output = list(wrapped.state_dict()), run(family, wrapped)
     with monkeypatch.context() as patch:
-        patch.setattr(tuner, "_create_and_replace", fails)
+        patch.setattr(tuner, "add", fails)
         with pytest.raises(RuntimeError, match="no memory"):
             wrapped.add_adapter("other", METHODS[method](family))
     assert list(wrapped.state_dict()) == before

@@ -65,5 +65,5 @@ def test_a_circle_is_found():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [{"a", "b", "c"}]
     known = modules()
     assert "peft_multimodal.core.registry" in imports(
-        "peft_multimodal.core.tuner", known["peft_multimodal.core.tuner"], known
+        "peft_multimodal.core.switching", known["peft_multimodal.core.switching"], known
     )

@@ -7,8 +7,9 @@ import warnings
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -21,27 +22,20 @@ from . import anatomy
 FORMAT_VERSION = 1  # of the adapter's files; raised when an older version of the package couldn't read them
 SIGNATURE = 'a dictionary with {tower: [attentions, width]} as "towers" and {role: [[first, last], ...]} as "roles", as it was saved'
 
+Config = TypeVar("Config", bound="MultimodalConfig")
+
 
 @dataclass
 class MultimodalConfig(PeftConfig):
     """The fields that every method of the package has.
 
     Args:
-        target_modules: PEFT's forms: a regex, a list of name endings, `"all-linear"`; None takes the method's default.
-        exclude_modules: Names or a regex that are left out.
-        towers: Any of "vision", "text", "fusion", "decoder"; None takes all. `describe(model)` shows what a model has.
-        layers_to_transform: Only layers with these indices (with a list of name endings as `target_modules`).
-        layers_pattern: The name of the list of layers that the indices refer to.
         modules_to_save: Modules that are trained and saved as a whole beside the adapter, such as a projection.
         format_version, package_version, base_signature: Filled in; they travel with the adapter and are checked
             when it is loaded.
     """
 
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    towers: list[str] | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
+    target_modules: ClassVar[Any] = None  # PEFT reads it off every config
     modules_to_save: list[str] | None = None
     format_version: int = FORMAT_VERSION
     package_version: str | None = None
@@ -59,25 +53,7 @@ class MultimodalConfig(PeftConfig):
         self.stored_in: str | None = None  # of a loaded one: the folder, if it is one on this machine
         self.stored_wholes: list[str] = []  # of a loaded one: its modules_to_save in the file
         self.package_version = self.package_version or __version__
-        if isinstance(self.towers, str):
-            self.towers = [self.towers]
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
-            self.check(
-                name, "a string or a list of strings", lambda v: v is None or isinstance(v, str) or is_strings(v)
-            )
-        for name in ("towers", "modules_to_save"):
-            self.check(name, "a list of strings", lambda v: v is None or is_strings(v))
-        self.check("towers", f"any of {anatomy.TOWERS}", lambda v: v is None or (v and set(v) <= set(anatomy.TOWERS)))
-        self.check(
-            "layers_to_transform",
-            "an index or a list of indices",
-            lambda v: v is None or all(type(i) is int and i >= 0 for i in (v if isinstance(v, (list, tuple)) else [v])),
-        )
-        self.check(
-            "layers_pattern",
-            "set together with layers_to_transform",
-            lambda v: not v or self.layers_to_transform is not None,
-        )
+        self.check("modules_to_save", "a list of strings", lambda v: v is None or is_strings(v))
         self.check("base_signature", SIGNATURE, lambda v: v is None or is_signature(v))
         if type(self.format_version) is not int or self.format_version < 1:
             raise ValueError(f"format_version must be a positive integer, got {self.format_version!r}")
@@ -86,9 +62,6 @@ class MultimodalConfig(PeftConfig):
                 f"This adapter has format {self.format_version}, written by peft_multimodal {self.package_version}; this is "
                 f"{__version__}, which reads formats up to {FORMAT_VERSION}. Upgrade: {INSTALL} in newer sources."
             )
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            setattr(self, name, sorted(value) if isinstance(value, (list, tuple, set)) else value)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -151,6 +124,85 @@ class MultimodalConfig(PeftConfig):
 
     def check_flag(self, name: str) -> None:
         self.check(name, "True or False", lambda v: isinstance(v, bool))
+
+
+@dataclass
+class TargetedConfig(MultimodalConfig):
+    """The fields of methods that choose among a model's sites.
+
+    Args:
+        target_modules: PEFT's forms: a regex, a list of name endings, `"all-linear"`; None takes the method's default.
+        exclude_modules: Names or a regex that are left out.
+        towers: Any of "vision", "text", "fusion", "decoder"; None takes all. `describe(model)` shows what a model has.
+        layers_to_transform: Only layers with these indices (with a list of name endings as `target_modules`).
+        layers_pattern: The name of the list of layers that the indices refer to.
+
+    The other arguments are those of [`MultimodalConfig`].
+    """
+
+    target_modules: list[str] | str | None = None  # type: ignore[misc]
+    exclude_modules: list[str] | str | None = None
+    towers: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.towers, str):
+            self.towers = [self.towers]
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            self.check(
+                name, "a string or a list of strings", lambda v: v is None or isinstance(v, str) or is_strings(v)
+            )
+        self.check("towers", "a list of strings", lambda v: v is None or is_strings(v))
+        self.check("towers", f"any of {anatomy.TOWERS}", lambda v: v is None or (v and set(v) <= set(anatomy.TOWERS)))
+        self.check(
+            "layers_to_transform",
+            "an index or a list of indices",
+            lambda v: v is None or all(type(i) is int and i >= 0 for i in (v if isinstance(v, (list, tuple)) else [v])),
+        )
+        self.check(
+            "layers_pattern",
+            "set together with layers_to_transform",
+            lambda v: not v or self.layers_to_transform is not None,
+        )
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, sorted(value) if isinstance(value, (list, tuple, set)) else value)
+
+
+def takes_no_targets(tower: str, reason: str) -> Callable[[type[Config]], type[Config]]:
+    """Decorate the config of a method that has no choice of sites: it refuses what would choose, and says why.
+
+    Files of earlier releases hold these fields as null, which the constructor passes over.
+
+    Args:
+        tower: The one that the method acts on, which may be named.
+        reason: Why `target_modules` and its like must be None.
+    """
+
+    def decorate(cls: type[Config]) -> type[Config]:
+        init: Any = cls.__init__
+
+        @wraps(init)
+        def __init__(self: Config, *args: Any, **kwargs: Any) -> None:
+            for name in _TARGETS & kwargs.keys():
+                value = kwargs.pop(name)
+                allowed: list[Any] = [None]
+                expected = f"None: {reason}"
+                if name == "towers":
+                    allowed, expected = [None, tower, [tower], (tower,)], f"None or [{tower!r}]"
+                if value not in allowed:
+                    raise ValueError(f"{cls.__name__}.{name} must be {expected}, got {value!r}")
+            init(self, *args, **kwargs)
+
+        cls.__init__ = __init__  # type: ignore
+        return cls
+
+    return decorate
+
+
+_TARGETS = TargetedConfig.__annotations__.keys()
 
 
 def heads_for(width: int) -> int:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from peft import NoMatchingPeftModuleError, PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
 from . import anatomy
 from .anatomy import Anatomy, Matrix, Site
-from .config import MultimodalConfig
+from .config import MultimodalConfig, TargetedConfig
+from .registry import method_of
 
 
 @dataclass
@@ -43,7 +48,56 @@ class MatchTable:
     __repr__ = __str__
 
 
-# --- what a config's fields say --------------------------------------------------------------------------------------
+def matched_modules(model: nn.Module, config: MultimodalConfig) -> MatchTable:
+    """What `get_peft_model(model, config)` would adapt: names, shapes, towers. The model is not changed.
+
+    Raises:
+        ValueError: nothing matches; the message names what exists.
+    """
+    method = method_of(config) if isinstance(config, PeftConfig) else None
+    if method is None:
+        raise TypeError(f"matched_modules takes a config of this package, got {type(config).__name__}")
+    return MatchTable(method.model.sites(config, anatomy.base_model(model), anatomy.describe(model)))
+
+
+# --- which sites a config means --------------------------------------------------------------------------------------
+
+
+def choose(
+    config: TargetedConfig,
+    model: nn.Module,
+    found: Anatomy,
+    candidates: list[Site],
+    defaults: Callable[[Any, list[Any]], list[Any]],
+    places: str,
+) -> list[Site]:
+    """The sites among `candidates` that a config means, in the model's order.
+
+    Args:
+        defaults: What `target_modules=None` means: (config, candidates) -> sites.
+        places: Where the method puts its adapters at all, for the error.
+
+    Raises:
+        NoMatchingPeftModuleError: there are none; the message names what exists.
+    """
+    roles = (config.base_signature or {}).get("roles") if config.is_loaded else None
+    if roles:
+        return [s for s in candidates if is_among(s, roles)]  # names may have changed since, roles have not
+    targets = config.target_modules
+    if targets is None:
+        unread = () if config.layers_to_transform is not None else anatomy.unread_layers(model, found)
+        sites = defaults(config, [s for s in candidates if anatomy.layer_of(s.module) not in unread])
+    elif isinstance(targets, str) and targets.lower() == "all-linear":
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        heads = {path for path, module in model.named_modules() if head is not None and module is head}
+        sites = [s for s in candidates if s.module not in heads]
+    else:
+        sites = [s for s in candidates if check_target_module_exists(config, s.module)]
+    sites = [s for s in sites if not config.towers or s.tower in config.towers]
+    sites = [s for s in sites if not left_out(config, s.module) and in_layers(config, s.module)]
+    if not sites:
+        raise NoMatchingPeftModuleError(nothing_matched(config, found, candidates, places))
+    return sites
 
 
 def in_layers(config: Any, path: str) -> bool:
@@ -60,7 +114,7 @@ def in_layers(config: Any, path: str) -> bool:
 
 def left_out(config: Any, path: str) -> bool:
     saved_whole = any(re.match(rf"(.*\.)?{re.escape(name)}(\.|$)", path) for name in config.modules_to_save or ())
-    return saved_whole or _named(config.exclude_modules, path)
+    return saved_whole or _named(getattr(config, "exclude_modules", None), path)
 
 
 def _named(names: list[str] | str | None, path: str) -> bool:

@@ -172,6 +172,10 @@ class MultimodalLayer(BaseTunerLayer):
         # PEFT turns gradients off and on here, and so thaws adapters that were frozen on purpose.
         self._disable_adapters = not enabled
 
+    def settle(self, adapter_name: str) -> None:
+        """Bring a new adapter to the device of what it acts on."""
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
     def has_adapter(self, adapter_name: str) -> bool:
         return adapter_name in self._get_available_adapters()
 

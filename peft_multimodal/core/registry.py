@@ -34,7 +34,6 @@ class Promises:
             texts are read in another way from the start).
         acts_on: What a method puts something into: "matrices", the "layers" of encoders, the layers of the "decoder", or a
             whole "tower".
-        takes_targets: Whether `target_modules` and its like choose among these places.
         classes: Whether it tells apart what `set_classes` names.
         rows: Whether `adapter_names=[...]` gives each row of a batch its own adapter.
         companions: Files that stand beside the adapter's weights, by their path in its folder.
@@ -42,7 +41,6 @@ class Promises:
 
     starts_as: Literal["base", "images"] = "base"
     acts_on: Literal["matrices", "layers", "decoder", "tower"] = "matrices"
-    takes_targets: bool = True
     classes: bool = False
     rows: bool = False
     companions: frozenset[str] = frozenset()

@@ -1,48 +1,32 @@
-"""What must be identical in every method: the config's common fields, injection, switches, storage.
-
-A method subclasses `MultimodalConfig`, `MultimodalTuner` and, in `parts.py`, `MultimodalLayer`. It gets from here
-
-- `target_modules` in PEFT's forms, scoped by `towers=`, with an error that names what exists;
-- adapters stored under roles (`vision.q.3`) instead of module paths, checked strictly when they are loaded;
-- parts that are attached to a module instead of wrapping it (shared factors, hooks), removed by `unload()`;
-- `disable_adapter()` that leaves every `requires_grad` as it was.
-"""
+"""How a method puts its parts into a model: one template for adding, replacing and undoing, strict storage by roles."""
 
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
-from peft import NoMatchingPeftModuleError, PeftConfig
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _ExcludedModule,
-    check_target_module_exists,
-)
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft import PeftConfig
+from peft.tuners.tuners_utils import _ExcludedModule
 from torch import Tensor, nn
 
 from ..model_card import CardNotes, is_hub_id
 from . import anatomy
 from .anatomy import Anatomy, Site
-from .config import MultimodalConfig
-from .matching import (
-    MatchTable,
-    check_same_base,
-    fold,
-    in_layers,
-    is_among,
-    left_out,
-    nothing_matched,
+from .checks import (
+    check_adapter_name,
+    check_bare,
+    check_beside,
+    check_reach,
+    check_whole_modules,
+    warn_of_unread,
 )
+from .config import MultimodalConfig
+from .matching import check_same_base, choose, fold, left_out
 from .parts import AttachedPart, InputGradients, MultimodalLayer
-from .registry import METHODS
 from .storage import (
-    check_around,
     check_below,
     check_file_has_modules,
     check_modules_to_save,
@@ -51,23 +35,55 @@ from .storage import (
     faults,
     without_modules_to_save,
 )
+from .switching import SwitchingTuner, tuner_of
 
 _PEFT_PREFIX = "base_model.model."
-# Folders that stand beside the files of an adapter: with its own name for a folder, another one's would lie among them.
-COMPANIONS = ("encoder", "tokenizer")
 _WHOLE = re.compile(r"modules_to_save\.[^.]+\.")
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
 
 
-class MultimodalTuner(BaseTuner):
-    """Base of the five methods' models: scoping by towers, strict storage by roles, attached parts."""
+@dataclass
+class Injection:
+    """What is known while one adapter is put into a model; it ends with that."""
 
-    model: Any  # the wrapped Hugging Face model
-    peft_config: dict[str, Any]  # {adapter name: config}, of the method's config class
-    tuner_layer_cls: type[MultimodalLayer]
+    adapter_name: str
+    config: Any
+    anatomy: Anatomy
+    sites: list[Any]  # of the kind that the method's `sites` gives
+    prepared: Any = None  # what the method's `prepare` gave
+    modules: list[str] = field(default_factory=list)  # paths of the modules that have got their part
+
+    def at(self, module: str) -> list[Any]:
+        """All sites of one module, such as the three matrices of a fused projection."""
+        return [site for site in self.sites if site.module == module]
+
+
+class MultimodalTuner(SwitchingTuner):
+    """Base of all methods' models: puts parts at sites, and takes them out again.
+
+    A method says where (`sites`), what (`make`), and how an adapter joins what is there (`add`):
+
+        @method("toy", ToyConfig, summary="...", docs="docs/toy.md", promises=Promises(acts_on="layers"))
+        class ToyModel(MultimodalTuner):
+            prefix = "toy_"
+            tuner_layer_cls = ToyLayer
+
+            @classmethod
+            def candidates(cls, config, model, found):  # ToyConfig is a TargetedConfig; others override `sites`
+                return ffns(model, found)
+
+            def make(self, injection, site, module):
+                return ToyLayer(module, site.role)
+
+            def add(self, injection, site, part):
+                part.add(injection.adapter_name, site.d_in, injection.config.r)
+
+    A part that is an `AttachedPart` hangs below the site's module, as its child `<prefix><site's kind>`; any other part
+    takes the module's place. What parts share is a part as well, at a site of `stores`, which come first. Whether an
+    adapter trains, train or eval mode, device and dtype, undoing and deleting are seen to here.
+    """
+
     target_module_mapping: dict[str, list[str]] = {}
-    not_mergeable: str | None = None
-    """Why this method's adapters can't be merged and what to do instead; None where they are weight updates."""
     scalars: tuple[str, ...] = ()
     """Ends of names of parameters that are one number: 1-D in the model, as FSDP2 shards no scalars, 0-D in the file."""
     places = "it has no weight matrices"
@@ -99,7 +115,7 @@ class MultimodalTuner(BaseTuner):
                 "get_peft_model(model, config), and peft_multimodal.load(model, folder) or PeftModel.from_pretrained; the PeftModel's own add_adapter and load_adapter add more."
             )
         check_below(outer, model)
-        self._check_beside(present, peft_config[adapter_name], adapter_name)
+        check_beside(type(self), present, peft_config[adapter_name], adapter_name)
         training = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
@@ -109,309 +125,136 @@ class MultimodalTuner(BaseTuner):
                 parameter.requires_grad_(True)
             raise
 
-    @classmethod
-    def _check_beside(cls, present: dict[str, Any], config: Any, adapter_name: str) -> None:
-        """Refuse what a model's adapters, of earlier calls of `get_peft_model`, leave no room for."""
-        for name, other in present.items():
-            if name == adapter_name:
-                raise ValueError(
-                    f"The model has an adapter {name!r} already ({other.peft_type.value}). Take it out first by its "
-                    "PeftModel's unload(), or call the new one otherwise: get_peft_model(model, config, "
-                    f"adapter_name={name + '-2'!r})."
-                )
-            reason = cls.not_beside.get(other.peft_type) or getattr(tuner_of(other), "not_beside", {}).get(
-                config.peft_type
-            )
-            if reason:
-                raise ValueError(reason)
+    # --- what a method says ------------------------------------------------------------------------------------------
 
-    # --- matching ----------------------------------------------------------------------------------------------------
+    @classmethod
+    def sites(cls, config: Any, model: nn.Module, found: Anatomy) -> list[Site]:
+        """Where the adapter goes, in the model's order: by default those of `candidates` that a `TargetedConfig` means.
+
+        Raises:
+            NoMatchingPeftModuleError: there is no such place; the message says what to do.
+        """
+        candidates = cls.candidates(config, model, found)
+        return choose(config, model, found, candidates, cls.default_targets, cls.places)
 
     @classmethod
     def candidates(cls, config: Any, model: nn.Module, found: Anatomy) -> list[Any]:
-        """What this method can adapt: by default any matrix."""
+        """What `target_modules` chooses among: by default any matrix."""
         return found.matrices
 
     @classmethod
     def default_targets(cls, config: Any, candidates: list[Any]) -> list[Any]:
-        """What `target_modules=None` means for this method."""
+        """What `target_modules=None` means."""
+        return candidates
+
+    def check(self, config: Any, sites: list[Any], found: Anatomy) -> None:
+        """Refuse what this method can't do on this model. Nothing is changed or loaded yet, nor here."""
+
+    def prepare(self, config: Any, sites: list[Any], found: Anatomy) -> Any:
+        """Load, measure and fill in the config's fields; what it returns is `injection.prepared`.
+
+        All of an adapter's new parameters may be empty ones on the meta device (`low_cpu_mem_usage`); here they are real.
+        """
+
+    def signature(self, sites: list[Any], found: Anatomy) -> dict[str, Any]:
+        """What the adapter's file says of its base: checked when it is loaded."""
+        towers = {site.tower for site in sites}
+        sizes = {name: size for name, size in found.signature().items() if name in towers}
+        return {"model_class": found.model_class, "towers": sizes, "roles": fold(sites)}
+
+    def stores(self, injection: Injection) -> Iterable[Site]:
+        """Sites of what the parts share or need beside them; path "" is the model itself. Made before the others."""
+        return ()
+
+    def make(self, injection: Injection, site: Any, module: Any) -> MultimodalLayer:
+        """A part without adapters for a site that has none yet; `module` is what stands there."""
         raise NotImplementedError
 
-    @classmethod
-    def match(cls, config: Any, model: nn.Module) -> list[Site]:
-        """The matrices that `config` selects in `model`, in the model's order; an error names what exists."""
-        found = anatomy.describe(model)
-        candidates = cls.candidates(config, model, found)
-        wanted = config.towers or None
-        roles = (config.base_signature or {}).get("roles") if config.is_loaded else None
-        if roles:
-            return [m for m in candidates if is_among(m, roles)]  # names may have changed since, roles have not
-        if config.target_modules is None:
-            unread = () if config.layers_to_transform is not None else anatomy.unread_layers(model, found)
-            read = [m for m in candidates if anatomy.layer_of(m.module) not in unread]
-            selected = cls.default_targets(config, read)
-        elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-            head = getattr(anatomy.base_model(model), "get_output_embeddings", lambda: None)()
-            heads = {p for p, m in anatomy.base_model(model).named_modules() if head is not None and m is head}
-            selected = [m for m in candidates if m.module not in heads]
-        else:
-            selected = [m for m in candidates if check_target_module_exists(config, m.module)]
-        selected = [m for m in selected if (wanted is None or m.tower in wanted) and not left_out(config, m.module)]
-        selected = [m for m in selected if in_layers(config, m.module)]
-        if not selected:
-            raise NoMatchingPeftModuleError(nothing_matched(config, found, candidates, cls.places))
-        return selected
+    def add(self, injection: Injection, site: Any, part: Any) -> None:
+        """Let the adapter join a part."""
+        raise NotImplementedError
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        """Match once, before anything is changed; `target_modules` stays what the user wrote."""
-        check_file_has_modules(self.model, peft_config)
-        found = anatomy.describe(self.model)
-        if peft_config.is_loaded:
-            check_same_base(peft_config, found)
-        check_modules_to_save(self.model, peft_config)
-        matrices = self.match(peft_config, self.model)
-        self._check_reach(matrices)
-        self._check_wholes(peft_config)
-        self.check_model(peft_config, matrices, found)
-        if not peft_config.is_loaded:
-            self._say_what_is_unread(peft_config, matrices, found)
-        base = peft_config.base_model_name_or_path or getattr(self.model, "name_or_path", None)
-        peft_config._local_base = None if is_hub_id(base) else base
-        adapted = {m.tower for m in matrices}
-        peft_config.base_signature = {
-            "model_class": found.model_class,
-            "towers": {name: size for name, size in found.signature().items() if name in adapted},
-            "roles": fold(matrices),
-        }
-        by_module: dict[str, list[Any]] = {}
-        for matrix in matrices:
-            by_module.setdefault(matrix.module, []).append(matrix)
-        self._matched = by_module
-        return peft_config
-
-    def _say_what_is_unread(self, config: Any, matrices: list[Site], found: Anatomy) -> None:
-        unread = anatomy.unread_layers(self.model, found)
-        if not unread or not any(m.tower == "vision" for m in matrices):
-            return
-        adapted = [p for p in unread if any(anatomy.is_below(m.module, p) for m in matrices)]
-        names = ", ".join(adapted or unread)
-        what = (
-            f"The adapter has parts there that won't train; target_modules=None leaves {'them' if len(unread) > 1 else 'it'} out."
-            if adapted
-            else "The adapter has nothing there."
-        )
-        warnings.warn(
-            f"{found.model_class} reads its image features from an earlier layer of the vision tower (vision_feature_layer in "
-            f"its config): {names} gets no gradient. {what}",
-            stacklevel=2,
-        )
-
-    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
-        with suppress(NotImplementedError):  # a model without `get_input_embeddings` has nothing tied to it
-            super()._check_tied_modules(model, peft_config)
-
-    def _check_reach(self, matrices: list[Site]) -> None:
-        """Refuse modules inside layers that another method has wrapped: PEFT passes over what is inside."""
-        wrapped = {
-            path: module
-            for path, module in self.model.named_modules()
-            if isinstance(module, BaseTunerLayer) and hasattr(module, "base_layer")
-        }
-        for path, wrapper in wrapped.items():
-            inside = next((m.module for m in matrices if m.module.startswith(f"{path}.")), None)
-            if inside is not None and not isinstance(wrapper, self.tuner_layer_cls):
-                raise ValueError(
-                    f"{inside} lies inside a layer that {type(wrapper).__name__} has wrapped, where PEFT puts no adapter. Make or "
-                    "load this adapter first and the other one after it."
-                )
-
-        if self.wraps:
-            method = type(self).__name__.removesuffix("Model")
-            check_around(self.model, list(dict.fromkeys(m.module for m in matrices)), self.tuner_layer_cls, method)
-
-    def _check_wholes(self, config: Any) -> None:
-        """Refuse to train a module as a whole that another method trains: one of the two copies alone would act."""
-        others = {id(m) for m in self._wholes(True)}
-        for path, module in self.model.named_modules():
-            if id(module) in others and path.endswith(tuple(config.modules_to_save or ())):
-                raise ValueError(
-                    f"modules_to_save: {path} is trained by the adapter of another method already, and one copy alone can "
-                    "act. Leave it out here, or train it with this adapter alone."
-                )
-
-    def check_model(self, config: Any, matrices: list[Any], found: Anatomy) -> None:
-        """Refuse what this method can't do on this model, before the model is touched."""
-
-    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
-        return _ExcludedModule() if left_out(peft_config, key) else key in self._matched
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # Nothing to hand over: layers go to their host's device themselves, and one that is taken out is as it was.
-        setattr(parent, child_name, new_module)
+    # --- the template ------------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_adapter_name(adapter_name)
         config = self.peft_config[adapter_name]
-        written = config.target_modules
-        had_it = any(layer.has_adapter(adapter_name) for layer in self._own_layers())
+        injection = self._injection = self._planned(adapter_name, config)
+        targets, listed = config.target_modules, list(self.targeted_module_names)
+        existed = any(layer.has_adapter(adapter_name) for layer in self.own_layers())
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
-            if not had_it:
+            if not existed:
                 self._take_back(adapter_name)
             raise
         finally:
-            config.target_modules = written  # PEFT writes "all-linear" out into names, which a rename would break
+            del self._injection
+            if config.target_modules != targets:  # PEFT writes "all-linear" out into names, which a rename would break
+                config.target_modules = targets
+        self.targeted_module_names = list(dict.fromkeys(listed + injection.modules))
         for path in [*anatomy.token_embeddings(model), *anatomy.pixel_readers(model)]:
             reader = model.get_submodule(path)
             if not any(isinstance(hook, InputGradients) for hook in reader._forward_hooks.values()):
                 reader.register_forward_hook(InputGradients(model))
 
-    def _own_layers(self) -> list[MultimodalLayer]:
-        return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
+    def _planned(self, adapter_name: str, config: Any) -> Injection:
+        """Check everything, then load what the adapter brings along."""
+        check_file_has_modules(self.model, config)
+        found = anatomy.describe(self.model)
+        if config.is_loaded:
+            check_same_base(config, found)
+        check_modules_to_save(self.model, config)
+        sites = self.sites(config, self.model, found)
+        check_reach(self, sites, self.wraps)
+        check_whole_modules(self, config)
+        self.check(config, sites, found)
+        injection = Injection(adapter_name, config, found, sites, self.prepare(config, sites, found))
+        if not config.is_loaded:
+            warn_of_unread(self.model, sites, found)
+        base = config.base_model_name_or_path or getattr(self.model, "name_or_path", None)
+        config._local_base = None if is_hub_id(base) else base
+        config.base_signature = self.signature(sites, found)
+        return injection
 
-    def _take_back(self, adapter_name: str) -> None:
-        """After a failure in the midst of an injection, such as no memory: the model is what it was before."""
-        without_modules_to_save(self.model, adapter_name)
-        for layer in self._own_layers():
-            layer.delete_adapter(adapter_name)
-        if any(name != adapter_name and tuner_of(c) is type(self) for name, c in self.peft_config.items()):
-            return  # the layers are the other adapters', too
-        for parent, name, part in reversed(list(self.attached_parts())):
-            part.remove_hooks()
-            delattr(parent, name)
-        for parent in list(self.model.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, self.tuner_layer_cls):
-                    setattr(parent, name, child.get_base_layer())
-        self.drop_traces(self.model)
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        return peft_config
 
-    def get_input_embeddings(self) -> nn.Module | None:
-        """The model's; None where transformers finds no such one (CLIP). accelerate's FSDP2 asks every model for it."""
-        with suppress(NotImplementedError):
-            return self.model.get_input_embeddings()
-        return None
+    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
+        with suppress(NotImplementedError):  # a model without `get_input_embeddings` has nothing tied to it
+            super()._check_tied_modules(model, peft_config)
 
-    # --- rows of a batch ---------------------------------------------------------------------------------------------
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        """PEFT asks for every module. At the first one all parts are made, also those below the model itself."""
+        return _ExcludedModule() if left_out(peft_config, key) else not self._injection.modules
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        names = kwargs.pop("adapter_names", None)
-        with nullcontext() if names is None else self.rows(names, [*args, *kwargs.values()]):
-            yield
+    def _create_and_replace(self, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        injection = self._injection
+        first: dict[str, Site] = {}
+        for site in injection.sites:
+            if not left_out(peft_config, site.module):
+                first.setdefault(site.module, site)
+        for site in [*self.stores(injection), *first.values()]:
+            self._put(injection, site)
 
-    def rows(self, adapter_names: Sequence[str], inputs: Collection[Any]) -> AbstractContextManager[None]:
-        """A context within which row i of a batch, of which these are inputs, has the adapter `adapter_names[i]`."""
-        raise ValueError(
-            f"{type(self).__name__} has one adapter for the whole batch: adapter_names=[...] isn't supported. Call "
-            "model.set_adapter(name) and pass the rows of each adapter separately."
-        )
-
-    # --- attached parts ----------------------------------------------------------------------------------------------
-
-    def attached_parts(self, of: type[MultimodalLayer] | None = None) -> Iterator[tuple[nn.Module, str, AttachedPart]]:
-        """(parent, name, part) of every part that wraps nothing, of this method or `of` another."""
-        for parent in list(self.model.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, AttachedPart) and isinstance(child, of or self.tuner_layer_cls):
-                    yield parent, name, child
-
-    def _check_own(self, adapter_names: Collection[str]) -> None:
-        """Refuse names of adapters that another call of `get_peft_model` put on the same model."""
-        for name in adapter_names:
-            config = self.peft_config.get(name)
-            if config is not None and tuner_of(config) is not type(self):
-                raise ValueError(
-                    f"Adapter {name!r} is of another method ({config.peft_type.value}): the PeftModel that it was made or "
-                    "loaded by switches and deletes it. unload() and disable_adapter() of either serve both."
-                )
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        self._check_own([adapter_name] if isinstance(adapter_name, str) else adapter_name)
-        others = [(m, m.active_adapters, {p: p.requires_grad for p in m.parameters()}) for m in self._wholes(True)]
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-        for wrapper, active, trains in others:  # PEFT has switched off whatever has no copy of this adapter's
-            wrapper._active_adapter = active
-            for parameter, flag in trains.items():
-                parameter.requires_grad_(flag)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        self._check_own([adapter_name])
-        without_modules_to_save(self.model, adapter_name)
-        beside = {m: m.active_adapters for m in self._wholes()}
-        was, rest = self.active_adapters, [name for name in self.active_adapters if name != adapter_name]
-        super().delete_adapter(adapter_name)
-        for _, _, part in self.attached_parts():  # PEFT's loop passes over modules that bear the prefix
-            part.delete_adapter(adapter_name)
-        self.active_adapter = rest or (self._own_adapters()[:1] if adapter_name in was else [])
-        for layer in self._own_layers() if adapter_name in was else ():  # each has chosen among those that it has
-            layer.set_adapter(self.active_adapter)
-        for wrapper, names in beside.items():  # PEFT has switched off those that have lost a copy
-            if adapter_name in names:
-                wrapper.set_adapter([n for n in self.active_adapter if n in wrapper._get_available_adapters()])
+    def _put(self, injection: Injection, site: Site) -> None:
+        """Add the adapter to the part at a site, which is made if there is none."""
+        module = self.model.get_submodule(site.module)
+        name = self.prefix + site.kind
+        part: Any = module if isinstance(module, self.tuner_layer_cls) else module._modules.get(name)
+        is_new = part is None
+        if is_new:
+            part = self.make(injection, site, module)
+            if isinstance(part, AttachedPart):
+                module.add_module(name, part)
             else:
-                wrapper._active_adapter = names
-
-    def _own_adapters(self) -> list[str]:
-        return sorted(name for name, config in self.peft_config.items() if tuner_of(config) is type(self))
-
-    def _wholes(self, of_others: bool = False) -> list[AuxiliaryTrainingWrapper]:
-        """The modules that are trained as a whole beside this method's adapters (`modules_to_save`), or beside others'."""
-        own = set(self._own_adapters())
-        wrappers = (m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper))
-        return [m for m in wrappers if _is_of_others(m._get_available_adapters(), own) == of_others]
-
-    def _check_mergeable(self) -> None:
-        for tuner in [type(self), *map(tuner_of, self.peft_config.values())]:
-            if reason := getattr(tuner, "not_mergeable", None):
-                raise ValueError(reason)
-        self._check_untied()
-
-    def _check_untied(self) -> None:
-        """Refuse to merge into a weight that another module uses, too."""
-        users: dict[int, list[tuple[str, nn.Module]]] = {}
-        for path, module in self.model.named_modules():
-            for parameter in module.parameters(recurse=False):
-                users.setdefault(id(parameter), []).append((path, module))
-        layers = [(path, m) for path, m in self.model.named_modules() if isinstance(m, self.tuner_layer_cls)]
-        for path, layer in layers:
-            inside = set(self.model.get_submodule(path).modules())
-            for parameter in anatomy.unwrap(layer).parameters() if hasattr(layer, "base_layer") else ():
-                if others := [user for user, module in users[id(parameter)] if module not in inside]:
-                    raise ValueError(
-                        f"{path} shares its weight with {others[0]} (they are tied), so a merge would change both, and give another "
-                        f"model than the adapter does. Keep the adapter, or wrap the model anew with exclude_modules=[{path!r}]; to "
-                        "adapt and merge this module, load the base untied: tie_word_embeddings=False in its config."
-                    )
-
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        self._check_mergeable()
-        super().merge_adapter(*args, **kwargs)
-
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
-        self._check_mergeable()
-        return super().merge_and_unload(*args, **kwargs)
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        """Takes out every adapter, as PEFT does, also those of other methods."""
-        parts = list(self.attached_parts(MultimodalLayer))
-        super()._unload_and_optionally_merge(*args, **kwargs)
-        while any(isinstance(m, BaseTunerLayer) and hasattr(m, "base_layer") for m in self.model.modules()):
-            super()._unload_and_optionally_merge(merge=False)  # PEFT passes over layers inside of layers
-        for method in METHODS.values():
-            method.model.drop_traces(self.model)
-        for module in self.model.modules():
-            for key, hook in list(module._forward_hooks.items()):
-                if isinstance(hook, InputGradients):
-                    del module._forward_hooks[key]
-        for parent, name, part in reversed(parts):  # who took a forward over last gives it back first
-            part.remove_hooks()
-            delattr(parent, name)
-        return self.model
-
-    @classmethod
-    def drop_traces(cls, model: nn.Module) -> None:
-        """Remove what a method has left on modules beside its layers and parts."""
+                parent, _, child = site.module.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, part)
+        self.add(injection, site, part)
+        part.settle(injection.adapter_name)
+        if is_new or isinstance(part, AttachedPart):
+            part.train(module.training)  # no dropout in a model that stands in eval mode
+        injection.modules.append(site.module)
 
     # --- storage -----------------------------------------------------------------------------------------------------
 
@@ -546,10 +389,6 @@ class _Gathered(dict[str, Tensor]):
         return super().items()
 
 
-def _is_of_others(adapters: set[str], own: set[str]) -> bool:
-    return bool(adapters) and adapters.isdisjoint(own)  # one that has lost its last copy is nobody's
-
-
 def _not_missing(model: nn.Module, prefix: str, adapter_name: str, given: Collection[str]) -> dict[str, Tensor]:
     """What PEFT would take for missing keys of an adapter: other parts whose names contain the adapter's.
 
@@ -572,59 +411,12 @@ def _resize(model: nn.Module, others: dict[str, Tensor]) -> str:
     return ""
 
 
-def check_bare(model: nn.Module) -> None:
-    """Refuse a model that something is wrapped around, which would go on running what was there before."""
-    if (bare := anatomy.unwrapped(model)) is not model:
-        kind, name = type(model).__name__, type(bare).__name__
-        wrap = "torch.compile" if kind == "OptimizedModule" else kind
-        raise ValueError(
-            f"{name} is wrapped in {kind}. An adapter goes onto the model itself, and the wrapper around both: make or load the "
-            f"adapter first, then {wrap}(model)."
-        )
-
-
-def tuner_of(config: Any) -> type:
-    """The class of a config's model."""
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-
-    return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
-
-
-def check_adapter_name(name: str) -> None:
-    """Adapters' names are keys of torch's containers, parts of parameters' names, and names of folders."""
-    taken = hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name)
-    if taken or name in COMPANIONS or not re.fullmatch(r"[^\s./\\:\x00]+", name):
-        why = "it holds a dot, slash, colon or space, or is empty"
-        if taken:
-            why = "torch's containers have an attribute of this name"
-        elif name in COMPANIONS:
-            why = "a folder of this name stands beside an adapter's files"
-        raise ValueError(
-            f"adapter_name={name!r} can't be used: {why}. Adapters are called by letters, digits, - and _, such as "
-            f"{re.sub('[^A-Za-z0-9_-]+', '-', name).strip('-') + ('-1' if taken or name in COMPANIONS else '') or 'default'!r}."
-        )
-
-
 def card_notes(model: Any, adapter_name: str) -> CardNotes:
     """What a wrapped model knows for an adapter's model card."""
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, MultimodalTuner) or tuner_of(tuner.peft_config[adapter_name]) is not type(tuner):
         return CardNotes()
     return tuner.card_notes(adapter_name)
-
-
-def matched_modules(model: nn.Module, config: MultimodalConfig) -> MatchTable:
-    """What `get_peft_model(model, config)` would adapt: names, shapes, towers. The model is not changed.
-
-    Raises:
-        ValueError: nothing matches; the message names what exists.
-    """
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-
-    tuner: Any = dict(PEFT_TYPE_TO_TUNER_MAPPING).get(config.peft_type) if isinstance(config, PeftConfig) else None  # type: ignore[call-overload]
-    if tuner is None or not issubclass(tuner, MultimodalTuner):
-        raise TypeError(f"matched_modules takes a config of this package, got {type(config).__name__}")
-    return MatchTable(tuner.match(config, model))
 
 
 def _short(key: str) -> str:

@@ -38,7 +38,6 @@ from ..core.anatomy import (
     Anatomy,
     Matrix,
     Site,
-    base_model,
     device_of,
     is_below,
     is_cross,
@@ -46,18 +45,18 @@ from ..core.anatomy import (
     own_modules,
     stack_of,
 )
-from ..core.config import MultimodalConfig, heads_for
+from ..core.config import TargetedConfig, heads_for
 from ..core.parts import AttachedPart, CallScope, MultimodalLayer, check_rows, rows_beside, rows_by_name
 from ..core.registry import Promises, Use, method
 from ..core.stand_in import StandIn
-from ..core.tuner import MultimodalTuner
+from ..core.tuner import Injection, MultimodalTuner
 from ..nn.transformer_block import TransformerBlock
 
 ENCODERS = tuple(tower for tower in TOWERS if tower != "decoder")
 
 
 @dataclass
-class HardSampleDomainAdapterConfig(MultimodalConfig):
+class HardSampleDomainAdapterConfig(TargetedConfig):
     """Configuration of [`HardSampleDomainAdapterModel`].
 
     Args:
@@ -71,7 +70,7 @@ class HardSampleDomainAdapterConfig(MultimodalConfig):
             `layers_to_transform` names them by index, `target_modules` by their paths (`["layers.10", "layers.11"]`).
 
     Decoders have none: they generate from a cache of past tokens, which the adapter doesn't keep.
-    The other arguments are those of [`MultimodalConfig`].
+    The other arguments are those of [`TargetedConfig`].
     """
 
     bottleneck_dim: int = 64
@@ -186,7 +185,6 @@ class DomainPart(nn.Module, AttachedPart, HardSampleDomainAdapterLayer):
 
     def add(self, adapter_name: str, config: HardSampleDomainAdapterConfig, width: int, output_width: int) -> None:
         self.hard_sample_domain_adapter_branch[adapter_name] = DomainBranch(config, width, output_width)
-        self.settle(adapter_name)
 
     def branch_output(self, branch: DomainBranch, h: Tensor, mask: Tensor | None) -> Tensor:
         """What one branch makes of states h (B, L, d), in its own dtype."""
@@ -382,8 +380,8 @@ class HardSampleDomainAdapterModel(MultimodalTuner):
                 f"towers={list(ENCODERS)}, and a decoder with AuroraModeApprox."
             )
         if config.placement == "top":
-            return dual_towers(base_model(model), found)
-        return token_layers(base_model(model), found)
+            return dual_towers(model, found)
+        return token_layers(model, found)
 
     @classmethod
     def default_targets(cls, config: HardSampleDomainAdapterConfig, candidates: list[Site]) -> list[Site]:
@@ -395,20 +393,11 @@ class HardSampleDomainAdapterModel(MultimodalTuner):
         last = {layer for stack in stacks.values() for layer in stack[-config.last_layers :]}
         return [layer for layer in candidates if layer in last]
 
-    def _create_and_replace(
-        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:  # fmt: skip
-        (place,) = self._matched[current_key]
-        kind: type[DomainPart] = DomainTower if peft_config.placement == "top" else DomainLayer
-        name = self.prefix + ("top" if peft_config.placement == "top" else "layer")
-        if not hasattr(target, name):
-            target.add_module(name, kind(target, place.role))
-        part: Any = target.get_submodule(name)
-        part.add(adapter_name, peft_config, place.d_in, place.d_out)
-        part.train(target.training)  # no dropout in a model that stands in eval mode
-        if adapter_name not in self.active_adapters:
-            part.hard_sample_domain_adapter_branch[adapter_name].requires_grad_(False)
+    def make(self, injection: Injection, site: Site, module: nn.Module) -> DomainPart:
+        return (DomainTower if site.kind == "tower" else DomainLayer)(module, site.role)
+
+    def add(self, injection: Injection, site: Site, part: DomainPart) -> None:
+        part.add(injection.adapter_name, injection.config, site.d_in, site.d_out)
 
     # --- rows of a batch ---
 

@@ -33,10 +33,10 @@ from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..core.anatomy import Anatomy, Site, base_model, describe, is_below, token_embeddings, unwrap
-from ..core.config import MultimodalConfig, heads_for
+from ..core.anatomy import Anatomy, Site, is_below, token_embeddings, unwrap
+from ..core.config import MultimodalConfig, heads_for, takes_no_targets
 from ..core.registry import Promises, Use, method
-from ..core.tuner import MultimodalTuner
+from ..core.tuner import Injection, MultimodalTuner
 from ..model_card import CardNotes
 from .prompt_classifier import (
     CHUNK,
@@ -50,6 +50,7 @@ from .prompt_classifier import (
 )
 
 
+@takes_no_targets("text", "the text tower reads the prompt as a whole")
 @dataclass
 class StructuredPromptConfig(MultimodalConfig):
     """Configuration of [`StructuredPromptModel`].
@@ -119,10 +120,6 @@ class StructuredPromptConfig(MultimodalConfig):
         self.check_number("text_anchor", 0, 1e6)
         self.check("anchor_template", "words with {} for the name", lambda v: isinstance(v, str) and "{}" in v)
         self.check("output_dim", "a positive integer or None", lambda v: v is None or (type(v) is int and v > 0))
-        whole = "None: the text tower reads the prompt as a whole"
-        for name in ("target_modules", "exclude_modules", "layers_to_transform"):
-            self.check(name, whole, lambda v: v is None)
-        self.check("towers", "None or ['text']", lambda v: v is None or list(v) == ["text"])
 
     def looks(self) -> bool:
         """Whether the prompt depends on the picture."""
@@ -220,7 +217,7 @@ class StructuredContext(nn.Module):
         compare="zero-shot, and a linear probe that starts from the text: ahead where class names never change",
     ),
     docs="docs/structured-prompt.md",
-    promises=Promises(starts_as="images", acts_on="tower", takes_targets=False, classes=True),
+    promises=Promises(starts_as="images", acts_on="tower", classes=True),
 )
 class StructuredPromptModel(MultimodalTuner):
     """Turns a dual encoder into a classifier whose prompts look at the picture; the towers stay frozen.
@@ -251,15 +248,13 @@ class StructuredPromptModel(MultimodalTuner):
     }
 
     @classmethod
-    def match(cls, config: StructuredPromptConfig, model: nn.Module) -> list[Site]:
-        found, model = describe(model), base_model(model)
+    def sites(cls, config: StructuredPromptConfig, model: nn.Module, found: Anatomy) -> list[Site]:
         path = text_tower(model, found)
-        tokens = next(p for p in token_embeddings(model) if is_below(p, path))
-        width: Any = unwrap(model.get_submodule(tokens)).embedding_dim
+        width: Any = unwrap(model.get_submodule(token_embedding(model, path))).embedding_dim
         return [Site(path, "prompt", "text", "text.prompt.0", width, config.context())]
 
-    def check_model(self, config: StructuredPromptConfig, matrices: Sequence[Site], found: Anatomy) -> None:
-        tokens = next(p for p in token_embeddings(self.model) if is_below(p, matrices[0].module))
+    def check(self, config: StructuredPromptConfig, sites: Sequence[Site], found: Anatomy) -> None:
+        tokens = token_embedding(self.model, sites[0].module)
         parts = tokens.split(".")
         paths = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
         whole = [name for name in config.modules_to_save or () if any(path.endswith(name) for path in paths)]
@@ -270,31 +265,25 @@ class StructuredPromptModel(MultimodalTuner):
                 "prompts, which take the place of what it gives, would be passed over. Leave it as it is."
             )
 
-    def _create_and_replace(
-        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:  # fmt: skip
-        part = self.classifier()
-        if part is None:
-            tokens = next(p for p in token_embeddings(self.model) if is_below(p, current_key))
-            part = PromptedClassifier(self.model, target, self.model.get_submodule(tokens))
-            target.add_module("structured_prompt_reader", part)
-        part.add(adapter_name, peft_config, StructuredContext(peft_config, *self._widths))
-        if adapter_name not in self.active_adapters:
-            part.structured_prompt_context[adapter_name].requires_grad_(False)
-
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        peft_config = super()._prepare_adapter_config(peft_config, model_config)
-        found = describe(self.model)
-        self._widths = widths(self.model, text_tower(self.model, found), found)  # here: low_cpu_mem_usage comes after
-        dim = self._widths[-1]
-        if peft_config.is_loaded and peft_config.output_dim not in (None, dim):
+    def prepare(self, config: StructuredPromptConfig, sites: Sequence[Site], found: Anatomy) -> tuple[int, int, int]:
+        """Widths of the text tower, the patches and the shared space."""
+        measured = widths(self.model, sites[0].module, found)
+        dim = measured[-1]
+        if config.is_loaded and config.output_dim not in (None, dim):
             raise ValueError(
-                f"This adapter belongs to another base: there pictures and texts met in {peft_config.output_dim} dimensions, "
+                f"This adapter belongs to another base: there pictures and texts met in {config.output_dim} dimensions, "
                 f"in {found.model_class} in {dim}."
             )
-        peft_config.output_dim = dim
-        return peft_config
+        config.output_dim = dim
+        return measured
+
+    def make(self, injection: Injection, site: Site, module: nn.Module) -> PromptedClassifier:
+        embedding: Any = self.model.get_submodule(token_embedding(self.model, site.module))
+        return PromptedClassifier(self.model, module, embedding)
+
+    def add(self, injection: Injection, site: Site, part: PromptedClassifier) -> None:
+        context = StructuredContext(injection.config, *injection.prepared)
+        part.add(injection.adapter_name, injection.config, context)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
@@ -375,3 +364,8 @@ class StructuredPromptModel(MultimodalTuner):
         order = (v @ part.static(adapter_name, texts).to(v.dtype).T).argsort(dim=1, descending=True)
         place = (order == winner).int().argmax(dim=1)
         return {k: 100 * (place < k).double().mean().item() for k in ks}
+
+
+def token_embedding(model: nn.Module, tower: str) -> str:
+    """Path of the embedding that a text tower reads tokens by."""
+    return next(path for path in token_embeddings(model) if is_below(path, tower))

@@ -10,7 +10,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..core.tuner import COMPANIONS
+from ..core.checks import COMPANIONS
 from ..saving import finish_card
 
 

@@ -36,21 +36,21 @@ from peft import PeftModel
 from peft.utils import PeftType
 from torch import Tensor, nn
 
-from ...core.anatomy import Anatomy, Matrix, unwrap
-from ...core.config import MultimodalConfig
+from ...core.anatomy import Anatomy, Matrix, Site, unwrap
+from ...core.config import TargetedConfig
 from ...core.registry import Promises, Use, method
-from ...core.tuner import MultimodalTuner
+from ...core.tuner import Injection, MultimodalTuner
 from . import conversion
 from .algebra import CompressionErrors
 from .factors import AuroraModeApproxLayer, SharedFactors
-from .fusion import InformativeContext, add_gqt, add_ice, gqt_layers, ice_encoder
+from .fusion import GatedQueryTransformation, InformativeContext, attentions_in, gqt_sites, ice_sites
 from .layers import AuroraLinear, AuroraMatrixLayer, AuroraMultiheadAttention, drop_scope, scope_of
 
 SHARES = ("per_shape", "per_modality", "none")
 
 
 @dataclass
-class AuroraModeApproxConfig(MultimodalConfig):
+class AuroraModeApproxConfig(TargetedConfig):
     """Configuration of [`AuroraModeApproxModel`].
 
     Args:
@@ -68,7 +68,7 @@ class AuroraModeApproxConfig(MultimodalConfig):
         ice_bank_size: Number of text features in the bank (first in, first out).
         target_modules: None takes q, k and v of every attention in the chosen towers.
 
-    The other arguments are those of [`MultimodalConfig`].
+    The other arguments are those of [`TargetedConfig`].
     """
 
     r: int = 64
@@ -145,66 +145,62 @@ class AuroraModeApproxModel(MultimodalTuner):
     def default_targets(cls, config: AuroraModeApproxConfig, candidates: list[Matrix]) -> list[Matrix]:
         return [m for m in candidates if m.letter in ("q", "k", "v", "qkv")]
 
-    def check_model(self, config: AuroraModeApproxConfig, matrices: list[Matrix], found: Anatomy) -> None:
-        if config.use_gqt and not gqt_layers(found, config.towers):
+    def check(self, config: AuroraModeApproxConfig, sites: list[Matrix], found: Anatomy) -> None:
+        if config.use_gqt and not gqt_sites(found, config.towers):
             raise ValueError(
                 f"use_gqt=True needs layers with a self- and a cross-attention (a fusion encoder such as BLIP's or a "
-                f"Q-Former); {found.model_class} has none in its towers {sorted({m.tower for m in matrices})}. Leave use_gqt "
+                f"Q-Former); {found.model_class} has none in its towers {sorted({m.tower for m in sites})}. Leave use_gqt "
                 "off."
             )
-        if config.use_ice and ice_encoder(self.model, found) is None:
+        if config.use_ice and not ice_sites(self.model, found):
             raise ValueError(
                 "use_ice=True needs a fusion encoder that runs with and without the image, as BLIP's text encoder does; "
                 f"{found.model_class} has none. Leave use_ice off."
             )
-        self._found = found
-
-    def _create_and_replace(
-        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:  # fmt: skip
-        factors = self._prepare_factors(peft_config, adapter_name)
-        matrices = self._matched[current_key]
-        if isinstance(target, AuroraMatrixLayer):
-            self._update(target, adapter_name, peft_config, matrices)
-            return
-        base = unwrap(target)
-        scope = scope_of(parent)
-        if isinstance(base, nn.MultiheadAttention):
-            if base.bias_k is not None or base.add_zero_attn:
+        for matrix in sites:
+            module: Any = unwrap(self.model.get_submodule(matrix.module))
+            if isinstance(module, nn.MultiheadAttention) and (module.bias_k is not None or module.add_zero_attn):
                 raise ValueError(
-                    f"{current_key}: nn.MultiheadAttention with add_bias_kv or add_zero_attn isn't supported."
+                    f"{matrix.module}: nn.MultiheadAttention with add_bias_kv or add_zero_attn isn't supported."
                 )
-            layer: AuroraMatrixLayer = AuroraMultiheadAttention(target, factors, None)
+
+    def stores(self, injection: Injection) -> list[Site]:
+        """The shared factors below the model, and what repairs a fusion encoder."""
+        config, found = injection.config, injection.anatomy
+        gqt = gqt_sites(found, config.towers) if config.use_gqt else []
+        ice = ice_sites(self.model, found) if config.use_ice else []
+        return [Site("", "shared", "other", "", 0, 0), *gqt, *ice]
+
+    def make(self, injection: Injection, site: Site, module: nn.Module) -> AuroraModeApproxLayer:
+        if site.kind == "shared":
+            return SharedFactors(module)
+        if site.kind == "gqt":
+            attentions = attentions_in(injection.anatomy, site.module)
+            return GatedQueryTransformation(module, site.module, attentions, site.role)
+        if site.kind == "ice":
+            return InformativeContext(module, site.role)
+        factors: Any = self.model.get_submodule("aurora_mode_approx_shared")
+        if isinstance(unwrap(module), nn.MultiheadAttention):
+            layer: AuroraMatrixLayer = AuroraMultiheadAttention(module, factors, None)
         else:
-            layer = AuroraLinear(target, factors, scope)
-        letters = "".join(m.letter for m in matrices)
-        layer.role = matrices[0].role.replace(f".{matrices[0].letter}.", f".{letters}.")
-        self._update(layer, adapter_name, peft_config, matrices)
-        layer.train(target.training)  # no dropout in a model that stands in eval mode
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+            parent = self.model.get_submodule(site.module.rpartition(".")[0])
+            layer = AuroraLinear(module, factors, scope_of(parent))
+        letters = "".join(m.letter for m in injection.at(site.module))
+        layer.role = site.role.replace(f".{site.kind}.", f".{letters}.")
+        return layer
 
-    def _update(self, layer: AuroraMatrixLayer, adapter_name: str, config: Any, matrices: list[Matrix]) -> None:
-        groups = [group_of(config.share, m) for m in matrices]
-        layer.update_layer(adapter_name, groups, config.r, config.core, config.scaling, config.dropout)
-
-    def _prepare_factors(self, config: AuroraModeApproxConfig, adapter_name: str) -> SharedFactors:
-        """The store of shared factors, with those (and what acts on the fusion encoder) of this adapter."""
-        name = "aurora_mode_approx_shared"
-        if not hasattr(self.model, name):
-            self.model.add_module(name, SharedFactors(self.model))
-        factors = self.model.get_submodule(name)
-        if adapter_name not in factors.aurora_mode_approx_U:
-            matrices = [m for of_module in self._matched.values() for m in of_module]
-            shapes = {group_of(config.share, m): (m.d_in, m.d_out) for m in matrices}
-            factors.add(adapter_name, config.r, config.core, shapes)
-            if config.use_gqt:
-                add_gqt(self.model, self._found, adapter_name, config.towers, config.gqt_branches or [])
-            if config.use_ice:
-                add_ice(self.model, self._found, adapter_name, config.ice_bank_size)
-        return factors
+    def add(self, injection: Injection, site: Site, part: Any) -> None:
+        name, config = injection.adapter_name, injection.config
+        if site.kind == "shared":
+            shapes = {group_of(config.share, m): (m.d_in, m.d_out) for m in injection.sites}
+            part.add(name, config.r, config.core, shapes)
+        elif site.kind == "gqt":
+            part.add(name, config.gqt_branches, site.d_in)
+        elif site.kind == "ice":
+            part.add(name, config.ice_bank_size, site.d_in)
+        else:
+            groups = [group_of(config.share, m) for m in injection.at(site.module)]
+            part.update_layer(name, groups, config.r, config.core, config.scaling, config.dropout)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)

@@ -59,7 +59,6 @@ class SharedFactors(nn.Module, AttachedPart, AuroraModeApproxLayer):
         else:
             cores = {g: nn.init.xavier_uniform_(torch.empty(r, r, r)) for g in shapes}
             self.aurora_mode_approx_core[adapter_name] = nn.ParameterDict(cores)
-        self.settle(adapter_name)
 
     def U(self, adapter: str, group: str) -> Tensor:
         """d_in x R."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.anatomy import Anatomy, device_of, is_cross
+from ...core.anatomy import Anatomy, Site, device_of, is_below, is_cross
 from ...core.parts import AttachedPart, CallScope
 from ...core.private import InsideCheckpoint
 from .factors import AuroraModeApproxLayer
@@ -62,7 +62,6 @@ class GatedQueryTransformation(nn.Module, AttachedPart, AuroraModeApproxLayer):
             parameters[f"{branch}_scale_norm"] = torch.zeros(width)
             parameters[f"{branch}_shift_norm"] = torch.zeros(width)
         self.aurora_mode_approx_gqt[adapter_name] = nn.ParameterDict(parameters)
-        self.settle(adapter_name)
 
     def _keep_query(self, module: nn.Module, args: Any, output: Any) -> None:
         self._keep("query", output)
@@ -147,7 +146,6 @@ class InformativeContext(nn.Module, AttachedPart, AuroraModeApproxLayer):
 
     def add(self, adapter_name: str, size: int, width: int) -> None:
         self.aurora_mode_approx_ice[adapter_name] = ContextBank(size, width)
-        self.settle(adapter_name)
 
     @torch.no_grad()
     def collect(self, batches: Iterable[Mapping[str, Tensor]]) -> int:
@@ -186,38 +184,27 @@ class InformativeContext(nn.Module, AttachedPart, AuroraModeApproxLayer):
 # --- where they go ---------------------------------------------------------------------------------------------------
 
 
-def gqt_layers(found: Anatomy, towers: list[str] | None) -> dict[str, str]:
-    """{path: tower} of the layers with a self- and a cross-attention; a layer is in the tower of its cross-attention."""
-    tower = {
-        path: next(m.tower for m in found.matrices if m.module.startswith(path + ".") and is_cross(m.module))
-        for path in found.fusion_layers
-    }
-    return {path: name for path, name in tower.items() if not towers or name in towers}
+def gqt_sites(found: Anatomy, towers: list[str] | None) -> list[Site]:
+    """The layers with a self- and a cross-attention, whose tower is that of the cross-attention; None means all towers."""
+    sites: list[Site] = []
+    for layer in found.fusion_layers:
+        inside = [m for m in found.matrices if is_below(m.module, layer)]
+        tower = next(m.tower for m in inside if is_cross(m.module))
+        if not towers or tower in towers:
+            width = next(m.d_in for m in inside if m.letter == "q")
+            sites.append(Site(layer, "gqt", tower, f"{tower}.gqt.{len(sites)}", width, width))
+    return sites
 
 
-def add_gqt(model: nn.Module, found: Anatomy, adapter_name: str, towers: list[str] | None, branches: list[str]) -> None:
-    queries = {m.module: m.d_in for m in found.matrices if m.letter == "q"}
-    for index, (path, tower) in enumerate(gqt_layers(found, towers).items()):
-        layer: Any = model.get_submodule(path)
-        widths = {query.rpartition(".")[0]: d for query, d in queries.items() if query.startswith(path + ".")}
-        if not hasattr(layer, "aurora_mode_approx_gqt"):
-            part = GatedQueryTransformation(layer, path, list(widths), f"{tower}.gqt.{index}")
-            layer.add_module("aurora_mode_approx_gqt", part)
-        layer.aurora_mode_approx_gqt.add(adapter_name, branches, next(iter(widths.values())))
+def attentions_in(found: Anatomy, layer: str) -> list[str]:
+    """Paths of a layer's attentions."""
+    return [m.module.rpartition(".")[0] for m in found.matrices if m.letter == "q" and is_below(m.module, layer)]
 
 
-def ice_encoder(model: nn.Module, found: Anatomy) -> Any:
-    """The tower whose text encoder runs with and without the image; None where there is none."""
-    texts = (tower for tower in found.towers if tower.name == "text")
-    return next((tower for tower in texts if reads_images(model.get_submodule(tower.path))), None)
-
-
-def add_ice(model: nn.Module, found: Anatomy, adapter_name: str, size: int) -> None:
-    tower = ice_encoder(model, found)
-    encoder: Any = model.get_submodule(tower.path)
-    if not hasattr(encoder, "aurora_mode_approx_ice"):
-        encoder.add_module("aurora_mode_approx_ice", InformativeContext(encoder, "fusion.ice"))
-    encoder.aurora_mode_approx_ice.add(adapter_name, size, tower.hidden_size)
+def ice_sites(model: nn.Module, found: Anatomy) -> list[Site]:
+    """The text encoder that runs with and without the image, if there is one."""
+    texts = [t for t in found.towers if t.name == "text" and reads_images(model.get_submodule(t.path))]
+    return [Site(t.path, "ice", "fusion", "fusion.ice", t.hidden_size or 0, t.hidden_size or 0) for t in texts[:1]]
 
 
 def reads_images(tower: nn.Module) -> bool:

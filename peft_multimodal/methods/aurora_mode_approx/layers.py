@@ -61,7 +61,6 @@ class AuroraMatrixLayer(nn.Module, AuroraModeApproxLayer):
         if core == "tucker":
             nn.init.xavier_uniform_(P)
         self.aurora_mode_approx_P_norm[adapter_name] = nn.Parameter(P)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         device = device_of(self.get_base_layer()) if device is None else device

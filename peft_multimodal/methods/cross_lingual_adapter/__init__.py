@@ -31,10 +31,10 @@ import torch
 from peft.utils import PeftType
 from torch import Tensor, nn
 
-from ...core.anatomy import Anatomy, Site, base_model, describe, is_below, own_modules, token_embeddings
-from ...core.config import MultimodalConfig, heads_for
+from ...core.anatomy import Anatomy, Site, is_below, own_modules
+from ...core.config import MultimodalConfig, heads_for, takes_no_targets
 from ...core.registry import Promises, Use, method
-from ...core.tuner import MultimodalTuner
+from ...core.tuner import Injection, MultimodalTuner
 from ...encoders.frozen import follow
 from ...encoders.language import KEPT, KEPT_TOKENIZER, LanguageEncoder, load_encoder, place_of
 from ...languages import multilingual_tower
@@ -44,6 +44,7 @@ from .text_tower import level_of, output_dim, text_tower
 from .tower import CrossLingualAdapterLayer, LanguageTower
 
 
+@takes_no_targets("text", "the text tower is replaced as a whole")
 @dataclass
 class CrossLingualAdapterConfig(MultimodalConfig):
     """Configuration of [`CrossLingualAdapterModel`].
@@ -98,10 +99,6 @@ class CrossLingualAdapterConfig(MultimodalConfig):
         for name in ("encoder_width", "encoder_vocab_size", "output_dim"):
             self.check(name, "a positive integer or None", lambda v: v is None or (type(v) is int and v > 0))
         self.check("num_heads", "a divisor of bottleneck_dim", lambda v: self.bottleneck_dim % v == 0)
-        whole = "None: the text tower is replaced as a whole"
-        for name in ("target_modules", "exclude_modules", "layers_to_transform"):
-            self.check(name, whole, lambda v: v is None)
-        self.check("towers", "None or ['text']", lambda v: v is None or list(v) == ["text"])
         self._given: LanguageEncoder | None = None  # neither this nor the next is saved
         self._folder: dict[str, Any] | None = None
         self._loaded: LanguageEncoder | None = None
@@ -211,7 +208,6 @@ class LanguageAdapter(nn.Module):
     promises=Promises(
         starts_as="images",
         acts_on="tower",
-        takes_targets=False,
         rows=True,
         companions=frozenset({"tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"}),
     ),
@@ -236,80 +232,64 @@ class CrossLingualAdapterModel(MultimodalTuner):
     )
 
     @classmethod
-    def match(cls, config: CrossLingualAdapterConfig, model: nn.Module) -> list[Site]:
-        anatomy, model = describe(model), base_model(model)
-        path = text_tower(model, anatomy)
-        dim = cls._output_dim(model, model.get_submodule(path), cls._level(config, model, anatomy))
+    def sites(cls, config: CrossLingualAdapterConfig, model: nn.Module, found: Anatomy) -> list[Site]:
+        path, present = text_tower(model, found), multilingual_tower(model)
+        tower = model.get_submodule(path)
+        forward = tower.forward if present is None else present.stand_in.original
+        dim = output_dim(tower, forward, cls._level(config, model, found))
         return [Site(path, "tower", "text", "text.tower.0", config.encoder_width or 0, dim)]
 
     @staticmethod
-    def _level(config: CrossLingualAdapterConfig, model: nn.Module, anatomy: Anatomy) -> str:
+    def _level(config: CrossLingualAdapterConfig, model: nn.Module, found: Anatomy) -> str:
         """The level that was asked for; one that was measured on another model is measured anew."""
         asked = config.level if config.level != config._measured_level else None
-        return level_of(model, anatomy) if asked is None else asked
+        return level_of(model, found) if asked is None else asked
 
-    @staticmethod
-    def _output_dim(model: nn.Module, tower: nn.Module, level: str) -> int:
-        present = multilingual_tower(model)
-        return output_dim(tower, tower.forward if present is None else present.stand_in.original, level)
-
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        anatomy = describe(self.model)
-        path = text_tower(self.model, anatomy)
-        level = self._level(peft_config, self.model, anatomy)
-        present = self.language_tower()
+    def check(self, config: CrossLingualAdapterConfig, sites: list[Site], found: Anatomy) -> None:
+        (site,) = sites
+        level, present = self._level(config, self.model, found), self.language_tower()
         if present is not None and present.level != level:
             raise ValueError(f"The model's adapters have level={present.level!r}; one with {level!r} can't join them.")
-        tower = self.model.get_submodule(path)
-        dim = self._output_dim(self.model, tower, level)
-        if peft_config.is_loaded and peft_config.output_dim not in (None, dim):
+        if config.is_loaded and config.output_dim not in (None, site.d_out):
             raise ValueError(
-                f"This adapter belongs to another base: it gives {peft_config.output_dim} features, the text tower of "
-                f"{anatomy.model_class} {dim}."
+                f"This adapter belongs to another base: it gives {config.output_dim} features, the text tower of "
+                f"{found.model_class} {site.d_out}."
             )
-        self._loaded = load_encoder(peft_config, None if present is None else present.encoders)
-        if any(module is tower for module in self._loaded.module.modules()):
-            raise ValueError(
-                "The encoder is the model's own text tower, whose place it is to take. Pass a copy: copy.deepcopy(encoder)."
-            )
-        follow(self._loaded.module, tower, keep_dtype=peft_config._given is not None)
-        if peft_config.level != level:
-            peft_config.level = peft_config._measured_level = level
-        peft_config.output_dim = dim
-        peft_config._loaded = self._loaded
-        peft_config = super()._prepare_adapter_config(peft_config, model_config)
-        anchor = next(p for p in token_embeddings(self.model) if is_below(p, path))  # PEFT passes over the root
-        self._tower_path, self._matched = path, {anchor: self._matched[path]}
-        return peft_config
-
-    def check_model(self, config: CrossLingualAdapterConfig, matrices: list[Site], found: Anatomy) -> None:
         inside = [
             f"{name!r} ({path})"
             for name in config.modules_to_save or ()
             for path in own_modules(self.model)
-            if (path == name or path.endswith(f".{name}")) and is_below(path, matrices[0].module)
+            if (path == name or path.endswith(f".{name}")) and is_below(path, site.module)
         ]
         if inside:
             raise ValueError(f"modules_to_save={inside[0]} lies in the text tower, which doesn't run: it can't train.")
 
-    def _create_and_replace(
-        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:  # fmt: skip
-        part = self.language_tower()
-        if part is None:
-            tower = self.model.get_submodule(self._tower_path)
-            part = LanguageTower(self.model, tower, peft_config.level)
-            tower.add_module("cross_lingual_adapter_tower", part)
-        training = part.host().training  # no dropout in a model that stands in eval mode
+    def prepare(self, config: CrossLingualAdapterConfig, sites: list[Site], found: Anatomy) -> nn.Module:
+        """The language's encoder."""
+        (site,) = sites
+        tower, present = self.model.get_submodule(site.module), self.language_tower()
+        loaded = load_encoder(config, None if present is None else present.encoders)
+        if any(module is tower for module in loaded.module.modules()):
+            raise ValueError(
+                "The encoder is the model's own text tower, whose place it is to take. Pass a copy: copy.deepcopy(encoder)."
+            )
+        follow(loaded.module, tower, keep_dtype=config._given is not None)
+        level = self._level(config, self.model, found)
+        if config.level != level:
+            config.level = config._measured_level = level
+        config.output_dim, config._loaded = site.d_out, loaded
+        return loaded.module
+
+    def make(self, injection: Injection, site: Site, module: nn.Module) -> LanguageTower:
+        return LanguageTower(self.model, module, injection.config.level)
+
+    def add(self, injection: Injection, site: Site, part: LanguageTower) -> None:
+        config = injection.config
         adapter = LanguageAdapter(
-            peft_config.encoder_width, peft_config.bottleneck_dim, peft_config.num_layers, peft_config.output_dim,
-            peft_config.num_heads, peft_config.ff_mult, peft_config.dropout, peft_config.pool,
+            config.encoder_width, config.bottleneck_dim, config.num_layers, config.output_dim, config.num_heads,
+            config.ff_mult, config.dropout, config.pool,
         )  # fmt: skip
-        part.add(adapter_name, adapter, self._loaded.module, place_of(peft_config))
-        part.train(training)
-        if adapter_name not in self.active_adapters:
-            part.cross_lingual_adapter_language[adapter_name].requires_grad_(False)
+        part.add(injection.adapter_name, adapter, injection.prepared, place_of(config))
 
     def card_notes(self, adapter_name: str) -> CardNotes:
         """A language is an adapter: one called by a language's code is said to read it."""

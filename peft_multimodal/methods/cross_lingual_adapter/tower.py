@@ -70,7 +70,6 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer, Multiling
         self.encoder_of[adapter_name] = share(self.encoders, encoder, place)
         self.longest[adapter_name] = longest_text(encoder)
         self.cross_lingual_adapter_language[adapter_name] = adapter
-        self.settle(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

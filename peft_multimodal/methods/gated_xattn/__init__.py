@@ -33,11 +33,11 @@ from peft import NoMatchingPeftModuleError
 from peft.utils import PeftType
 from torch import nn
 
-from ...core.anatomy import Anatomy, Site, base_model, describe, own_modules
-from ...core.config import MultimodalConfig
+from ...core.anatomy import Anatomy, Site, own_modules
+from ...core.config import MultimodalConfig, takes_no_targets
 from ...core.registry import Promises, Use, method
 from ...core.sites import Decoder
-from ...core.tuner import MultimodalTuner
+from ...core.tuner import Injection, MultimodalTuner
 from ...encoders.frozen import follow
 from ...encoders.vision import load_vision_encoder, place_of
 from ...nn.media_inputs import Seeing
@@ -46,6 +46,7 @@ from .checks import check_marker, check_vocabulary, find_decoder, warn_of_size
 from .layers import GatedBlock, GatedXAttnLayer, GatedXAttnReader, MarkerEmbedding, SeeingLayer
 
 
+@takes_no_targets("decoder", "every_n_layers chooses the decoder's layers")
 @dataclass
 class GatedXAttnConfig(MultimodalConfig):
     """Configuration of [`GatedXAttnModel`].
@@ -116,9 +117,6 @@ class GatedXAttnConfig(MultimodalConfig):
             self.check(name, "a string or None", lambda v: v is None or (isinstance(v, str) and v))
         for name in ("vision_hidden_size", "every_n_layers"):
             self.check(name, "a positive integer or None", lambda v: v is None or (type(v) is int and v > 0))
-        for name in ("target_modules", "exclude_modules", "layers_to_transform"):
-            self.check(name, "None: every_n_layers chooses the decoder's layers", lambda v: v is None)
-        self.check("towers", "None or ['decoder']", lambda v: v is None or list(v) == ["decoder"])
         self._given: nn.Module | None = None  # not saved
 
     def with_vision_encoder(self, encoder: nn.Module) -> GatedXAttnConfig:
@@ -186,7 +184,7 @@ def count_parameters(config: GatedXAttnConfig, width: int, blocks: int) -> int:
         compare="a model that sees already (LLaVA, Qwen-VL) with LoRA: these blocks start from nothing and need more data",
     ),
     docs="docs/gated-xattn.md",
-    promises=Promises(acts_on="decoder", takes_targets=False),
+    promises=Promises(acts_on="decoder"),
     smallest=lambda: GatedXAttnConfig(media_token_id=0),
 )
 class GatedXAttnModel(MultimodalTuner):
@@ -221,9 +219,8 @@ class GatedXAttnModel(MultimodalTuner):
     owns_token_rows = True
 
     @classmethod
-    def match(cls, config: GatedXAttnConfig, model: nn.Module) -> list[Site]:
+    def sites(cls, config: GatedXAttnConfig, model: nn.Module, found: Anatomy) -> list[Site]:
         """The token embedding, and every n-th layer of the decoder."""
-        found, model = describe(model), base_model(model)
         decoder = find_decoder(model, found)
         n = spacing(config, decoder)
         chosen = [(i, path) for i, path in enumerate(decoder.layers) if (i + 1) % n == 0]
@@ -234,11 +231,11 @@ class GatedXAttnModel(MultimodalTuner):
             )
         embedding: Any = own_modules(model)[decoder.embedding]
         rows, row = embedding.num_embeddings, embedding.embedding_dim
-        matrices = [Site(decoder.embedding, "marker", "decoder", "decoder.marker.0", rows, row)]
+        marker = Site(decoder.embedding, "marker", "decoder", "decoder.marker.0", rows, row)
         d, d_in = decoder.width, config.vision_hidden_size or 0
-        return matrices + [Site(path, "layer", "decoder", f"decoder.layer.{i}", d_in, d) for i, path in chosen]
+        return [marker, *(Site(path, "layer", "decoder", f"decoder.layer.{i}", d_in, d) for i, path in chosen)]
 
-    def check_model(self, config: GatedXAttnConfig, matrices: list[Site], found: Anatomy) -> None:
+    def check(self, config: GatedXAttnConfig, sites: list[Site], found: Anatomy) -> None:
         present = self.reader()  # it has taken the model's forward over
         own = inspect.signature(self.model.forward).parameters if present is None else present.own_inputs
         if config.has_encoder and "pixel_values" in own:
@@ -251,65 +248,50 @@ class GatedXAttnModel(MultimodalTuner):
                 "GatedXAttn needs vision_encoder=, the Hub id or folder of a frozen vision encoder, or the width "
                 "vision_hidden_size= of features that calls bring as vision_features."
             )
-        check_vocabulary(config, matrices[0].d_in, found.model_class)
+        check_vocabulary(config, sites[0].d_in, found.model_class)
         if not config.is_loaded:
             check_marker(config.media_token_id, self.model)
-        self._decoder = find_decoder(self.model, found)
-        config.every_n_layers = spacing(config, self._decoder)
+
+    def prepare(self, config: GatedXAttnConfig, sites: list[Site], found: Anatomy) -> nn.Module | None:
+        """The vision encoder."""
+        decoder, present = find_decoder(self.model, found), self.reader()
+        config.every_n_layers = spacing(config, decoder)
         encoder = load_vision_encoder(config, None if present is None else present.encoders)
         if encoder is not None:
-            follow(encoder, self.model.get_submodule(matrices[1].module), keep_dtype=config._given is not None)
-        self._encoder = (encoder,)  # a tuple is not registered: the reader holds it
+            follow(encoder, self.model.get_submodule(sites[1].module), keep_dtype=config._given is not None)
         if not config.is_loaded:
-            blocks = len(matrices) - 1
+            blocks = len(sites) - 1
             made_of = f"{blocks} blocks with ff_mult={config.ff_mult}, and a resampler {config.resampler!r} with "
             made_of += f"resampler_depth={config.resampler_depth}"
-            warn_of_size(count_parameters(config, self._decoder.width, blocks), self.model, made_of)
+            warn_of_size(count_parameters(config, decoder.width, blocks), self.model, made_of)
+        return encoder
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        peft_config = super()._prepare_adapter_config(peft_config, model_config)
-        (marker,) = self._matched[self._decoder.embedding]
-        peft_config.base_signature["vocabulary"] = marker.d_in
-        return peft_config
+    def signature(self, sites: list[Site], found: Anatomy) -> dict[str, Any]:
+        return super().signature(sites, found) | {"vocabulary": sites[0].d_in}
 
-    def _create_and_replace(
-        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:  # fmt: skip
-        reader = self.reader()
-        if reader is None:
-            reader = GatedXAttnReader(self.model, self.model.get_submodule(self._decoder.stack))
-            reader.train(self.model.training)
-            self.model.add_module("gated_xattn_reader", reader)
-        if adapter_name not in reader.gated_xattn_resampler:
-            (encoder,) = self._encoder
-            seeing = Seeing(peft_config.media_token_id, peft_config.attend, peft_config.vision_hidden_size)
-            resampler = make_resampler(peft_config)
-            shared = make_block(peft_config, self._decoder.width) if peft_config.share_blocks else None
-            place = None if encoder is None else place_of(peft_config)
-            reader.add(adapter_name, seeing, resampler, shared, encoder, place)
-            self._freeze_unless_active(reader, adapter_name)
-        (matrix,) = self._matched[current_key]
-        layer: Any = target
-        if not isinstance(target, GatedXAttnLayer):
-            if matrix.kind == "marker":
-                layer = MarkerEmbedding(target, matrix.role)
-            else:
-                layer = SeeingLayer(target, reader, matrix.role)
-            layer.train(target.training)
-        if matrix.kind == "marker":
-            layer.add(adapter_name, peft_config.media_token_id)
+    def stores(self, injection: Injection) -> list[Site]:
+        d = injection.sites[1].d_out
+        return [Site("", "reader", "decoder", "", d, d)]
+
+    def make(self, injection: Injection, site: Site, module: nn.Module) -> GatedXAttnLayer:
+        if site.kind == "reader":
+            return GatedXAttnReader(module, module.get_submodule(find_decoder(module, injection.anatomy).stack))
+        if site.kind == "marker":
+            return MarkerEmbedding(module, site.role)
+        reader: Any = self.reader()
+        return SeeingLayer(module, reader, site.role)
+
+    def add(self, injection: Injection, site: Site, part: Any) -> None:
+        name, config, encoder = injection.adapter_name, injection.config, injection.prepared
+        if site.kind == "reader":
+            seeing = Seeing(config.media_token_id, config.attend, config.vision_hidden_size)
+            shared = make_block(config, site.d_out) if config.share_blocks else None
+            place = None if encoder is None else place_of(config)
+            part.add(name, seeing, make_resampler(config), shared, encoder, place)
+        elif site.kind == "marker":
+            part.add(name, config.media_token_id)
         else:
-            layer.add(adapter_name, None if peft_config.share_blocks else make_block(peft_config, self._decoder.width))
-        self._freeze_unless_active(layer, adapter_name)
-        if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
-
-    def _freeze_unless_active(self, layer: Any, adapter_name: str) -> None:
-        for name in layer.adapter_layer_names if adapter_name not in self.active_adapters else ():
-            container = getattr(layer, name)
-            if adapter_name in container:
-                container[adapter_name].requires_grad_(False)
+            part.add(name, None if config.share_blocks else make_block(config, site.d_out))
 
     def reader(self) -> GatedXAttnReader | None:
         """The part that takes the images out of a call."""

@@ -138,7 +138,6 @@ class GatedXAttnReader(MediaReader, GatedXAttnLayer):
         self.gated_xattn_resampler[adapter_name] = resampler
         if shared is not None:
             self.gated_xattn_shared[adapter_name] = shared
-        self.settle(adapter_name)
 
     def resample(self, adapter: str, features: Tensor, frame_mask: Tensor | None) -> Tensor:
         resampler: Resampler = self.gated_xattn_resampler[adapter]
@@ -188,7 +187,6 @@ class SeeingLayer(Wrapper):
             self.sharing.add(adapter_name)
             return
         self.gated_xattn_block[adapter_name] = block
-        self.settle(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -251,7 +249,6 @@ class MarkerEmbedding(Wrapper):
         ids = torch.tensor([marker]) if marker < size else torch.linspace(0, size - 1, min(size, 1024)).long()
         self.markers[adapter_name] = marker
         self.gated_xattn_marker_norm[adapter_name] = nn.Parameter(embedding(ids.to(device)).mean(dim=0))
-        self.settle(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

@@ -1,0 +1,191 @@
+"""What becomes of adapters that a model has: switched, deleted, merged, served row by row, taken out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from . import anatomy
+from .parts import AttachedPart, InputGradients, MultimodalLayer
+from .registry import METHODS, method_of
+from .storage import without_modules_to_save
+
+
+class SwitchingTuner(BaseTuner):
+    """A tuner that shares its model with tuners of other methods: each switches and deletes its own adapters alone."""
+
+    model: Any  # the wrapped Hugging Face model
+    peft_config: dict[str, Any]  # {adapter name: config}, also those of other methods
+    tuner_layer_cls: type[MultimodalLayer]
+    not_mergeable: str | None = None
+    """Why this method's adapters can't be merged and what to do instead; None where they are weight updates."""
+
+    def own_layers(self) -> list[MultimodalLayer]:
+        """All that this method has put into the model."""
+        return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
+
+    def attached_parts(self, of: type[MultimodalLayer] | None = None) -> Iterator[tuple[nn.Module, str, AttachedPart]]:
+        """(parent, name, part) of every part that wraps nothing, of this method or `of` another."""
+        for parent in list(self.model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, AttachedPart) and isinstance(child, of or self.tuner_layer_cls):
+                    yield parent, name, child
+
+    def own_adapters(self) -> list[str]:
+        """Names of this method's adapters."""
+        return sorted(name for name, config in self.peft_config.items() if tuner_of(config) is type(self))
+
+    def whole_modules(self, of_others: bool = False) -> list[AuxiliaryTrainingWrapper]:
+        """The modules that are trained as a whole beside this method's adapters (`modules_to_save`), or beside others'."""
+        own = set(self.own_adapters())
+        wrappers = (m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper))
+        return [m for m in wrappers if _is_of_others(m._get_available_adapters(), own) == of_others]
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The model's; None where transformers finds no such one (CLIP). accelerate's FSDP2 asks every model for it."""
+        with suppress(NotImplementedError):
+            return self.model.get_input_embeddings()
+        return None
+
+    # --- rows of a batch ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.pop("adapter_names", None)
+        with nullcontext() if names is None else self.rows(names, [*args, *kwargs.values()]):
+            yield
+
+    def rows(self, adapter_names: Sequence[str], inputs: Collection[Any]) -> AbstractContextManager[None]:
+        """A context within which row i of a batch, of which these are inputs, has the adapter `adapter_names[i]`."""
+        raise ValueError(
+            f"{type(self).__name__} has one adapter for the whole batch: adapter_names=[...] isn't supported. Call "
+            "model.set_adapter(name) and pass the rows of each adapter separately."
+        )
+
+    # --- switching, deleting -----------------------------------------------------------------------------------------
+
+    def _check_own(self, adapter_names: Collection[str]) -> None:
+        """Refuse names of adapters that another call of `get_peft_model` put on the same model."""
+        for name in adapter_names:
+            config = self.peft_config.get(name)
+            if config is not None and tuner_of(config) is not type(self):
+                raise ValueError(
+                    f"Adapter {name!r} is of another method ({config.peft_type.value}): the PeftModel that it was made or "
+                    "loaded by switches and deletes it. unload() and disable_adapter() of either serve both."
+                )
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        self._check_own([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        others = [
+            (m, m.active_adapters, {p: p.requires_grad for p in m.parameters()}) for m in self.whole_modules(True)
+        ]
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        for wrapper, active, trains in others:  # PEFT has switched off whatever has no copy of this adapter's
+            wrapper._active_adapter = active
+            for parameter, flag in trains.items():
+                parameter.requires_grad_(flag)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._check_own([adapter_name])
+        without_modules_to_save(self.model, adapter_name)
+        beside = {m: m.active_adapters for m in self.whole_modules()}
+        was, rest = self.active_adapters, [name for name in self.active_adapters if name != adapter_name]
+        super().delete_adapter(adapter_name)
+        for _, _, part in self.attached_parts():  # PEFT's loop passes over modules that bear the prefix
+            part.delete_adapter(adapter_name)
+        self.active_adapter = rest or (self.own_adapters()[:1] if adapter_name in was else [])
+        for layer in self.own_layers() if adapter_name in was else ():  # each has chosen among those that it has
+            layer.set_adapter(self.active_adapter)
+        for wrapper, names in beside.items():  # PEFT has switched off those that have lost a copy
+            if adapter_name in names:
+                wrapper.set_adapter([n for n in self.active_adapter if n in wrapper._get_available_adapters()])
+            else:
+                wrapper._active_adapter = names
+
+    # --- merging, taking out -----------------------------------------------------------------------------------------
+
+    def _check_mergeable(self) -> None:
+        for tuner in [type(self), *map(tuner_of, self.peft_config.values())]:
+            if reason := getattr(tuner, "not_mergeable", None):
+                raise ValueError(reason)
+        self._check_untied()
+
+    def _check_untied(self) -> None:
+        """Refuse to merge into a weight that another module uses, too."""
+        users: dict[int, list[tuple[str, nn.Module]]] = {}
+        for path, module in self.model.named_modules():
+            for parameter in module.parameters(recurse=False):
+                users.setdefault(id(parameter), []).append((path, module))
+        layers = [(path, m) for path, m in self.model.named_modules() if isinstance(m, self.tuner_layer_cls)]
+        for path, layer in layers:
+            inside = set(self.model.get_submodule(path).modules())
+            for parameter in anatomy.unwrap(layer).parameters() if hasattr(layer, "base_layer") else ():
+                if others := [user for user, module in users[id(parameter)] if module not in inside]:
+                    raise ValueError(
+                        f"{path} shares its weight with {others[0]} (they are tied), so a merge would change both, and give another "
+                        f"model than the adapter does. Keep the adapter, or wrap the model anew with exclude_modules=[{path!r}]; to "
+                        "adapt and merge this module, load the base untied: tie_word_embeddings=False in its config."
+                    )
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        self._check_mergeable()
+        super().merge_adapter(*args, **kwargs)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_mergeable()
+        return super().merge_and_unload(*args, **kwargs)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes out every adapter, as PEFT does, also those of other methods."""
+        parts = list(self.attached_parts(MultimodalLayer))
+        super()._unload_and_optionally_merge(*args, **kwargs)
+        while any(isinstance(m, BaseTunerLayer) and hasattr(m, "base_layer") for m in self.model.modules()):
+            super()._unload_and_optionally_merge(merge=False)  # PEFT passes over layers inside of layers
+        for method in METHODS.values():
+            method.model.drop_traces(self.model)
+        for module in self.model.modules():
+            for key, hook in list(module._forward_hooks.items()):
+                if isinstance(hook, InputGradients):
+                    del module._forward_hooks[key]
+        detach(parts)
+        return self.model
+
+    def _take_back(self, adapter_name: str) -> None:
+        """After a failure in the midst of an injection, such as no memory: the model is what it was before."""
+        without_modules_to_save(self.model, adapter_name)
+        for layer in self.own_layers():
+            layer.delete_adapter(adapter_name)
+        if any(name != adapter_name for name in self.own_adapters()):
+            return  # the layers are the other adapters', too
+        detach(list(self.attached_parts()))
+        for parent in list(self.model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, self.tuner_layer_cls):
+                    setattr(parent, name, child.get_base_layer())
+        self.drop_traces(self.model)
+
+    @classmethod
+    def drop_traces(cls, model: nn.Module) -> None:
+        """Remove what a method has left on modules beside its layers and parts."""
+
+
+def detach(parts: list[tuple[nn.Module, str, AttachedPart]]) -> None:
+    """Take attached parts out of a model; who took a forward over last gives it back first."""
+    for parent, name, part in reversed(parts):
+        part.remove_hooks()
+        delattr(parent, name)
+
+
+def tuner_of(config: Any) -> type | None:
+    """The class of a config's model; None for methods that are PEFT's own."""
+    method = method_of(config)
+    return None if method is None else method.model
+
+
+def _is_of_others(adapters: set[str], own: set[str]) -> bool:
+    return bool(adapters) and adapters.isdisjoint(own)  # one that has lost its last copy is nobody's
