@@ -11,7 +11,7 @@ import transformers as hf
 from families import FAMILIES, VOCAB, text_tower, tiny
 from torch import nn
 
-from peft_multimodal.core.sites import decoder, ends, ffns
+from peft_multimodal.core.sites import decoder, ends, ffns, layers, towers
 
 HALVES = {f"{half}_{part}": size for half in ("encoder", "decoder") for part, size in
           (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))}  # fmt: skip
@@ -107,3 +107,17 @@ def test_a_decoder_is_found_inside_and_behind_others(name: str):
     layers = [f"{expected[1]}.{i}" for i in range(len(model.get_submodule(expected[1])))]
     assert (stack.stack, list(stack.layers), stack.embedding, stack.is_alone) == (expected[0], layers, *expected[2:])
     assert stack.width == model.get_submodule(stack.embedding).embedding_dim == 32
+
+
+def test_layers_and_towers_know_their_widths():
+    model = FAMILIES["clip"].build()
+    assert [(s.module, s.role, s.d_in) for s in layers(model)][1:3] == [
+        ("text_model.encoder.layers.1", "text.layer.1", 32),
+        ("vision_model.encoder.layers.0", "vision.layer.0", 48),
+    ]
+    assert [(s.module, s.role, s.d_in, s.d_out) for s in towers(model)] == [
+        ("vision_model", "vision.tower.0", 48, 48),
+        ("text_model", "text.tower.0", 32, 32),
+    ]
+    last = layers(model, None, ("vision",), lambda layer: layer is model.vision_model.encoder.layers[1])
+    assert [(s.module, s.role) for s in last] == [("vision_model.encoder.layers.1", "vision.layer.0")]

@@ -5,20 +5,26 @@ A site has a *role*, such as `vision.ffn.3`, which stays the same when a release
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from .anatomy import (
     LETTER,
+    TOWERS,
     Anatomy,
     Matrix,
     Site,
     describe,
+    device_of,
+    dtype_of,
+    image_sizes,
     is_below,
     is_cross,
     layer_of,
@@ -147,6 +153,67 @@ def text_configs(model: Any) -> list[Any]:
     except (AttributeError, ValueError):  # none of transformers', or of several text parts
         text = None
     return [c for c in (config, text) if c is not None]
+
+
+def layers(
+    model: nn.Module,
+    found: Anatomy | None = None,
+    towers: Collection[str] = TOWERS,
+    fits: Callable[[nn.Module], bool] = lambda layer: True,
+) -> list[Site]:
+    """The layers that attend from tokens to tokens of one sequence and hold no other such layers.
+
+    Args:
+        towers: Those to look in.
+        fits: Which layers a method can use; roles count these alone.
+    """
+    found = found or describe(model)
+    queries: dict[str, Matrix] = {}
+    for matrix in found.matrices:
+        path = layer_of(matrix.module)
+        if path and matrix.letter == "q" and matrix.tower in towers and not is_cross(matrix.module):
+            queries.setdefault(path, matrix)
+    modules = own_modules(model)
+    ordinals: Counter[str] = Counter()
+    sites = []
+    for path, query in queries.items():
+        inner = any(other != path and is_below(other, path) for other in queries)
+        if not inner and fits(modules[path]):
+            role = f"{query.tower}.layer.{ordinals[query.tower]}"
+            ordinals[query.tower] += 1
+            sites.append(Site(path, "layer", query.tower, role, query.d_in, query.d_in))
+    return sites
+
+
+def towers(model: nn.Module, found: Anatomy | None = None) -> list[Site]:
+    """The vision and text towers, d_in the width of their tokens' states and d_out of what they pool, both measured."""
+    found = found or describe(model)
+    sites: list[Site] = []
+    for tower in found.towers:
+        if tower.name in ("vision", "text") and tower.attentions and tower.path:
+            width, pooled = _pooled_widths(model.get_submodule(tower.path), tower.name)
+            ordinal = sum(site.tower == tower.name for site in sites)
+            sites.append(Site(tower.path, "tower", tower.name, f"{tower.name}.tower.{ordinal}", width, pooled))
+    return sites
+
+
+@torch.no_grad()
+def _pooled_widths(tower: nn.Module, name: str) -> tuple[int, int]:
+    """Widths of a tower's token states and of its pooled output, on an empty image or two tokens."""
+    device, dtype = device_of(tower), dtype_of(tower)
+    if name == "text":
+        inputs = {"input_ids": torch.ones(1, 2, dtype=torch.long, device=device)}
+    else:
+        inputs = {"pixel_values": torch.zeros(1, 3, *next(image_sizes(tower)), dtype=dtype, device=device)}
+    output = tower(**inputs, return_dict=True)
+    pooled = output.get("pooler_output")
+    states = output.last_hidden_state
+    return states.shape[-1], (states if pooled is None else pooled).shape[-1]
+
+
+def arguments_of(module: nn.Module) -> list[str]:
+    """Names of the arguments of a module's own `forward`, whatever has taken it over."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def _attentions(found: Anatomy) -> dict[str, Matrix]:

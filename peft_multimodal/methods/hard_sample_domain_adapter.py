@@ -20,8 +20,7 @@ Parameters a site, at an FFN of 4 m: 2 d + (d m + m) + n (12 m^2 + 13 m) + m d +
 
 from __future__ import annotations
 
-import inspect
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -36,18 +35,14 @@ from transformers.cache_utils import Cache
 from ..core.anatomy import (
     TOWERS,
     Anatomy,
-    Matrix,
     Site,
-    device_of,
-    is_below,
-    is_cross,
-    layer_of,
     own_modules,
     stack_of,
 )
 from ..core.config import TargetedConfig, heads_for
 from ..core.parts import AttachedPart, CallScope, MultimodalLayer, check_rows, rows_beside, rows_by_name
 from ..core.registry import Promises, Use, method
+from ..core.sites import arguments_of, layers, towers
 from ..core.stand_in import StandIn
 from ..core.tuner import Injection, MultimodalTuner
 from ..nn.transformer_block import TransformerBlock
@@ -380,8 +375,9 @@ class HardSampleDomainAdapterModel(MultimodalTuner):
                 f"towers={list(ENCODERS)}, and a decoder with AuroraModeApprox."
             )
         if config.placement == "top":
-            return dual_towers(model, found)
-        return token_layers(model, found)
+            check_dual(found)
+            return towers(model, found)
+        return layers(model, found, ENCODERS, has_known_mask)
 
     @classmethod
     def default_targets(cls, config: HardSampleDomainAdapterConfig, candidates: list[Site]) -> list[Site]:
@@ -417,73 +413,20 @@ class HardSampleDomainAdapterModel(MultimodalTuner):
             yield
 
 
-def arguments_of(module: nn.Module) -> list[str]:
-    """Names of the arguments of a module's own `forward`, whatever has taken it over."""
-    return list(inspect.signature(type(module).forward).parameters)[1:]
+def has_known_mask(layer: nn.Module) -> bool:
+    """Whether a layer attends with a mask that is known: it reads one sequence by one, and doesn't convolve."""
+    arguments = arguments_of(layer)
+    masks = {name for name in arguments if "mask" in name}
+    convolves = any(isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for m in own_modules(layer).values())
+    reads_states = arguments[0] in ("hidden_states", "hidden_state")
+    return reads_states and masks <= {"attention_mask", "encoder_attention_mask"} and not convolves
 
 
-def token_layers(model: nn.Module, found: Anatomy) -> list[Site]:
-    """The layers of the encoders that attend from tokens to tokens of one sequence, with a mask that is known.
-
-    Left out are layers that hold other layers, that attend to another sequence only, convolve, or read two sequences
-    through a mask of their own.
-    """
-    modules = own_modules(model)
-    layers: dict[str, Matrix] = {}
-    for matrix in found.matrices:
-        path = layer_of(matrix.module)
-        if path and matrix.letter == "q" and matrix.tower in ENCODERS and not is_cross(matrix.module):
-            layers.setdefault(path, matrix)
-    numbers: Counter[str] = Counter()
-    places = []
-    for path, query in layers.items():
-        layer = modules[path]
-        parameters = arguments_of(layer)
-        masks = {name for name in parameters if "mask" in name}
-        inside = [m for p, m in modules.items() if is_below(p, path)]
-        if (
-            parameters[0] not in ("hidden_states", "hidden_state")
-            or not masks <= {"attention_mask", "encoder_attention_mask"}
-            or any(isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for m in inside)
-            or any(other != path and is_below(other, path) for other in layers)
-        ):
-            continue
-        role = f"{query.tower}.layer.{numbers[query.tower]}"
-        numbers[query.tower] += 1
-        places.append(Site(path, "layer", query.tower, role, query.d_in, query.d_in))
-    return places
-
-
-def dual_towers(model: Any, found: Anatomy) -> list[Site]:
-    """The two towers of a dual encoder, with the width of their states and of what they pool.
-
-    Raises:
-        ValueError: the model is none.
-    """
+def check_dual(found: Anatomy) -> None:
+    """Refuse a model that is no dual encoder."""
     towers = [t for t in found.towers if t.attentions]
     if sorted(t.name for t in towers) != ["text", "vision"] or found.fusion_layers or not all(t.path for t in towers):
         raise NoMatchingPeftModuleError(
             f"placement='top' joins the one vector that each tower of a dual encoder gives; {found.model_class} has the "
             f"towers {[t.name for t in towers]} and reads their tokens. Use placement='layer'."
         )
-    places = []
-    for tower in towers:
-        width, pooled = pooled_widths(model.get_submodule(tower.path), tower.name)
-        places.append(Site(tower.path, "tower", tower.name, f"{tower.name}.tower.0", width, pooled))
-    return places
-
-
-@torch.no_grad()
-def pooled_widths(tower: Any, name: str) -> tuple[int, int]:
-    """Width of a tower's token states and of its pooled output, measured on an empty picture or two tokens."""
-    dtype, device = next(p.dtype for p in tower.parameters() if p.is_floating_point()), device_of(tower)
-    if name == "text":
-        inputs = {"input_ids": torch.ones(1, 2, dtype=torch.long, device=device)}
-    else:
-        size = tower.config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        inputs = {"pixel_values": torch.zeros(1, 3, height, width, dtype=dtype, device=device)}
-    output = tower(**inputs, return_dict=True)
-    pooled = output.get("pooler_output")
-    states = output.last_hidden_state
-    return states.shape[-1], (states if pooled is None else pooled).shape[-1]
