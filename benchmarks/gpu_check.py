@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 
 import peft_multimodal as pm
+from peft_multimodal.encoders.frozen import given_encoder
 
 from .records import RESULTS, compact, environment, write_atomically
 from .report import markdown
@@ -251,7 +252,7 @@ class Checks:
             pm.save(self.model, Path(folder, "adapter"), save_embedding_layers=False)
             saved = type(config).from_pretrained(str(Path(folder, "adapter")))
             if self.method == "CrossLingualAdapter":  # its encoder has no name
-                saved.with_encoder(config._given.module)  # type: ignore[attr-defined]
+                saved.with_encoder(given_encoder(config).module)
             loaded = PeftModel.from_pretrained(self.frozen(), str(Path(folder, "adapter")), config=saved)
             value = self.value(prepared(loaded, self.method))
         _require(abs(value - expected) <= 1e-5 * max(1.0, abs(expected)), f"{value} after loading, {expected} before")

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .core.anatomy import describe
+from .core.companions import CardNotes
 from .core.config import MultimodalConfig
 from .core.matching import matched_modules
+from .files.saving import AdapterError, load, push_to_hub, save
 from .methods import (
     AuroraModeApproxConfig,
     AuroraModeApproxModel,
@@ -26,8 +28,6 @@ from .methods import (
     StructuredPromptConfig,
     StructuredPromptModel,
 )
-from .model_card import CardNotes
-from .saving import AdapterError, load, push_to_hub, save
 
 if TYPE_CHECKING:
     from .data import FiniteBatches, ImageTextCollator, LanguageProcessor, QuestionAnswerCollator

@@ -31,7 +31,7 @@ from .core.matching import matched_modules
 from .core.parts import MultimodalLayer
 from .core.registry import METHODS, Method, method_of
 from .core.storage import fault_of_saving
-from .saving import UNCLEAR, AdapterError, check_files, find_adapter
+from .files.saving import UNCLEAR, AdapterError, check_files, find_adapter
 
 PACKAGE = "peft-multimodal"
 CHECKED = ("torch", "transformers", "peft", "safetensors", "tensorly")

@@ -1140,7 +1140,7 @@ def test_vision_encoders(name: str, given: bool, tmp_path: Path):
         settings = config(**changes, vision_encoder=str(tmp_path / "eyes"))
     torch.manual_seed(0)
     model = stir(get_peft_model(llama(), settings).eval())
-    assert settings.vision_hidden_size == D
+    assert model.peft_config["default"].vision_hidden_size == D
     assert not any(p.requires_grad for p in reader(model).encoders.parameters())
     model.train()
     assert not any(m.training for m in reader(model).encoders.modules())

@@ -471,7 +471,7 @@ def test_exact_keys_of_the_file(tmp_path: Path):
 def test_the_bank_is_saved_with_the_adapter(tmp_path: Path):
     model = wrap(FAMILIES["clip"], METHOD)
     model.save_pretrained(tmp_path / "without")
-    model.peft_config["default"].bank = bank = HardSampleBank(["a", "b"])
+    model.base_model.banks["default"] = bank = HardSampleBank(["a", "b"])
     bank.update(bank.keys[:1], np.array([0.3]), 1)
     model.save_pretrained(tmp_path / "with")
     files = [{p.name for p in (tmp_path / name).iterdir()} for name in ("without", "with")]

@@ -57,6 +57,16 @@ def graph() -> dict[str, set[str]]:
     return {name: imports(name, file, known) for name, file in known.items()}
 
 
+FLOORS = ["core", "encoders", "nn", "methods", "training", "files"]
+
+
+def test_floors_import_what_is_below():
+    floor = {name: FLOORS.index(name.split(".")[1]) for name in modules() if len(name.split(".")) > 1 and name.split(".")[1] in FLOORS}  # fmt: skip
+    assert set(floor.values()) == set(range(len(FLOORS)))
+    upwards = [(name, other) for name, others in graph().items() for other in others if floor.get(name, 9) < floor.get(other, -1)]  # fmt: skip
+    assert upwards == []
+
+
 def test_no_circle():
     assert circles(graph()) == []
 

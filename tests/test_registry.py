@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,22 @@ def test_every_method_is_in_the_one_list():
         assert found.summary.endswith(".")
         assert registry.method_of(found.smallest()) is registry.method_of(name.upper()) is found
     assert registry.method_of(peft.LoraConfig()) is None
+
+
+@pytest.mark.parametrize("place", ["core", "encoders", "nn", "training", "files", "doctor.py"])
+def test_no_method_is_named_outside_its_own_files(place: str):
+    """Neither in code nor in a message, a docstring or a comment."""
+    names = [name for m in registry.METHODS.values() for name in (m.name, m.title, m.config.__name__, m.model.__name__)]
+    root = Path(peft_multimodal.__file__).parent / place
+    files = [root] if root.is_file() else list(root.rglob("*.py"))
+    assert files
+    named = {
+        (str(file.relative_to(root.parent)), name)
+        for file in files
+        for name in names
+        if re.search(rf"(?<![A-Za-z]){name}(?![a-z])", file.read_text(encoding="utf-8"))
+    }
+    assert named == set()
 
 
 def test_a_reload_keeps_the_list():

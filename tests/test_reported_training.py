@@ -523,7 +523,7 @@ def test_every_trainer_takes_model_init(tmp_path: Path):
         trainer.train()
         assert trainer.state.global_step == 3
     assert first.model is made[-3]
-    assert made[-3].peft_config["default"].bank is bank
+    assert made[-3].base_model.banks["default"] is bank
     assert third.model is made[-1]
     for name, weight in weights(given.model).items():
         torch.testing.assert_close(weights(third.model)[name], weight, msg=name)

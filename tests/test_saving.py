@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import peft_multimodal
 from peft_multimodal import load, save
-from peft_multimodal.saving import AdapterError
+from peft_multimodal.files.saving import AdapterError
 
 FAMILY = FAMILIES["blip_retrieval"]
 FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
@@ -101,13 +101,13 @@ def test_an_interrupted_save_leaves_the_old_files(error: BaseException, moment: 
 
 def test_the_config_is_replaced_last(tmp_path: Path, monkeypatch):
     """Where folders can't change places: an adapter without config is no adapter, so what is half replaced is none."""
-    monkeypatch.setattr(peft_multimodal.saving, "_exchange", lambda *folders: False)
+    monkeypatch.setattr(peft_multimodal.files.saving, "_exchange", lambda *folders: False)
     model = wrap(FAMILY, "aurora_mode_approx")
     save(model, tmp_path)
     replaced = []
-    real = peft_multimodal.saving.os.replace
+    real = peft_multimodal.files.saving.os.replace
     monkeypatch.setattr(
-        peft_multimodal.saving.os, "replace", lambda a, b: (replaced.append(Path(b).name), real(a, b))[1]
+        peft_multimodal.files.saving.os, "replace", lambda a, b: (replaced.append(Path(b).name), real(a, b))[1]
     )
     save(model, tmp_path)
     assert set(replaced) == FILES
@@ -121,7 +121,7 @@ WAYS = pytest.mark.parametrize("way", ["exchanged", "one by one"])
 def by_files(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def use(way: str) -> None:
         if way == "one by one":
-            monkeypatch.setattr(peft_multimodal.saving, "_exchange", lambda *folders: False)
+            monkeypatch.setattr(peft_multimodal.files.saving, "_exchange", lambda *folders: False)
 
     return use
 
@@ -209,9 +209,11 @@ def test_the_process_stands_in_the_folder(place: str, tmp_path: Path, monkeypatc
 def test_onto_another_disk(tmp_path: Path, monkeypatch):
     """Nothing can be renamed from beside a mounted folder into it."""
     model, made = wrap(FAMILY, "aurora_mode_approx"), []
-    real = peft_multimodal.saving.tempfile.mkdtemp
+    real = peft_multimodal.files.saving.tempfile.mkdtemp
     monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
-    monkeypatch.setattr(peft_multimodal.saving.tempfile, "mkdtemp", lambda **k: (made.append(k["dir"]), real(**k))[1])
+    monkeypatch.setattr(
+        peft_multimodal.files.saving.tempfile, "mkdtemp", lambda **k: (made.append(k["dir"]), real(**k))[1]
+    )
     save(model, tmp_path)
     assert made == [tmp_path]
     assert set(content(tmp_path)) == FILES
@@ -220,7 +222,7 @@ def test_onto_another_disk(tmp_path: Path, monkeypatch):
 def test_what_another_process_writes_meanwhile_stays(tmp_path: Path, monkeypatch):
     model = wrap(FAMILY, "aurora_mode_approx")
     save(model, tmp_path / "adapter")
-    carry = peft_multimodal.saving._carry_over
+    carry = peft_multimodal.files.saving._carry_over
 
     def and_then(source: Path, target: Path) -> None:
         carry(source, target)
@@ -228,7 +230,7 @@ def test_what_another_process_writes_meanwhile_stays(tmp_path: Path, monkeypatch
             (source / "late").mkdir()
             (source / "late" / "log.txt").write_text("mine")
 
-    monkeypatch.setattr(peft_multimodal.saving, "_carry_over", and_then)
+    monkeypatch.setattr(peft_multimodal.files.saving, "_carry_over", and_then)
     save(model, tmp_path / "adapter")
     assert set(content(tmp_path)) == {"adapter/late/log.txt", *(f"adapter/{name}" for name in FILES)}
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import re
-import warnings
+import os
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig
 
 from .._version import INSTALL, __version__
-from ..model_card import CardNotes, write_card
 from . import anatomy
+from .companions import Origin, companions, record_of
 
 FORMAT_VERSION = 1  # of the adapter's files; raised when an older version of the package couldn't read them
 SIGNATURE = 'a dictionary with {tower: [attentions, width]} as "towers" and {role: [[first, last], ...]} as "roles", as it was saved'
@@ -43,15 +39,6 @@ class MultimodalConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # PEFT's own `PeftConfig.from_pretrained` passes by ours: the signature tells that it comes from a file.
-        self.is_loaded = self.base_signature is not None
-        self.has_weights = False  # of a loaded one: they have been found to fit
-        self.best_is_loaded = False  # whether somebody cares for load_best_model_at_end
-        self._local_base: str | None = None  # the base, if it was in a folder as seen where the model was wrapped
-        self._card: tuple[str, CardNotes] | None = None  # the adapter's name and what its model knows for the card
-        self._base_name: tuple[str | None] | None = None  # while `base_model_name_or_path` names a folder of the cache
-        self.stored_in: str | None = None  # of a loaded one: the folder, if it is one on this machine
-        self.stored_wholes: list[str] = []  # of a loaded one: its modules_to_save in the file
         self.package_version = self.package_version or __version__
         self.check("modules_to_save", "a list of strings", lambda v: v is None or is_strings(v))
         self.check("base_signature", SIGNATURE, lambda v: v is None or is_signature(v))
@@ -63,47 +50,25 @@ class MultimodalConfig(PeftConfig):
                 f"{__version__}, which reads formats up to {FORMAT_VERSION}. Upgrade: {INSTALL} in newer sources."
             )
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether it describes an adapter that was made already, and so knows its base: it was read from a file."""
+        return self.base_signature is not None
+
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        config = super().from_pretrained(*args, **kwargs)
-        config.is_loaded = True
-        root = args[0] if args else kwargs.get("pretrained_model_name_or_path", "")
-        subfolder = args[1] if len(args) > 1 else kwargs.get("subfolder")
-        config.stored_in = str(Path(root, subfolder or ""))
-        config.stored_wholes = list(config.modules_to_save or ())
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        source = str(pretrained_model_name_or_path)
+        config: Any = super().from_pretrained(source, subfolder=subfolder, **kwargs)
+        hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if kwargs.get(name) is not None}
+        record_of(config).origin = Origin(source, subfolder, hub, tuple(config.modules_to_save or ()))
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Also renews the model card, which PEFT has begun: PEFT writes it before the weights, the config after them."""
-        self.show_base()
-        super().save_pretrained(save_directory, **kwargs)
-        self._warn_of_checkpoint(Path(save_directory))
-        if self._card is not None:
-            adapter_name, notes = self._card
-            folder = Path(save_directory)
-            root = folder if adapter_name == "default" else folder.parent
-            write_card(root, root.name, notes, self._local_base)
-
-    def hide_base(self) -> None:
-        """Name the base by a folder on this machine, or not at all, until `show_base`."""
-        self.show_base()
-        self._base_name = (self.base_model_name_or_path,)
-        self.base_model_name_or_path = known_here(self.base_model_name_or_path)
-
-    def show_base(self) -> None:
-        if self._base_name is not None:
-            (self.base_model_name_or_path,), self._base_name = self._base_name, None
-
-    def _warn_of_checkpoint(self, folder: Path) -> None:
-        """Once: the stock Trainer looks for its best model in a checkpoint's root, where "default" is."""
-        if re.fullmatch(r"checkpoint-\d+", folder.parent.name) and not self.best_is_loaded:
-            self.best_is_loaded = True
-            warnings.warn(
-                f"The adapter {folder.name!r} is saved in {folder}, where Trainer(load_best_model_at_end=True) doesn't look: "
-                'it knows one adapter, called "default", and would keep the last weights. Give it '
-                "callbacks=[peft_multimodal.AdapterCallback()], which loads the best of every adapter.",
-                stacklevel=4,
-            )
+        """Writes the config, and what stands beside it where a model is being saved: see `companions`."""
+        with companions(self, Path(save_directory)):
+            super().save_pretrained(save_directory, **kwargs)
 
     def check(self, name: str, expected: str, accepts: Callable[[Any], Any]) -> None:
         """Raise the one message for a bad field unless `accepts(value)`."""
@@ -212,20 +177,6 @@ def heads_for(width: int) -> int:
 
 def is_strings(value: Any) -> bool:
     return isinstance(value, (list, tuple, set)) and all(isinstance(v, str) for v in value)
-
-
-def known_here(base: str | None) -> str | None:
-    """A folder on this machine with the config of a base model; None where there is none.
-
-    PEFT compares the sizes of vocabularies by it when an adapter is saved, and asks the Hub where it isn't named a folder.
-    """
-    if not base or Path(base, "config.json").is_file():
-        return base
-    with suppress(HFValidationError):
-        cached = try_to_load_from_cache(base, "config.json")
-        if isinstance(cached, str):
-            return str(Path(cached).parent)
-    return None
 
 
 def is_signature(value: Any) -> bool:

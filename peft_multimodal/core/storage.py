@@ -8,22 +8,26 @@ one that doesn't load.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel, TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from . import anatomy
+from .companions import record_of
 from .config import MultimodalConfig
 from .parts import MultimodalLayer
+from .registry import METHODS
 
 # Heads that PEFT adds to modules_to_save by the task, whether a model has them or not.
 _TASK_HEADS = {
@@ -60,7 +64,7 @@ def check_below(outer: nn.Module, model: nn.Module) -> None:
     if lost := [key for key in outer.state_dict() if not key.startswith(f"{path}.")]:
         raise ValueError(
             f"{_kinds(outer)} keeps weights outside the model's layers ({lost[0]}, ...), which another PeftModel neither saves nor "
-            "runs. Merge it first, model = model.merge_and_unload(), or use LoRA or AuroraModeApprox in its place."
+            f"runs. Merge it first, model = model.merge_and_unload(), or use {_mergeable()} in its place."
         )
 
 
@@ -106,6 +110,11 @@ def _kinds(outer: nn.Module) -> str:
     return " and ".join(f"adapter {name!r} ({config.peft_type.value})" for name, config in configs.items())
 
 
+def _mergeable() -> str:
+    """The methods that are weight updates alone."""
+    return " or ".join(["LoRA", *(m.title for m in METHODS.values() if m.model.not_mergeable is None)])
+
+
 def fault_of_saving(model: nn.Module, adapter_name: str) -> str | None:
     """Why a wrapped model can't save an adapter of this package; None where it can."""
     config: Any = getattr(model, "peft_config", {})[adapter_name]
@@ -143,7 +152,7 @@ def check_modules_to_save(model: nn.Module, config: MultimodalConfig) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in modules_of(config):
         matched = {path: module for path, module in modules.items() if path.endswith(name)}
-        if not matched and name in config.stored_wholes:
+        if not matched and name in _wholes_in_file(config):
             continue  # an older file may name what never was; what it holds is checked as it is loaded
         if not matched:
             raise ValueError(_no_such_module(model, modules, name))
@@ -191,7 +200,7 @@ def _no_such_module(model: nn.Module, modules: Mapping[str, nn.Module], name: st
 
 def check_file_has_modules(model: nn.Module, config: MultimodalConfig) -> None:
     """Refuse a file that lacks the modules which its config says it holds: PEFT meets them one by one, as a KeyError."""
-    names = [name for name in modules_of(config) if name in config.stored_wholes]
+    names = [name for name in modules_of(config) if name in _wholes_in_file(config)]
     keys = _keys_of(config) if names else None
     if keys is None:
         return
@@ -208,40 +217,43 @@ def check_file_has_modules(model: nn.Module, config: MultimodalConfig) -> None:
 
 def _keys_of(config: MultimodalConfig) -> list[str] | None:
     """The keys of the file beside a loaded config; None where there is none here, or it can't be read."""
-    folder = Path(config.stored_in or "")
-    with suppress(OSError, SafetensorError), safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as tensors:
+    origin = record_of(config).origin
+    if origin is None:
+        return None
+    with suppress(OSError, SafetensorError), safe_open(origin.folder / SAFETENSORS_WEIGHTS_NAME, "pt") as tensors:
         return list(tensors.keys())
     return None
 
 
-def faults(key: str, value: Tensor, wanted: Tensor, trained: bool = True) -> Iterator[str]:
-    """What is wrong with a stored tensor that shall take a place in a model; a buffer may hold -inf, as a mask does."""
-    if tuple(value.shape) != tuple(wanted.shape):
-        yield f"{key} has shape {tuple(value.shape)}, the model needs {tuple(wanted.shape)}"
-    elif value.is_floating_point() != wanted.is_floating_point():
-        yield f"{key} holds {value.dtype}, the model needs {wanted.dtype}"
-    elif trained and value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all()):
-        yield f"{key} holds NaN or infinite values"
-
-
-@torch.no_grad()
-def copied(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Write tensors into parameters of a model where they stand; returns what to hand to `load_state_dict`.
-
-    `load_state_dict(assign=True)` would put the file's tensors in place of the parameters: in the file's dtype, and no longer
-    tied to what they were tied to.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    handed: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        parameter = parameters.get(key)
-        plain = type(parameter) is nn.Parameter and not parameter.is_meta and not value.is_meta
-        if parameter is not None and plain and parameter.shape == value.shape:
-            parameter.copy_(value)
-            handed[key] = parameter
-        else:  # sharded, or not there yet
-            handed[key] = value
-    return handed
+def _wholes_in_file(config: MultimodalConfig) -> tuple[str, ...]:
+    """The `modules_to_save` of the file that a config was read from."""
+    origin = record_of(config).origin
+    return () if origin is None else origin.modules_to_save
 
 
 # --- the base's name -------------------------------------------------------------------------------------------------
+
+
+def is_hub_id(name: Any) -> bool:
+    """Whether a name can be a repository's, and is no path of a file or folder here."""
+    if not isinstance(name, str) or not name or Path(name).exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def known_here(base: str | None) -> str | None:
+    """A folder on this machine with the config of a base model; None where there is none.
+
+    PEFT compares the sizes of vocabularies by it when an adapter is saved, and asks the Hub where it isn't named a folder.
+    """
+    if not base or Path(base, "config.json").is_file():
+        return base
+    with suppress(HFValidationError):
+        cached = try_to_load_from_cache(base, "config.json")
+        if isinstance(cached, str):
+            return str(Path(cached).parent)
+    return None

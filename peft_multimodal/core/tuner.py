@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import _ExcludedModule
-from torch import Tensor, nn
+from torch import nn
 
-from ..model_card import CardNotes, is_hub_id
 from . import anatomy
 from .anatomy import Anatomy, Site
 from .checks import (
@@ -23,23 +22,19 @@ from .checks import (
     check_whole_modules,
     warn_of_unread,
 )
-from .config import MultimodalConfig
+from .companions import CardNotes, announce_save, own_copy, record_of
 from .matching import check_same_base, choose, fold, left_out
 from .parts import AttachedPart, InputGradients, MultimodalLayer
 from .storage import (
     check_below,
     check_file_has_modules,
     check_modules_to_save,
-    copied,
     fault_of_saving,
-    faults,
+    is_hub_id,
     without_modules_to_save,
 )
 from .switching import SwitchingTuner, tuner_of
-
-_PEFT_PREFIX = "base_model.model."
-_WHOLE = re.compile(r"modules_to_save\.[^.]+\.")
-_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
+from .weights import WeightsDontFit, checkpoint_keys, fitted, gathered
 
 
 @dataclass
@@ -178,7 +173,7 @@ class MultimodalTuner(SwitchingTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_adapter_name(adapter_name)
-        config = self.peft_config[adapter_name]
+        config = self.peft_config[adapter_name] = own_copy(self.peft_config[adapter_name])
         injection = self._injection = self._planned(adapter_name, config)
         targets, listed = config.target_modules, list(self.targeted_module_names)
         existed = any(layer.has_adapter(adapter_name) for layer in self.own_layers())
@@ -213,7 +208,7 @@ class MultimodalTuner(SwitchingTuner):
         if not config.is_loaded:
             warn_of_unread(self.model, sites, found)
         base = config.base_model_name_or_path or getattr(self.model, "name_or_path", None)
-        config._local_base = None if is_hub_id(base) else base
+        record_of(config).local_base = None if is_hub_id(base) else base
         config.base_signature = self.signature(sites, found)
         return injection
 
@@ -260,45 +255,22 @@ class MultimodalTuner(SwitchingTuner):
 
     @classmethod
     def checkpoint_keys(cls, model: nn.Module, adapter_name: str) -> dict[str, str]:
-        """{key in the adapter's file: key in the model} for every tensor of an adapter.
-
-        `model.vision_tower.layers.3.self_attn.q_proj.<prefix>P_norm.default` is stored as
-        `base_model.model.vision.q.3.<prefix>P_norm`: no module path, no adapter name.
-        """
-        keys: dict[str, str] = {}
-        for path, module in model.named_modules():
-            if not isinstance(module, cls.tuner_layer_cls):
-                continue
-            path = _WRAPPERS.sub("", path)
-            for container_name in module.adapter_layer_names + module.other_param_names:
-                container = getattr(module, container_name)
-                if not isinstance(container, (nn.ModuleDict, nn.ParameterDict)) or adapter_name not in container:
-                    continue
-                item = container[adapter_name]
-                inside = [""] if isinstance(item, Tensor) else [f".{name}" for name in item.state_dict()]
-                role = f"{module.role}." if module.role else ""
-                for tail in inside:
-                    model_key = ".".join(filter(None, (path, container_name, adapter_name))) + tail
-                    keys[f"{_PEFT_PREFIX}{role}{container_name}{tail}"] = model_key
-        return keys
+        """{key in the adapter's file: key in the model} for every tensor of an adapter."""
+        return checkpoint_keys(model, cls.tuner_layer_cls, adapter_name)
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         if fault := fault_of_saving(model, adapter_name):
             raise ValueError(fault)
-        state_dict = {_WRAPPERS.sub("", key): value for key, value in state_dict.items()}
-        config._card = (adapter_name, card_notes(model, adapter_name))  # this comes before the config is saved
-        keys = cls.checkpoint_keys(model, adapter_name)
-        if not state_dict.keys() >= set(keys.values()):
-            # PEFT has dropped keys that contain another adapter's name, which may be a part of a module path.
-            state_dict = {_WRAPPERS.sub("", key): value for key, value in model.state_dict().items()} | state_dict
-        found = {stored: state_dict[key] for stored, key in keys.items()}
-        for stored, value in found.items():
-            if stored.endswith(cls.scalars) and not hasattr(value, "full_tensor"):  # a shard keeps its dimension
-                found[stored] = value.reshape(())
-        return _Gathered(found, config, state_dict if cls.owns_token_rows else ())
+        announce_save(model, config, adapter_name)
+        return gathered(cls, model, config, adapter_name, state_dict)
 
-    def card_notes(self, adapter_name: str) -> CardNotes:
+    @classmethod
+    def save_companions(cls, model: nn.Module, config: Any, adapter_name: str, folder: Path) -> None:
+        """Write what stands in the adapter's folder beside its weights and its config."""
+
+    @classmethod
+    def card_notes(cls, model: nn.Module, adapter_name: str) -> CardNotes:
         """What the adapter's model card should say beyond what its files say."""
         return CardNotes()
 
@@ -308,45 +280,16 @@ class MultimodalTuner(SwitchingTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        own = model.state_dict()
-        real = {_WRAPPERS.sub("", key): key for key in own}  # parts of the model may be compiled
-        expected = {stored: real[key] for stored, key in cls.checkpoint_keys(model, adapter_name).items()}
-        stored, others = {}, {}
-        for key, value in state_dict.items():
-            canonical = _PEFT_PREFIX + key.removeprefix(_PEFT_PREFIX)
-            if canonical in expected:
-                stored[canonical] = value[None] if canonical.endswith(cls.scalars) and not value.ndim else value
-            else:
-                others[key] = value
-        problems = [f"missing: {_some(expected.keys() - stored.keys())}"] if expected.keys() - stored.keys() else []
-        if extra := [k for k in others if k not in own and _PEFT_PREFIX + k not in own]:
-            problems.append(f"not of this adapter: {_some(extra)}")
-        for key, value in stored.items():
-            problems += faults(_short(key), value, own[expected[key]])
-        others = {key if key in own else _PEFT_PREFIX + key: value for key, value in others.items()}
-        buffers = {key for key, _ in model.named_buffers(remove_duplicate=False)}
-        for key, value in others.items():
-            if key in own:
-                problems += faults(_WHOLE.sub("", _short(key)), value, own[key], key not in buffers)
-        way_out = _resize(model, others)
-        if expected and not stored:
-            way_out = (
-                " None of its keys is this method's: if a Trainer resumes here, give each run an output_dir of its own."
-            )
-        if problems:
-            if config.is_loaded and not config.has_weights:
+        record = record_of(config)
+        try:
+            tensors = fitted(cls, model, config, adapter_name, state_dict)
+        except WeightsDontFit:
+            # PEFT has made the adapter for this file by now, and after this error it calls nothing of ours.
+            if record.awaits_weights:
                 cls._take_out(model, adapter_name)
-            base = config.base_model_name_or_path or "unknown"
-            raise WeightsDontFit(
-                f"The weights don't fit adapter {adapter_name!r} ({config.peft_type.value}, trained on {base!r}); nothing "
-                f"was loaded. "
-                + "; ".join(problems[:6])
-                + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-                + f". Load it into the model it was trained on, with the config it was saved with.{way_out}"
-            )
-        config.has_weights = True
-        result = {expected[key]: value for key, value in stored.items()} | copied(model, others)
-        return result | _not_missing(model, cls.prefix, adapter_name, result)
+            raise
+        record.awaits_weights = False
+        return tensors
 
     @classmethod
     def _take_out(cls, model: Any, adapter_name: str) -> None:
@@ -359,70 +302,3 @@ class MultimodalTuner(SwitchingTuner):
         else:  # beside another method's
             model.base_model._take_back(adapter_name)
             model.peft_config.pop(adapter_name)
-
-
-class WeightsDontFit(ValueError):
-    """An adapter's file holds other tensors than the adapter has. Nothing was written."""
-
-
-class _Gathered(dict[str, Tensor]):
-    """An adapter's tensors, to which PEFT adds what else is saved: modules, and embeddings where the base was resized.
-
-    To see whether it was, PEFT asks the Hub for the base's config, unless the base is named by a folder. While PEFT gathers,
-    the adapter's config therefore names the folder of the cache that holds this config, or no base.
-
-    Args:
-        of_model: Names of the model's tensors, where none of them may be added. Parts that are saved whole
-            (`modules_to_save`) come under names of the file's, embeddings under the model's.
-    """
-
-    def __init__(self, tensors: dict[str, Tensor], config: MultimodalConfig, of_model: Collection[str]) -> None:
-        super().__init__(tensors)
-        self._config, self._of_model = config, of_model
-        config.hide_base()
-
-    def update(self, other: Any) -> None:  # type: ignore[override]
-        super().update({k: v for k, v in other.items() if _WRAPPERS.sub("", k) not in self._of_model})
-
-    def items(self) -> Any:  # the last thing that PEFT asks for
-        self._config.show_base()
-        return super().items()
-
-
-def _not_missing(model: nn.Module, prefix: str, adapter_name: str, given: Collection[str]) -> dict[str, Tensor]:
-    """What PEFT would take for missing keys of an adapter: other parts whose names contain the adapter's.
-
-    They are given back as they are: a frozen encoder's weights, those of other adapters, and all of a method's for an
-    adapter that is called like a piece of its prefix.
-    """
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    kept = model.state_dict().keys() - set(given)
-    return {key: value for key, value in tensors.items() if key in kept and prefix in key and adapter_name in key}
-
-
-def _resize(model: nn.Module, others: dict[str, Tensor]) -> str:
-    """The way out where a file holds embeddings of another size than the model's."""
-    with suppress(AttributeError, NotImplementedError):  # no model of transformers, or one without token embeddings
-        rows, own = anatomy.base_model(model).get_input_embeddings().num_embeddings, model.state_dict()
-        for key, value in others.items():
-            mine = own[key].shape if key in own else ()
-            if mine[:1] == (rows,) and value.shape[1:] == mine[1:] and len(value) != rows:
-                return f" The base was resized then: model.resize_token_embeddings({len(value)}) before loading."
-    return ""
-
-
-def card_notes(model: Any, adapter_name: str) -> CardNotes:
-    """What a wrapped model knows for an adapter's model card."""
-    tuner = getattr(model, "base_model", None)
-    if not isinstance(tuner, MultimodalTuner) or tuner_of(tuner.peft_config[adapter_name]) is not type(tuner):
-        return CardNotes()
-    return tuner.card_notes(adapter_name)
-
-
-def _short(key: str) -> str:
-    return key.removeprefix(_PEFT_PREFIX)
-
-
-def _some(keys: Collection[str]) -> str:
-    names = sorted(_short(k) for k in keys)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

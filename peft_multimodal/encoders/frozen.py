@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from ..core.anatomy import device_of
+from ..core.companions import record_of
 
 
 class Place(NamedTuple):
@@ -31,6 +32,26 @@ class Place(NamedTuple):
         return "encoder_" + hashlib.sha256(json.dumps(tuple(self)).encode()).hexdigest()[:16]
 
 
+def give_encoder(config: Any, encoder: Any, module: nn.Module, field: str) -> None:
+    """Take a module for the encoder that a config names, which then names where the module says that it is from.
+
+    The config itself stays a handful of values. Its record keeps the module, as `get_peft_model(model, config)` hands over
+    nothing beside the config, and goes with that object: a copy, a pickle or a file of the config names the encoder alone.
+
+    Args:
+        encoder: What is kept: the module, or more than it.
+        field: The config's field that names it.
+    """
+    record_of(config).encoder = encoder
+    name = getattr(getattr(module, "config", None), "name_or_path", None)
+    setattr(config, field, getattr(config, field) or name or None)
+
+
+def given_encoder(config: Any) -> Any:
+    """What was given in place of the encoder that a config names, or None."""
+    return record_of(config).encoder
+
+
 def share(encoders: nn.ModuleDict, encoder: nn.Module, place: Place | None) -> str:
     """Put an encoder among those of a model, once, and tell the name under which its adapters share it.
 
@@ -43,6 +64,11 @@ def share(encoders: nn.ModuleDict, encoder: nn.Module, place: Place | None) -> s
     key = place.key if place is not None else next(k for n in count() if (k := f"given_{n}") not in encoders)
     encoders[key] = encoder
     return key
+
+
+def is_given(key: str) -> bool:
+    """Whether the encoder that is shared under this name was given as a module."""
+    return key.startswith("given_")
 
 
 def find_encoder(name: str, revision: str | None, kind: str, field: str) -> Place:

@@ -11,7 +11,8 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoModelForTextEncoding, AutoTokenizer
 
-from .frozen import Place, check_same_encoder, find_encoder, read_encoder
+from ..core.companions import record_of
+from .frozen import Place, check_same_encoder, find_encoder, given_encoder, read_encoder
 
 KIND = "language encoder"
 KEPT = "encoder"  # the folder, in an adapter's own, of a copy of its encoder
@@ -32,9 +33,9 @@ class NamesEncoder(Protocol):
     encoder: str | None
     encoder_revision: str | None
     save_encoder: bool
-    is_loaded: bool
-    _given: LanguageEncoder | None
-    _folder: dict[str, Any] | None
+
+    @property
+    def is_loaded(self) -> bool: ...
 
 
 def load_encoder(config: NamesEncoder, present: nn.ModuleDict | None = None) -> LanguageEncoder:
@@ -45,8 +46,8 @@ def load_encoder(config: NamesEncoder, present: nn.ModuleDict | None = None) -> 
     Raises:
         ValueError: it can't be read, reads no text, lacks weights, or is not the one that the adapter was trained on.
     """
-    if config._given is not None:
-        module, tokenizer = config._given
+    if (given := given_encoder(config)) is not None:
+        module, tokenizer = given
     else:
         place = _place(config)
         module = present[place.key] if present is not None and place.key in present else _read(place)
@@ -80,16 +81,17 @@ def _read(place: Place) -> nn.Module:
 
 
 def _is_kept(config: NamesEncoder) -> bool:
-    return config.save_encoder and config._folder is not None
+    """Whether the adapter's folder has a copy of the encoder."""
+    return config.save_encoder and record_of(config).origin is not None
 
 
 def _place(config: NamesEncoder) -> Place:
     """Where the encoder is; the config then names its commit."""
     if _is_kept(config):
-        folder: Any = config._folder
-        source, subfolder, hub = folder["source"], folder["subfolder"] or "", folder["hub"]
+        origin: Any = record_of(config).origin
+        source, subfolder = origin.source, origin.subfolder or ""
         if not Path(source).is_dir():
-            source = snapshot_download(source, allow_patterns=str(Path(subfolder, "*")), **hub)
+            source = snapshot_download(source, allow_patterns=str(Path(subfolder, "*")), **origin.hub)
         return Place(str(Path(source, subfolder, KEPT)))
     if config.encoder is None:
         raise ValueError(
@@ -103,7 +105,7 @@ def _place(config: NamesEncoder) -> Place:
 
 def place_of(config: NamesEncoder) -> Place | None:
     """Where the encoder was read; None where it was given as a module."""
-    return _place(config) if config._given is None else None
+    return _place(config) if given_encoder(config) is None else None
 
 
 def _tokenizer(place: str, revision: str | None) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.anatomy import describe
-from .frozen import Place, check_same_encoder, find_encoder, read_encoder
+from .frozen import Place, check_same_encoder, find_encoder, given_encoder, read_encoder
 
 KIND, FIELD = "vision encoder", "vision_encoder"
 
@@ -20,11 +20,13 @@ class NamesVisionEncoder(Protocol):
     vision_encoder: str | None
     vision_encoder_revision: str | None
     vision_hidden_size: int | None
-    is_loaded: bool
-    _given: nn.Module | None
 
     @property
-    def has_encoder(self) -> bool: ...
+    def is_loaded(self) -> bool: ...
+
+
+def has_encoder(config: NamesVisionEncoder) -> bool:
+    return config.vision_encoder is not None or given_encoder(config) is not None
 
 
 def load_vision_encoder(config: NamesVisionEncoder, present: nn.ModuleDict | None = None) -> nn.Module | None:
@@ -34,16 +36,16 @@ def load_vision_encoder(config: NamesVisionEncoder, present: nn.ModuleDict | Non
     `vision_encoder_type`.
 
     Raises:
-        ValueError: it can't be read, sees nothing, needs more than pixels, shows a picture differently from time to time,
+        ValueError: it can't be read, sees nothing, needs more than pixels, sees an image differently from time to time,
             or is not the one that the adapter was trained on.
     """
-    if not config.has_encoder:
+    if not has_encoder(config):
         return None
     place = place_of(config)
     if place is not None and present is not None and place.key in present:
         encoder = present[place.key]
     else:
-        whole: Any = config._given if place is None else read_encoder(place, KIND, FIELD)
+        whole: Any = given_encoder(config) if place is None else read_encoder(place, KIND, FIELD)
         encoder = _vision_tower(whole, config)
     encoder = encoder.requires_grad_(False).eval()
     model_type = getattr(getattr(encoder, "config", None), "model_type", None)
@@ -60,7 +62,7 @@ def load_vision_encoder(config: NamesVisionEncoder, present: nn.ModuleDict | Non
 
 def place_of(config: NamesVisionEncoder) -> Place | None:
     """Where the encoder was read; None where it was given as a module."""
-    return _place(config) if config._given is None else None
+    return _place(config) if given_encoder(config) is None else None
 
 
 def _place(config: NamesVisionEncoder) -> Place:
@@ -97,9 +99,9 @@ def _vision_tower(model: nn.Module, config: NamesVisionEncoder) -> nn.Module:
     ]
     if needed and "input_ids" not in needed:
         raise ValueError(
-            f"{_name(config)} ({type(tower).__name__}) needs {', '.join(needed)}, as it reads pictures of any size, cut into "
-            "patches and padded. GatedXAttn's vision encoder reads pixel_values (N, C, H, W) alone: CLIP, SigLIP, DINOv2, "
-            "ViT, ResNet, ... Or encode the pictures yourself and pass vision_features."
+            f"{_name(config)} ({type(tower).__name__}) needs {', '.join(needed)}, as it reads images of any size, cut into "
+            "patches and padded. A frozen vision encoder reads pixel_values (N, C, H, W) alone: CLIP, SigLIP, DINOv2, ViT, "
+            "ResNet, ... Or encode the images yourself and pass vision_features."
         )
     if len(towers) != 1:
         raise ValueError(f"{_name(config)} ({type(model).__name__}) has {len(towers)} vision towers; one is needed.")
@@ -107,16 +109,16 @@ def _vision_tower(model: nn.Module, config: NamesVisionEncoder) -> nn.Module:
 
 
 def _width(encoder: Any, config: NamesVisionEncoder) -> int:
-    """D, measured on a picture of the encoder's size, which it sees twice."""
+    """D, measured on an image of the encoder's size, which it sees twice."""
     size = getattr(encoder.config, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-    picture = torch.linspace(-1, 1, 3 * height * width).view(1, 1, 3, height, width)
-    features = frame_features(encoder, picture.expand(-1, 2, -1, -1, -1))
+    image = torch.linspace(-1, 1, 3 * height * width).view(1, 1, 3, height, width)
+    features = frame_features(encoder, image.expand(-1, 2, -1, -1, -1))
     one, two = features[0].float().mean(dim=1)  # in any order, which the resampler doesn't know
     if (one - two).norm() > torch.finfo(features.dtype).eps ** 0.5 * one.norm():
         cure = " Set its config.mask_ratio to 0 and pass it by with_vision_encoder(module)."
         raise ValueError(
-            f"{_name(config)} ({type(encoder).__name__}) gives other features each time that it sees the same picture, as "
+            f"{_name(config)} ({type(encoder).__name__}) gives other features each time that it sees the same image, as "
             "pretraining by masked patches does." + (cure if hasattr(encoder.config, "mask_ratio") else "")
         )
     return features.shape[-1]

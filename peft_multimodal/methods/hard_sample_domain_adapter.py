@@ -24,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,13 +98,6 @@ class HardSampleDomainAdapterConfig(TargetedConfig):
         if self.placement == "top":
             for name in ("target_modules", "exclude_modules", "layers_to_transform"):
                 self.check(name, "None: placement='top' stands beside whole towers", lambda v: v is None)
-        self.bank: Any = None  # of hard samples, which training sets; it isn't needed for inference
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Also keeps the bank of hard samples that the adapter was trained with; the config is written last."""
-        if self.bank is not None:
-            self.bank.save(save_directory)
-        super().save_pretrained(save_directory, **kwargs)
 
 
 # --- the adapter -----------------------------------------------------------------------------------------------------
@@ -363,6 +357,22 @@ class HardSampleDomainAdapterModel(MultimodalTuner):
         "HardSampleDomainAdapter stands in the layers of encoders that read `hidden_states` through transformers' own masks. "
         "A decoder, which generates from a cache of past tokens, and layers of another build are adapted by AuroraModeApprox"
     )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # {adapter: the bank of hard samples that it is trained with}; training sets it, inference doesn't need it.
+        self.banks: dict[str, Any] = {}
+
+    @classmethod
+    def save_companions(cls, model: nn.Module, config: Any, adapter_name: str, folder: Path) -> None:
+        """The bank of hard samples that the adapter was trained with."""
+        tuner = next((m for m in model.modules() if isinstance(m, cls)), None)
+        if tuner is not None and adapter_name in tuner.banks:
+            tuner.banks[adapter_name].save(folder)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.banks.pop(adapter_name, None)
 
     # --- places ---
 

@@ -69,7 +69,6 @@ class PromptSettings(Protocol):
     shortlist: int | None
     text_anchor: float
     anchor_template: str
-    is_loaded: bool
 
     def looks(self) -> bool: ...
 
@@ -124,9 +123,8 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
         self.configs[adapter_name] = config
         self.structured_prompt_context[adapter_name] = context
         self.settle(adapter_name)
-        if not config.is_loaded:
-            self.unread[adapter_name] = [name for name in WORDS if getattr(config, name) is not None]
-            self.read_words()
+        self.unread[adapter_name] = [name for name in WORDS if getattr(config, name) is not None]
+        self.read_words()
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

@@ -34,10 +34,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..core.anatomy import Anatomy, Site, is_below, token_embeddings, unwrap
+from ..core.companions import CardNotes
 from ..core.config import MultimodalConfig, heads_for, takes_no_targets
 from ..core.registry import Promises, Use, method
 from ..core.tuner import Injection, MultimodalTuner
-from ..model_card import CardNotes
 from .prompt_classifier import (
     CHUNK,
     WORDS,
@@ -292,8 +292,9 @@ class StructuredPromptModel(MultimodalTuner):
             part.unread.pop(adapter_name, None)  # trained contexts: no words in their place
         return found
 
-    def card_notes(self, adapter_name: str) -> CardNotes:
-        part: Any = self.classifier()
+    @classmethod
+    def card_notes(cls, model: nn.Module, adapter_name: str) -> CardNotes:
+        part = next(m for m in model.modules() if isinstance(m, PromptedClassifier))
         if part.texts is None or part.texts.names is None:
             return CardNotes()
         groups = part.texts.groups

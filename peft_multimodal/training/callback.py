@@ -9,6 +9,7 @@ from typing import Any
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
+from ..core.companions import record_of
 from ..core.registry import method_of
 from .publishing import PushAdapters
 from .temperature import ScaleBounds
@@ -43,7 +44,7 @@ class AdapterCallback(PushAdapters):
                 "which is active. Give none of several adapters the name 'default'."
             )
         for config in adapters.values():
-            config.best_is_loaded = True  # by this callback: there is nothing to warn of
+            record_of(config).best_is_loaded = True  # by this callback: there is nothing to warn of
         for message in rate_messages(model, kwargs.get("optimizer")):
             warnings.warn(message, stacklevel=2)
         self.bounds = ScaleBounds(model)

@@ -10,8 +10,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..core import companions
 from ..core.checks import COMPANIONS
-from ..saving import finish_card
 
 
 class PushAdapters(TrainerCallback):
@@ -41,4 +41,4 @@ def renew_card(model: Any, args: TrainingArguments) -> None:
     folder = Path(str(args.output_dir))
     model = getattr(model, "module", model)  # of a distributed wrapper
     if hasattr(model, "peft_config"):
-        finish_card(model, folder, args.hub_model_id or folder.name, None)
+        companions.renew_card(model, folder, args.hub_model_id or folder.name)

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from ..core.stand_in import StandIn
-from ..core.tuner import WeightsDontFit
+from ..core.weights import WeightsDontFit
 from ..data import FiniteBatches, evaluating, without_loss
 from .callback import AdapterCallback
 from .checkpoints import BATCHES, STATE, batches_of, to_resume

@@ -32,13 +32,13 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 
 from ...core.anatomy import Anatomy, Site, is_below, own_modules
+from ...core.companions import CardNotes
 from ...core.config import MultimodalConfig, heads_for, takes_no_targets
 from ...core.registry import Promises, Use, method
 from ...core.tuner import Injection, MultimodalTuner
-from ...encoders.frozen import follow
+from ...encoders.frozen import follow, give_encoder, given_encoder, is_given
 from ...encoders.language import KEPT, KEPT_TOKENIZER, LanguageEncoder, load_encoder, place_of
 from ...languages import multilingual_tower
-from ...model_card import CardNotes
 from ...nn.transformer_block import TransformerBlock
 from .text_tower import level_of, output_dim, text_tower
 from .tower import CrossLingualAdapterLayer, LanguageTower
@@ -99,10 +99,6 @@ class CrossLingualAdapterConfig(MultimodalConfig):
         for name in ("encoder_width", "encoder_vocab_size", "output_dim"):
             self.check(name, "a positive integer or None", lambda v: v is None or (type(v) is int and v > 0))
         self.check("num_heads", "a divisor of bottleneck_dim", lambda v: self.bottleneck_dim % v == 0)
-        self._given: LanguageEncoder | None = None  # neither this nor the next is saved
-        self._folder: dict[str, Any] | None = None
-        self._loaded: LanguageEncoder | None = None
-        self._measured_level: str | None = None
 
     def with_encoder(self, encoder: nn.Module, tokenizer: Any = None) -> CrossLingualAdapterConfig:
         """Take this module (and its tokenizer) for the encoder; returns the config.
@@ -110,34 +106,8 @@ class CrossLingualAdapterConfig(MultimodalConfig):
         The config records `encoder`, or where the module says that it came from. An encoder that was trained or
         changed here should be published, or kept with the adapter by `save_encoder=True`.
         """
-        self._given = LanguageEncoder(encoder, tokenizer)
-        name = getattr(getattr(encoder, "config", None), "name_or_path", None)
-        self.encoder = self.encoder or name or None
+        give_encoder(self, LanguageEncoder(encoder, tokenizer), encoder, "encoder")
         return self
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if kwargs.get(name) is not None}
-        config._folder = {"source": str(pretrained_model_name_or_path), "subfolder": subfolder, "hub": hub}
-        return config
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Also keeps the tokenizer's files, and the encoder with `save_encoder=True`; the config is written last."""
-        if self._loaded is not None:
-            if self._loaded.tokenizer is not None:
-                self._loaded.tokenizer.save_pretrained(Path(save_directory, KEPT_TOKENIZER))
-            if self.save_encoder:
-                self._loaded.module.save_pretrained(Path(save_directory, KEPT))  # type: ignore[operator]
-            elif self.encoder is None or Path(self.encoder).is_dir() or self._given is not None:
-                warnings.warn(
-                    f"The adapter's folder names its language encoder by {self.encoder!r}, which is no commit on the "
-                    "Hub; elsewhere it loads only with that encoder at hand. Set "
-                    "model.peft_config[adapter_name].save_encoder = True to keep a copy in the folder, or publish the "
-                    "encoder and name its id.",
-                    stacklevel=2,
-                )
-        super().save_pretrained(save_directory, **kwargs)
 
 
 # --- the adapter -----------------------------------------------------------------------------------------------------
@@ -236,18 +206,12 @@ class CrossLingualAdapterModel(MultimodalTuner):
         path, present = text_tower(model, found), multilingual_tower(model)
         tower = model.get_submodule(path)
         forward = tower.forward if present is None else present.stand_in.original
-        dim = output_dim(tower, forward, cls._level(config, model, found))
+        dim = output_dim(tower, forward, config.level or level_of(model, found))
         return [Site(path, "tower", "text", "text.tower.0", config.encoder_width or 0, dim)]
-
-    @staticmethod
-    def _level(config: CrossLingualAdapterConfig, model: nn.Module, found: Anatomy) -> str:
-        """The level that was asked for; one that was measured on another model is measured anew."""
-        asked = config.level if config.level != config._measured_level else None
-        return level_of(model, found) if asked is None else asked
 
     def check(self, config: CrossLingualAdapterConfig, sites: list[Site], found: Anatomy) -> None:
         (site,) = sites
-        level, present = self._level(config, self.model, found), self.language_tower()
+        level, present = config.level or level_of(self.model, found), self.language_tower()
         if present is not None and present.level != level:
             raise ValueError(f"The model's adapters have level={present.level!r}; one with {level!r} can't join them.")
         if config.is_loaded and config.output_dim not in (None, site.d_out):
@@ -264,7 +228,7 @@ class CrossLingualAdapterModel(MultimodalTuner):
         if inside:
             raise ValueError(f"modules_to_save={inside[0]} lies in the text tower, which doesn't run: it can't train.")
 
-    def prepare(self, config: CrossLingualAdapterConfig, sites: list[Site], found: Anatomy) -> nn.Module:
+    def prepare(self, config: CrossLingualAdapterConfig, sites: list[Site], found: Anatomy) -> LanguageEncoder:
         """The language's encoder."""
         (site,) = sites
         tower, present = self.model.get_submodule(site.module), self.language_tower()
@@ -273,12 +237,9 @@ class CrossLingualAdapterModel(MultimodalTuner):
             raise ValueError(
                 "The encoder is the model's own text tower, whose place it is to take. Pass a copy: copy.deepcopy(encoder)."
             )
-        follow(loaded.module, tower, keep_dtype=config._given is not None)
-        level = self._level(config, self.model, found)
-        if config.level != level:
-            config.level = config._measured_level = level
-        config.output_dim, config._loaded = site.d_out, loaded
-        return loaded.module
+        follow(loaded.module, tower, keep_dtype=given_encoder(config) is not None)
+        config.level, config.output_dim = config.level or level_of(self.model, found), site.d_out
+        return loaded
 
     def make(self, injection: Injection, site: Site, module: nn.Module) -> LanguageTower:
         return LanguageTower(self.model, module, injection.config.level)
@@ -291,7 +252,26 @@ class CrossLingualAdapterModel(MultimodalTuner):
         )  # fmt: skip
         part.add(injection.adapter_name, adapter, injection.prepared, place_of(config))
 
-    def card_notes(self, adapter_name: str) -> CardNotes:
+    @classmethod
+    def save_companions(cls, model: nn.Module, config: Any, adapter_name: str, folder: Path) -> None:
+        """The tokenizer's files, and with `save_encoder=True` the encoder."""
+        part: Any = multilingual_tower(model)
+        tokenizer = part.tokenizers[adapter_name]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder / KEPT_TOKENIZER)
+        if config.save_encoder:
+            part.encoder(adapter_name).save_pretrained(folder / KEPT)
+        elif config.encoder is None or Path(config.encoder).is_dir() or is_given(part.encoder_of[adapter_name]):
+            warnings.warn(
+                f"The adapter's folder names its language encoder by {config.encoder!r}, which is no commit on the "
+                "Hub; elsewhere it loads only with that encoder at hand. Set "
+                "model.peft_config[adapter_name].save_encoder = True to keep a copy in the folder, or publish the "
+                "encoder and name its id.",
+                stacklevel=6,
+            )
+
+    @classmethod
+    def card_notes(cls, model: nn.Module, adapter_name: str) -> CardNotes:
         """A language is an adapter: one called by a language's code is said to read it."""
         return CardNotes(languages=[adapter_name] if re.fullmatch("[a-z]{2}", adapter_name) else [])
 

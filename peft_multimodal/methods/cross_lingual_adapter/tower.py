@@ -14,7 +14,7 @@ from ...core.anatomy import dtype_of
 from ...core.parts import BASE, AttachedPart, CallScope, MultimodalLayer, check_rows, rows_beside
 from ...core.stand_in import StandIn
 from ...encoders.frozen import Place, share
-from ...encoders.language import vocabulary_size
+from ...encoders.language import LanguageEncoder, vocabulary_size
 from ...languages import MultilingualTower, Teaching
 from ...text_limits import longest_text, reads_padding
 from .rows import by_language
@@ -46,6 +46,7 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer, Multiling
         self.cross_lingual_adapter_language = nn.ModuleDict()
         self.encoders = nn.ModuleDict()
         self.encoder_of: dict[str, str] = {}
+        self.tokenizers: dict[str, Any] = {}
         self.longest: dict[str, int | None] = {}
         self.reads_padding = reads_padding(tower)
         self.level = level
@@ -65,8 +66,9 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer, Multiling
         if self.features_of is not None:
             self.features_of.give_back()
 
-    def add(self, adapter_name: str, adapter: nn.Module, encoder: nn.Module, place: Place | None) -> None:
+    def add(self, adapter_name: str, adapter: nn.Module, language: LanguageEncoder, place: Place | None) -> None:
         """Add a language: its adapter, and the encoder that was read at `place` (None: given as a module)."""
+        encoder, self.tokenizers[adapter_name] = language
         self.encoder_of[adapter_name] = share(self.encoders, encoder, place)
         self.longest[adapter_name] = longest_text(encoder)
         self.cross_lingual_adapter_language[adapter_name] = adapter
@@ -74,6 +76,7 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer, Multiling
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.encoder_of.pop(adapter_name, None)
+        self.tokenizers.pop(adapter_name, None)
         self.longest.pop(adapter_name, None)
         for key in set(self.encoders) - set(self.encoder_of.values()):
             del self.encoders[key]

@@ -38,8 +38,8 @@ from ...core.config import MultimodalConfig, takes_no_targets
 from ...core.registry import Promises, Use, method
 from ...core.sites import Decoder
 from ...core.tuner import Injection, MultimodalTuner
-from ...encoders.frozen import follow
-from ...encoders.vision import load_vision_encoder, place_of
+from ...encoders.frozen import follow, give_encoder, given_encoder, is_given
+from ...encoders.vision import has_encoder, load_vision_encoder, place_of
 from ...nn.media_inputs import Seeing
 from ...nn.perceiver import LinearResampler, MeanResampler, PerceiverResampler, Resampler
 from .checks import check_marker, check_vocabulary, find_decoder, warn_of_size
@@ -117,29 +117,11 @@ class GatedXAttnConfig(MultimodalConfig):
             self.check(name, "a string or None", lambda v: v is None or (isinstance(v, str) and v))
         for name in ("vision_hidden_size", "every_n_layers"):
             self.check(name, "a positive integer or None", lambda v: v is None or (type(v) is int and v > 0))
-        self._given: nn.Module | None = None  # not saved
 
     def with_vision_encoder(self, encoder: nn.Module) -> GatedXAttnConfig:
         """Take this module for the vision encoder; returns the config, which names where the module says it is from."""
-        self._given = encoder
-        name = getattr(getattr(encoder, "config", None), "name_or_path", None)
-        self.vision_encoder = self.vision_encoder or name or None
+        give_encoder(self, encoder, encoder, "vision_encoder")
         return self
-
-    @property
-    def has_encoder(self) -> bool:
-        return self._given is not None or self.vision_encoder is not None
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        if self._given is not None or (self.vision_encoder is not None and Path(self.vision_encoder).is_dir()):
-            warnings.warn(
-                f"The adapter's folder names its vision encoder by {self.vision_encoder!r}, which is no commit on the Hub, "
-                "and holds no copy of it. Elsewhere it loads only with that encoder at hand: config = "
-                "PeftConfig.from_pretrained(folder), then config.vision_encoder = ... or "
-                "config.with_vision_encoder(module), and pass config=config.",
-                stacklevel=2,
-            )
-        super().save_pretrained(save_directory, **kwargs)
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
@@ -238,12 +220,12 @@ class GatedXAttnModel(MultimodalTuner):
     def check(self, config: GatedXAttnConfig, sites: list[Site], found: Anatomy) -> None:
         present = self.reader()  # it has taken the model's forward over
         own = inspect.signature(self.model.forward).parameters if present is None else present.own_inputs
-        if config.has_encoder and "pixel_values" in own:
+        if has_encoder(config) and "pixel_values" in own:
             raise ValueError(
                 f"{found.model_class} reads pixel_values itself, so vision_encoder= would get none. Leave it out, set "
                 "vision_hidden_size=D and pass vision_features (B, T, F, S, D)."
             )
-        if not config.has_encoder and config.vision_hidden_size is None:
+        if not has_encoder(config) and config.vision_hidden_size is None:
             raise ValueError(
                 "GatedXAttn needs vision_encoder=, the Hub id or folder of a frozen vision encoder, or the width "
                 "vision_hidden_size= of features that calls bring as vision_features."
@@ -258,7 +240,7 @@ class GatedXAttnModel(MultimodalTuner):
         config.every_n_layers = spacing(config, decoder)
         encoder = load_vision_encoder(config, None if present is None else present.encoders)
         if encoder is not None:
-            follow(encoder, self.model.get_submodule(sites[1].module), keep_dtype=config._given is not None)
+            follow(encoder, self.model.get_submodule(sites[1].module), keep_dtype=given_encoder(config) is not None)
         if not config.is_loaded:
             blocks = len(sites) - 1
             made_of = f"{blocks} blocks with ff_mult={config.ff_mult}, and a resampler {config.resampler!r} with "
@@ -292,6 +274,19 @@ class GatedXAttnModel(MultimodalTuner):
             part.add(name, config.media_token_id)
         else:
             part.add(name, None if config.share_blocks else make_block(config, site.d_out))
+
+    @classmethod
+    def save_companions(cls, model: nn.Module, config: Any, adapter_name: str, folder: Path) -> None:
+        """No copy of the vision encoder; it is said where the folder's name for it leads nowhere else."""
+        key = next(m for m in model.modules() if isinstance(m, GatedXAttnReader)).encoder_of.get(adapter_name)
+        if key is not None and (is_given(key) or Path(config.vision_encoder).is_dir()):
+            warnings.warn(
+                f"The adapter's folder names its vision encoder by {config.vision_encoder!r}, which is no commit on the Hub, "
+                "and holds no copy of it. Elsewhere it loads only with that encoder at hand: config = "
+                "PeftConfig.from_pretrained(folder), then config.vision_encoder = ... or "
+                "config.with_vision_encoder(module), and pass config=config.",
+                stacklevel=6,
+            )
 
     def reader(self) -> GatedXAttnReader | None:
         """The part that takes the images out of a call."""

@@ -63,10 +63,9 @@ class RememberingTrainer(AdapterTrainer):
 
     def _adopt(self, model: Any) -> None:
         super()._adopt(model)
-        for name in model.active_adapters if self.bank is not None and isinstance(model, PeftModel) else ():
-            config: Any = model.peft_config[name]
-            if "bank" in vars(config):  # a method that keeps the bank beside its adapter
-                config.bank = self.bank  # saved with the adapter from now on
+        banks = getattr(model.base_model, "banks", None) if isinstance(model, PeftModel) else None
+        if self.bank is not None and banks is not None:  # of a method that saves the bank with its adapter
+            banks.update(dict.fromkeys(model.active_adapters, self.bank))
 
     # --- the sampler hook ---
 

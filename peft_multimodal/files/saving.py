@@ -14,7 +14,6 @@ import shutil
 import sys
 import tempfile
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,11 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .core.config import MultimodalConfig
-from .core.switching import tuner_of
-from .core.tuner import WeightsDontFit, card_notes
-from .model_card import CARD, CardNotes, write_card
+from ..core.companions import CardNotes
+from ..core.config import MultimodalConfig
+from ..core.switching import tuner_of
+from ..core.weights import WeightsDontFit
+from .card import CARD, renew_card
 
 # What PEFT, torch and Python say of values that make no sense.
 UNCLEAR = (TypeError, KeyError, AttributeError, IndexError, RuntimeError, ArithmeticError, MemoryError, AssertionError)
@@ -94,7 +94,7 @@ def _save(model: PeftModel, folder: Path, name: str, notes: CardNotes | None, **
         if (folder / CARD).is_file():
             shutil.copy(folder / CARD, aside)  # what its reader has written stays
         model.save_pretrained(str(aside), **kwargs)
-        finish_card(model, aside, name, notes)
+        renew_card(model, aside, name, notes)
         aside.chmod(0o755)
         _put_in_place(aside, folder)
     finally:
@@ -212,19 +212,6 @@ def push_to_hub(
         return api.upload_folder(
             repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message, create_pr=create_pr
         )
-
-
-def finish_card(model: PeftModel, folder: Path, name: str, notes: CardNotes | None) -> None:
-    """With the right name, the user's notes, and what the adapters together know."""
-    configs = {n: c for n, c in model.peft_config.items() if isinstance(c, MultimodalConfig)}
-    if not configs:
-        return
-    known = [card_notes(model, adapter_name) for adapter_name in configs]
-    given = notes or CardNotes()
-    languages = given.languages or [language for note in known for language in note.languages]
-    if not given.classes:
-        given = replace(given, classes=known[0].classes, groups=known[0].groups)
-    write_card(folder, name, replace(given, languages=languages), next(iter(configs.values()))._local_base)
 
 
 def load(model: nn.Module, name_or_path: str | os.PathLike, **kwargs: Any) -> PeftModel:

@@ -6,23 +6,25 @@ What stands outside the card's two marks is its reader's own and stays as it is,
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import transformers
 from huggingface_hub import EvalResult, ModelCard
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from peft import __version__ as peft_version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from ._version import INSTALL, __version__
-from .core.registry import method_of
+from .._version import INSTALL, __version__
+from ..core.companions import CardNotes, record_of, writes_cards
+from ..core.config import MultimodalConfig
+from ..core.registry import method_of
+from ..core.storage import is_hub_id
 
 CARD = "README.md"
 BEGIN, END = "<!-- written by peft-multimodal: begin -->", "<!-- written by peft-multimodal: end -->"
@@ -30,26 +32,6 @@ _OTHERS_TEMPLATE = "[More Information Needed]"  # in the cards that PEFT and tra
 # What a card begins with that transformers' Trainer has written.
 _TRAINERS = "<!-- This model card has been generated automatically"
 _CLASSES_IN_SNIPPET = 12
-
-
-@dataclass
-class CardNotes:
-    """What a card says that no file of the adapter does.
-
-    Args:
-        metrics: {name: value}, as they shall be printed.
-        dataset: What they were measured on: a Hub id or a name. With it they are also in the card's metadata.
-        languages: ISO 639 codes, of texts that the adapted model reads.
-        classes, groups: Names that a classifier was trained to tell apart, and the group of each where it has groups.
-        license: The adapter's, as the Hub calls it ("apache-2.0").
-    """
-
-    metrics: Mapping[str, float | str] = field(default_factory=dict)
-    dataset: str | None = None
-    languages: Sequence[str] = ()
-    classes: Sequence[str] = ()
-    groups: Sequence[int] = ()
-    license: str | None = None
 
 
 @dataclass
@@ -90,27 +72,41 @@ def stored_adapters(folder: Path) -> list[StoredAdapter]:
             continue
         with safe_open(weights, framework="pt") as tensors:
             shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118  (no mapping)
-        parameters = sum(_product(shape) for shape in shapes)
+        parameters = sum(map(math.prod, shapes))
         subfolder = None if file.parent == folder else name
         found.append(StoredAdapter(subfolder, json.loads(file.read_text()), parameters, weights.stat().st_size))
     return found
 
 
-def write_card(folder: Path, name: str, notes: CardNotes | None = None, local_base: str | None = None) -> None:
-    """Write or renew the folder's README.md.
+@writes_cards
+def renew_card(model: Any, folder: Path, name: str, notes: CardNotes | None = None) -> None:
+    """Write or renew the README.md of a folder with adapters.
 
     Args:
-        folder: With the adapter's files.
+        model: The `PeftModel` that they were saved from, which knows more of them than their files.
         name: What the snippet calls the place: the repository's id, or the folder.
-        notes: What the files don't say.
-        local_base: A base that is known to be in a folder: seen from another one its path may look like a Hub id.
+        notes: What the user says of them.
     """
-    adapters, notes, file = stored_adapters(folder), notes or CardNotes(), folder / CARD
-    if not adapters:
+    configs: dict[str, Any] = {n: c for n, c in model.peft_config.items() if isinstance(c, MultimodalConfig)}
+    adapters, notes = stored_adapters(folder), notes or CardNotes()
+    if not configs or not adapters:
         return
+    known = [method_of(c).model.card_notes(model, n) for n, c in configs.items()]  # type: ignore[union-attr]
+    notes = replace(notes, languages=notes.languages or [language for note in known for language in note.languages])
+    if not notes.classes:
+        notes = replace(notes, classes=known[0].classes, groups=known[0].groups)
+    # Seen from another folder the path of a local base may look like a Hub id.
+    write_card(folder, adapters, name, notes, {record_of(config).local_base for config in configs.values()})
+
+
+def write_card(
+    folder: Path, adapters: list[StoredAdapter], name: str, notes: CardNotes, local_bases: Collection[str | None]
+) -> None:
+    """The card itself; what is in the file beside it stays."""
+    file = folder / CARD
     card = ModelCard(file.read_text(encoding="utf-8") if file.is_file() else "", ignore_metadata_errors=True)
     base = adapters[0].config.get("base_model_name_or_path")
-    local = base == local_base or not is_hub_id(base)
+    local = base in local_bases or not is_hub_id(base)
     _set_metadata(card.data, adapters, None if local else base, notes)
     before, _, rest = card.text.partition(BEGIN)
     ours, _, after = rest.partition(END)
@@ -224,21 +220,3 @@ def _table(head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
 
 def _cell(text: str) -> str:
     return re.sub(r"\s+", " ", text).replace("|", "\\|").replace("`", "'").replace("<", "&lt;")
-
-
-def is_hub_id(name: Any) -> bool:
-    """Whether a name can be a repository's, and is no path of a file or folder here."""
-    if not isinstance(name, str) or not name or Path(name).exists():
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
-def _product(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

@@ -1,0 +1,1 @@
+"""Adapters as files: saved aside and renamed, checked before they are loaded, published with a card."""
