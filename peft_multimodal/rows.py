@@ -18,14 +18,14 @@ T = TypeVar("T")
 
 def each(rows: Sequence[Any], read: Callable[[Any, str], T], id_column: str | None = None) -> list[T]:
     """`read(row, name)` of each row of a batch; an error that comes out of it knows the row (see `naming`)."""
-    found = []
+    values = []
     for index, row in enumerate(rows):
         try:
-            found.append(read(row, row_name(row, index, id_column)))
+            values.append(read(row, row_name(row, index, id_column)))
         except (TypeError, ValueError) as error:
             error.row = index  # type: ignore[union-attr]
             raise
-    return found
+    return values
 
 
 def check_some(rows: Sequence[Any]) -> None:

@@ -48,8 +48,8 @@ def _not_counted(table: Any) -> int:
 
 def limit_of(tokenizer: Any, *others: int | None) -> int | None:
     """The smallest of a tokenizer's own limit and others, None where there is none."""
-    own = getattr(tokenizer, "model_max_length", None)
-    return min((n for n in (own, *others) if n is not None and n < NO_LIMIT), default=None)
+    limit = getattr(tokenizer, "model_max_length", None)
+    return min((n for n in (limit, *others) if n is not None and n < NO_LIMIT), default=None)
 
 
 def allowed_length(asked: int | None, tokenizer: Any, model: nn.Module | None) -> int | None:

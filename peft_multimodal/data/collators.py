@@ -102,12 +102,12 @@ class ImageTextCollator:
         texts = _texts(rows, self.text_column, "text_column", which, self.id_column)
         images = _images(rows, self.image_column, self.id_column)
         batch = _process(
-            self.processor, images, [text for found in texts for text in found], self.padding, self.max_length
+            self.processor, images, [text for of_row in texts for text in of_row], self.padding, self.max_length
         )
         if self.id_column is not None:
             batch[self.id_name] = ids_of(rows, self.id_column)
         if self.every_text:
-            return batch | {"text_rows": torch.tensor([i for i, found in enumerate(texts) for _ in found])}
+            return batch | {"text_rows": torch.tensor([i for i, of_row in enumerate(texts) for _ in of_row])}
         if self.return_loss is None and "labels" not in batch:  # with which a function computes the loss
             warnings.warn(
                 "ImageTextCollator wasn't told the model, so its batches have no return_loss: CLIPModel and its like then "
@@ -213,8 +213,8 @@ def _texts(rows: Sequence[Row], column: str, setting: str, which: str, id_column
     check_some(rows)
 
     def read(row: Row, name: str) -> list[str]:
-        found = column_of(row, column, name, setting)
-        texts = list(found) if isinstance(found, (list, tuple, np.ndarray)) else [found]
+        value = column_of(row, column, name, setting)
+        texts = list(value) if isinstance(value, (list, tuple, np.ndarray)) else [value]
         if not texts:
             raise ValueError(f"{name}: the list in column {column!r} is empty.")
         if which != "all":

@@ -85,11 +85,11 @@ class LanguageProcessor:
         return made
 
     def _fit(self, model: Any) -> None:
-        part = multilingual_tower(model)
-        read = {} if part is None else part.longest
-        found = {self.base: longest_text(model)} | {name: read.get(self._route(name)) for name in self.languages[1:]}
-        self.limits = {name: longest for name, longest in found.items() if longest is not None}
-        pads = reads_padding(model, self.tokenizers[self.base]) if part is None else part.reads_padding
+        tower = multilingual_tower(model)
+        read = {} if tower is None else tower.longest
+        limits = {self.base: longest_text(model)} | {name: read.get(self._route(name)) for name in self.languages[1:]}
+        self.limits = {name: longest for name, longest in limits.items() if longest is not None}
+        pads = reads_padding(model, self.tokenizers[self.base]) if tower is None else tower.reads_padding
         if pads and not self._padding_is_given:
             self.padding = {self.base: "max_length"}
 
@@ -117,10 +117,10 @@ class LanguageProcessor:
         if empty := [i for i, t in enumerate(text) if not (isinstance(t, str) and t.strip())]:
             raise ValueError(f"Text {empty[0]} is empty or no string: {text[empty[0]]!r}.")
         length = limit_of(tokenizer, self.limits.get(language)) if length is None else length
-        found = tokenizer(list(text), padding=padding, padding_side="right", return_tensors="pt", **truncation(length))
+        tokens = tokenizer(list(text), padding=padding, padding_side="right", return_tensors="pt", **truncation(length))
         # A tokenizer that gives no mask belongs to a model that reads its padding.
-        mask = found.get("attention_mask", torch.ones_like(found["input_ids"]))
-        return {"input_ids": found["input_ids"], "attention_mask": mask}
+        mask = tokens.get("attention_mask", torch.ones_like(tokens["input_ids"]))
+        return {"input_ids": tokens["input_ids"], "attention_mask": mask}
 
     def __call__(
         self,
@@ -161,7 +161,7 @@ class LanguageProcessor:
             raise ValueError(f"{len(languages)} languages for {len(texts)} texts.")
         check_some(texts)
         rows = {name: [i for i, n in enumerate(languages) if n == name] for name in dict.fromkeys(languages)}
-        parts = {name: self.tokenize([texts[i] for i in found], name) for name, found in rows.items()}
+        parts = {name: self.tokenize([texts[i] for i in of_name], name) for name, of_name in rows.items()}
         longest = max(part["input_ids"].shape[1] for part in parts.values())
         ids = torch.zeros(len(texts), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)

@@ -78,8 +78,8 @@ def _features(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         method = getattr(model, f"get_{side}_features", None)
         if method is None:
             raise TypeError(f"{type(model).__name__} has no get_{side}_features: pass encode=.")
-        own = getattr(type(base_model(model)), f"get_{side}_features", method)  # an adapter may stand before it
-        named = {*inspect.signature(method).parameters, *inspect.signature(own).parameters}
+        plain = getattr(type(base_model(model)), f"get_{side}_features", method)  # an adapter may stand before it
+        named = {*inspect.signature(method).parameters, *inspect.signature(plain).parameters}
         inputs = {name: value for name, value in batch.items() if name in named}
         read |= inputs.keys()
         if key in batch:

@@ -146,7 +146,7 @@ def rerank_recall(
         if top < min(max(ks), len(items)):
             raise ValueError(f"candidates={candidates} can't give recall@{max(ks)}.")
         codes, gallery = codes_of(query_ids, item_ids, len(queries), len(items))
-        found = []
+        ranks_of = []
         for row, (query, code) in enumerate(zip(queries, codes, strict=True)):
             cosine, index = (items @ query).topk(top)
             pair = (index, torch.full_like(index, row))
@@ -155,8 +155,8 @@ def rerank_recall(
                 raise ValueError(f"score gave shape {tuple(pair_score.shape)} for {top} pairs, not ({top},).")
             final = torch.full((1, len(items)), -torch.inf, dtype=torch.float64)
             final[0, index] = pair_score + similarity_weight * cosine
-            found.append(_ranks(final, (gallery == code)[None], TIE))
-        return torch.cat(found)
+            ranks_of.append(_ranks(final, (gallery == code)[None], TIE))
+        return torch.cat(ranks_of)
 
     with torch.no_grad():
         i2t = ranks(images, texts, image_ids, text_ids, flip=False)

@@ -63,13 +63,13 @@ def load_adapters(model: Any, checkpoint: Path) -> list[str]:
 
     PEFT keeps the adapter "default" in the checkpoint's root, and each other one in a folder of its name.
     """
-    found = []
+    loaded = []
     for name, config in getattr(model, "peft_config", {}).items():
         folder = checkpoint if name == "default" else checkpoint / name
         if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
             model.load_adapter(str(folder), name, is_trainable=config.inference_mode is False)
-            found.append(name)
-    return found
+            loaded.append(name)
+    return loaded
 
 
 def rate_messages(model: Any, optimizer: Any) -> list[str]:
@@ -99,9 +99,9 @@ def rate_messages(model: Any, optimizer: Any) -> list[str]:
 def _rate(model: nn.Module, adapter_name: str, optimizer: Any) -> float:
     """The largest rate of an adapter's parameters; 0 where none is trained."""
     names = {id(p): n for n, p in model.named_parameters() if p.requires_grad}
-    own = [
+    groups = [
         group
         for group in optimizer.param_groups
         if any(adapter_name in names.get(id(p), "").split(".") for p in group["params"])
     ]
-    return max((float(group.get("initial_lr", group["lr"])) for group in own), default=0.0)
+    return max((float(group.get("initial_lr", group["lr"])) for group in groups), default=0.0)

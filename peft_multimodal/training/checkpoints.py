@@ -41,12 +41,12 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
     anew in an old run's output folder: give that one a folder of its own. The trainers of this package are safe.
     """
     folder = Path(output_dir)
-    found = {int(m[1]): p for p in folder.glob("checkpoint-*") if (m := _NUMBER.fullmatch(p.name)) and p.is_dir()}
-    for step in sorted(found, reverse=True):
-        fault = fault_of(found[step])
+    checkpoints = {int(m[1]): p for p in folder.glob("checkpoint-*") if (m := _NUMBER.fullmatch(p.name)) and p.is_dir()}
+    for step in sorted(checkpoints, reverse=True):
+        fault = fault_of(checkpoints[step])
         if fault is None:
-            return str(found[step])
-        warnings.warn(f"{found[step]} is passed over: {fault}.", stacklevel=2)
+            return str(checkpoints[step])
+        warnings.warn(f"{checkpoints[step]} is passed over: {fault}.", stacklevel=2)
     return None
 
 
@@ -84,17 +84,17 @@ def to_resume(asked: Any, output_dir: str | os.PathLike | None) -> Any:
     """
     if asked is not True:
         return asked
-    found = last_checkpoint(output_dir or ".")
-    if found is None:
+    newest = last_checkpoint(output_dir or ".")
+    if newest is None:
         raise ValueError(f"{output_dir} has no complete checkpoint to resume from: train() without it starts anew.")
-    return found
+    return newest
 
 
 def batches_of(checkpoint: Path) -> dict[str, int]:
     """The batches that a checkpoint was trained with, as `AdapterTrainer` has them; what isn't known is left out."""
-    found = _read(checkpoint / BATCHES) if (checkpoint / BATCHES).is_file() else None
-    if isinstance(found, dict):
-        return {name: value for name, value in found.items() if isinstance(value, int)}
+    written = _read(checkpoint / BATCHES) if (checkpoint / BATCHES).is_file() else None
+    if isinstance(written, dict):
+        return {name: value for name, value in written.items() if isinstance(value, int)}
     state = _read(checkpoint / STATE) if (checkpoint / STATE).is_file() else None
     size = state.get("train_batch_size") if isinstance(state, dict) else None
     return {"per_device_train_batch_size": size} if isinstance(size, int) else {}

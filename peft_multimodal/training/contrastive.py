@@ -119,8 +119,8 @@ class ContrastiveTrainer(RememberingTrainer):
         """What the model reads, and the pairs' keys; without ids each image is another."""
         if "sample_ids" not in inputs:
             count = len(inputs["input_ids"])
-            own = torch.arange(count, device=inputs["input_ids"].device) + self.args.process_index * count
-            inputs = {**inputs, "sample_ids": own}
+            rows = torch.arange(count, device=inputs["input_ids"].device) + self.args.process_index * count
+            inputs = {**inputs, "sample_ids": rows}
         return split_keys(inputs)
 
     def _module(self, model: nn.Module) -> Any:
@@ -208,8 +208,8 @@ class ContrastiveTrainer(RememberingTrainer):
                     again = self._embed(model, part)
                     surrogate = (again[0] * by_image[rows]).sum() + (again[1] * by_text[rows]).sum()
                     if last:
-                        own = zip(self._temper(model), by_temper, strict=True)
-                        surrogate = surrogate + sum(number * by for number, by in own if number.requires_grad)
+                        tempers = zip(self._temper(model), by_temper, strict=True)
+                        surrogate = surrogate + sum(number * by for number, by in tempers if number.requires_grad)
                 self.accelerator.backward(surrogate)
         return share.detach()
 

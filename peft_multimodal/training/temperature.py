@@ -44,14 +44,14 @@ class ScaleBounds:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.found: list[tuple[nn.Parameter, float, float]] = []
+        self.scales: list[tuple[nn.Parameter, float, float]] = []
         for parameter, low, high in _trained_scales(model):
             start = float(_whole(parameter.detach()))
-            self.found.append((parameter, min(low, start), max(high, start)))
+            self.scales.append((parameter, min(low, start), max(high, start)))
 
     @torch.no_grad()
     def __call__(self) -> None:
-        for parameter, low, high in self.found:
+        for parameter, low, high in self.scales:
             parameter.clamp_(low, high)
 
 

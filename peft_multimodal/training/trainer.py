@@ -143,9 +143,9 @@ class AdapterTrainer(Trainer):
         Raises:
             ValueError: the batches have changed since the checkpoint, so that training can't go on exactly.
         """
-        found = to_resume(resume_from_checkpoint, self.args.output_dir) or None
-        self._make_ready(None if found is None else Path(found))
-        return super().train(found, *args, **kwargs)
+        checkpoint = to_resume(resume_from_checkpoint, self.args.output_dir) or None
+        self._make_ready(None if checkpoint is None else Path(checkpoint))
+        return super().train(checkpoint, *args, **kwargs)
 
     def _make_ready(self, checkpoint: Path | None) -> None:
         """What comes before training, or before it goes on from a checkpoint."""

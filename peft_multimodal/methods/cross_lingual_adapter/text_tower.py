@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import NoMatchingPeftModuleError
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ...core.anatomy import Anatomy, device_of, is_below, own_modules, token_embeddings
 from ...languages import Teaching
@@ -73,6 +74,14 @@ def final_norm(tower: nn.Module) -> nn.Module | None:
     """The norm behind the last layer, if the tower has one: then the last of its `hidden_states` stands before it."""
     norms = [m for m in tower.children() if "Norm" in type(m).__name__]
     return norms[0] if len(norms) == 1 else None
+
+
+def finished(tower: Any, states: Tensor) -> BaseModelOutputWithPooling:
+    """A tower's output for states of its last layer (B, L, d_t), by the norm and the pooler behind its layers."""
+    norm, pooler = final_norm(tower), getattr(tower, "pooler", None)
+    last = states if norm is None else norm(states)
+    pooled = last[:, 0] if pooler is None else pooler(last)
+    return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=(states,))
 
 
 def pooled_of(output: Any) -> Tensor:

@@ -18,7 +18,7 @@ from ...encoders.language import LanguageEncoder, vocabulary_size
 from ...languages import MultilingualTower, Teaching
 from ...text_limits import longest_text, reads_padding
 from .rows import by_language
-from .text_tower import final_norm, teaching
+from .text_tower import finished, teaching
 
 _LANGUAGES = (
     "A language is called as its adapter: PeftModel.from_pretrained(..., adapter_name=...) gives it a name, "
@@ -133,25 +133,9 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer, Multiling
 
     @torch.no_grad()
     def encode(self, input_ids: Tensor, mask: Tensor, adapter_name: str) -> Tensor:
-        """H (B, L, d_s) of the language's frozen encoder.
-
-        Raises:
-            ValueError: a token is outside its vocabulary, or a text is longer than it can read.
-        """
-        encoder, limit = self.encoder(adapter_name), self.longest[adapter_name]
-        if not torch.compiler.is_compiling() and not input_ids.is_meta:
-            low, high = (int(x) for x in input_ids.aminmax())
-            size = vocabulary_size(encoder)
-            if low < 0 or high >= size:
-                raise ValueError(
-                    f"Token {high if high >= size else low} is outside the {size} tokens of adapter {adapter_name!r}'s encoder: "
-                    "the text was tokenised for another model. LanguageProcessor picks the tokenizer of a language."
-                )
-        if limit is not None and input_ids.shape[1] > limit:
-            raise ValueError(
-                f"{input_ids.shape[1]} tokens, but the encoder of adapter {adapter_name!r} reads {limit}: tokenise with "
-                f"truncation=True, max_length={limit}."
-            )
+        """H (B, L, d_s) of the language's frozen encoder; ValueError where it can't read the tokens."""
+        encoder = self.encoder(adapter_name)
+        check_tokens(input_ids, adapter_name, vocabulary_size(encoder), self.longest[adapter_name])
         return encoder(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
 
     def project(
@@ -177,15 +161,7 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer, Multiling
         Y, y = Y.to(dtype), y.to(dtype)
         if self.level == "pooled":
             return BaseModelOutputWithPooling(last_hidden_state=Y, pooler_output=y, hidden_states=(Y,))
-        return self.finished(Y)
-
-    def finished(self, states: Tensor) -> BaseModelOutputWithPooling:
-        """The tower's output of its last layer's states (B, L, d_t): what stands behind the layers is its own."""
-        tower: Any = self.host()
-        norm, pooler = final_norm(tower), getattr(tower, "pooler", None)
-        last = states if norm is None else norm(states)
-        pooled = last[:, 0] if pooler is None else pooler(last)
-        return BaseModelOutputWithPooling(last_hidden_state=last, pooler_output=pooled, hidden_states=(states,))
+        return finished(self.host(), Y)
 
     def in_language(self, input_ids: Tensor, attention_mask: Tensor, name: str) -> Any:
         """`adapted`, or the tower as it is for the base model's rows."""
@@ -200,7 +176,7 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer, Multiling
     def forward(self, input_ids: Any = None, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the tower's `forward`."""
         if "states" in self.scope.values:
-            return self.finished(self.scope.values["states"])
+            return finished(self.host(), self.scope.values["states"])
         names, active = self.scope.values.get("adapter_names"), self.live_adapters()
         if names is not None and len(names) != len(input_ids):
             raise ValueError(f"{len(names)} adapter_names for {len(input_ids)} rows.")
@@ -257,3 +233,19 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer, Multiling
                 yield
         finally:
             self.scope.close()
+
+
+def check_tokens(input_ids: Tensor, adapter_name: str, size: int, limit: int | None) -> None:
+    """Refuse tokens (B, L) outside an encoder's vocabulary, and more of them than it can read."""
+    if not torch.compiler.is_compiling() and not input_ids.is_meta:
+        low, high = (int(x) for x in input_ids.aminmax())
+        if low < 0 or high >= size:
+            raise ValueError(
+                f"Token {high if high >= size else low} is outside the {size} tokens of adapter {adapter_name!r}'s encoder: "
+                "the text was tokenised for another model. LanguageProcessor picks the tokenizer of a language."
+            )
+    if limit is not None and input_ids.shape[1] > limit:
+        raise ValueError(
+            f"{input_ids.shape[1]} tokens, but the encoder of adapter {adapter_name!r} reads {limit}: tokenise with "
+            f"truncation=True, max_length={limit}."
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,51 +40,35 @@ class KeptOutputs(torch.utils.data.Dataset):
         pairs = sorted(pairs, key=lambda pair: len(pair["target"]))
         batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
         self.ids: list[np.ndarray] = []  # the targets' tokens
+        self.widths = dict(zip(("student", "teacher"), tower.widths(adapter_name), strict=True))
         digest = _weights_hash(tower, adapter_name)
         digest.update(f"{dtype} {tower.level}".encode())
         for batch in batches:
-            tokenised = collator(batch)
-            lengths = tokenised["target_attention_mask"].sum(dim=1).tolist()
-            ids = tokenised["target_input_ids"].numpy().astype(np.int32)
-            self.ids += [row[:length].copy() for row, length in zip(ids, lengths, strict=True)]
-            for name, value in tokenised.items():
-                tokens = value.numpy().tobytes() if isinstance(value, Tensor) else json.dumps(value).encode()
-                digest.update(f"{name} {len(tokens)}".encode() + tokens)
+            self._read_tokens(collator(batch), digest)
 
         def outputs() -> Iterator[dict[str, Any]]:
             for rows in tqdm(batches, desc="Frozen outputs", unit="batch", leave=False):
-                batch = frozen_outputs(tower, adapter_name, collator(rows))
-                for i, pair in enumerate(rows):
-                    student = batch["student_states"][i][batch["student_mask"][i]]
-                    teacher = batch["teacher_states"][i]
-                    if tower.level == "tokens":
-                        teacher = teacher[batch["teacher_mask"][i]]
-                    yield {
-                        "student": self._bytes(student),
-                        "teacher": self._bytes(teacher),
-                        "pairs": pair.get("pairs") or [],
-                    }
+                yield from self._rows_of(rows, frozen_outputs(tower, adapter_name, collator(rows)))
 
-        binary = datasets.Value("large_binary")
-        features = datasets.Features(
-            {"student": binary, "teacher": binary, "pairs": datasets.List(datasets.List(datasets.Value("int32")))}
-        )
-        shown = datasets.is_progress_bar_enabled()
-        datasets.disable_progress_bars()  # ours says what is going on
-        try:
-            self.rows = datasets.Dataset.from_generator(
-                outputs,
-                features=features,
-                cache_dir=None if cache_dir is None else str(cache_dir),
-                fingerprint=digest.hexdigest()[:32],
-                writer_batch_size=256,
-            )
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise (error.__cause__ or error) from None  # what a text or a tower had to say
-        finally:
-            if shown:
-                datasets.enable_progress_bars()
-        self.widths = dict(zip(("student", "teacher"), tower.widths(adapter_name), strict=True))
+        self.rows = _kept_on_disk(outputs, digest.hexdigest()[:32], None if cache_dir is None else str(cache_dir))
+
+    def _read_tokens(self, tokenised: dict[str, Any], digest: Any) -> None:
+        lengths = tokenised["target_attention_mask"].sum(dim=1).tolist()
+        ids = tokenised["target_input_ids"].numpy().astype(np.int32)
+        self.ids += [row[:length].copy() for row, length in zip(ids, lengths, strict=True)]
+        for name, value in tokenised.items():
+            tokens = value.numpy().tobytes() if isinstance(value, Tensor) else json.dumps(value).encode()
+            digest.update(f"{name} {len(tokens)}".encode() + tokens)
+
+    def _rows_of(self, pairs: Sequence[dict[str, Any]], batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """A batch's outputs, row by row without padding."""
+        for i, pair in enumerate(pairs):
+            teacher = batch["teacher_states"][i]
+            yield {
+                "student": self._bytes(batch["student_states"][i][batch["student_mask"][i]]),
+                "teacher": self._bytes(teacher[batch["teacher_mask"][i]] if teacher.dim() == 2 else teacher),
+                "pairs": pair.get("pairs") or [],
+            }
 
     def _bytes(self, x: Tensor) -> bytes:
         return x.float().cpu().numpy().astype(self.dtype).tobytes()
@@ -96,7 +80,7 @@ class KeptOutputs(torch.utils.data.Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        found = self.rows[indices]
+        columns = self.rows[indices]
         return [
             {
                 "student": np.frombuffer(student, self.dtype).reshape(-1, self.widths["student"]),
@@ -105,7 +89,7 @@ class KeptOutputs(torch.utils.data.Dataset):
                 "ids": self.ids[i],
             }
             for i, student, teacher, pairs in zip(
-                indices, found["student"], found["teacher"], found["pairs"], strict=True
+                indices, columns["student"], columns["teacher"], columns["pairs"], strict=True
             )
         ]
 
@@ -131,6 +115,26 @@ def frozen_outputs(tower: MultilingualTower, adapter_name: str, batch: dict[str,
         "teacher_mask": batch["source_attention_mask"].to(device).bool(),
         "pairs": batch.get("pairs"),
     }
+
+
+def _kept_on_disk(outputs: Callable[[], Iterator[dict[str, Any]]], key: str, cache_dir: str | None) -> datasets.Dataset:
+    """The rows that `outputs` gives, from the cache of `datasets` if it has them under this key."""
+    binary, pairs = datasets.Value("large_binary"), datasets.List(datasets.List(datasets.Value("int32")))
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()  # ours says what is going on
+    try:
+        return datasets.Dataset.from_generator(
+            outputs,
+            features=datasets.Features({"student": binary, "teacher": binary, "pairs": pairs}),
+            cache_dir=cache_dir,
+            fingerprint=key,
+            writer_batch_size=256,
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise (error.__cause__ or error) from None  # what a text or a tower had to say
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _weights_hash(tower: MultilingualTower, adapter_name: str) -> Any:

@@ -19,7 +19,7 @@ class DistillationLoss:
     Args:
         mse, cosine, contrastive: Of the pooled outputs.
         tokens: Of the token states; None is 1 where the adapter has level="tokens", and 0 elsewhere.
-        functional: Of what the fusion encoder makes of both, beside the same pictures.
+        functional: Of what the fusion encoder makes of both, beside the same images.
         temperature: tau of the contrastive term.
     """
 
@@ -104,8 +104,8 @@ def hard_alignment_loss(
     """
     places = []
     lengths = zip(pairs, mask.sum(1).tolist(), target_mask.sum(1).tolist(), strict=True)
-    for b, (found, students, teachers) in enumerate(lengths):
-        for student, teacher in {(0, 0), *((int(s), int(t)) for s, t in found)}:
+    for b, (aligned, students, teachers) in enumerate(lengths):
+        for student, teacher in {(0, 0), *((int(s), int(t)) for s, t in aligned)}:
             if not (0 <= student < students and 0 <= teacher < teachers):
                 raise ValueError(
                     f"Pair ({student}, {teacher}) of row {b} is outside its {students} and {teachers} tokens."
@@ -117,8 +117,8 @@ def hard_alignment_loss(
 
 def alignment_loss(Y: Tensor, E: Tensor, pairs: Sequence[Any], mask: Tensor, target_mask: Tensor) -> Tensor:
     """Hard for the rows whose tokens are aligned, soft for the others; each row weighs the same."""
-    hard = [i for i, found in enumerate(pairs) if found]
-    soft = [i for i, found in enumerate(pairs) if not found]
+    hard = [i for i, aligned in enumerate(pairs) if aligned]
+    soft = [i for i, aligned in enumerate(pairs) if not aligned]
     loss = Y.new_zeros((), dtype=torch.float32)
     if hard:
         aligned = hard_alignment_loss(Y[hard], E[hard], [pairs[i] for i in hard], mask[hard], target_mask[hard])

@@ -76,15 +76,15 @@ class CrossLingualTrainer(AdapterTrainer):
         self._check_batches()
 
     def _adopt(self, model: Any) -> None:
-        part = _tower(model)
-        active = part.active_adapters
+        tower = _tower(model)
+        active = tower.active_adapters
         if len(active) != 1:
             raise ValueError(f"One adapter is trained at a time; active are {active}. Call model.set_adapter(name).")
         self.adapter_name = active[0]
         self.distillation_loss = self._asked
         if self._asked.tokens is None:
-            self.distillation_loss = replace(self._asked, tokens=float(part.level == "tokens"))
-        if part.level != "tokens" and (self.distillation_loss.tokens or self.distillation_loss.functional):
+            self.distillation_loss = replace(self._asked, tokens=float(tower.level == "tokens"))
+        if tower.level != "tokens" and (self.distillation_loss.tokens or self.distillation_loss.functional):
             raise ValueError(
                 "The losses tokens= and functional= need an adapter with level='tokens': a fusion encoder reads its states."
             )
@@ -133,9 +133,9 @@ class CrossLingualTrainer(AdapterTrainer):
                 "per_device_train_batch_size to 2 or more, or contrastive=0."
             )
 
-    def _prepared(self, data: Any, name: str, part: MultilingualTower, keep: dict[str, Any] | None = None) -> Any:
+    def _prepared(self, data: Any, name: str, tower: MultilingualTower, keep: dict[str, Any] | None = None) -> Any:
         if isinstance(data, dict):
-            return {key: self._prepared(rows, f"{name}_{key}", part, keep) for key, rows in data.items()}
+            return {key: self._prepared(rows, f"{name}_{key}", tower, keep) for key, rows in data.items()}
         if data is None:
             return None
         if not hasattr(data, "__len__"):
@@ -144,7 +144,7 @@ class CrossLingualTrainer(AdapterTrainer):
             self._counts[name] = FullPairs(data, self.args.dataloader_num_workers)
             return self._counts[name]
         full, self._counts[name] = full_pairs(data, name)
-        return full if keep is None else KeptOutputs(part, self.adapter_name, full, self._collator, **keep)
+        return full if keep is None else KeptOutputs(tower, self.adapter_name, full, self._collator, **keep)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         ready = eval_dataset is None or eval_dataset is self.eval_dataset
@@ -158,11 +158,11 @@ class CrossLingualTrainer(AdapterTrainer):
             self._start(self.model)
 
     def _start(self, model: Any) -> None:
-        part = _tower(model)
-        if part.is_untrained(self.adapter_name):
-            part.start_at(self._mean_teacher(part), self.adapter_name)
+        tower = _tower(model)
+        if tower.is_untrained(self.adapter_name):
+            tower.start_at(self._mean_teacher(tower), self.adapter_name)
 
-    def _mean_teacher(self, part: MultilingualTower) -> Tensor:
+    def _mean_teacher(self, tower: MultilingualTower) -> Tensor:
         if isinstance(self.train_dataset, KeptOutputs):
             return self.train_dataset.mean_teacher()
         if not isinstance(self.train_dataset, list):
@@ -172,8 +172,8 @@ class CrossLingualTrainer(AdapterTrainer):
             rows = self.train_dataset[:: max(1, len(self.train_dataset) // 256)]
         processor: Any = self.processing_class
         tokens = processor.tokenize([row["source"] for row in rows], processor.base)
-        device = next(part.host().parameters()).device
-        return part.teach(**{name: value.to(device) for name, value in tokens.items()}).pooled.mean(0)
+        device = next(tower.host().parameters()).device
+        return tower.teach(**{name: value.to(device) for name, value in tokens.items()}).pooled.mean(0)
 
     def compute_loss(
         self,
@@ -188,10 +188,10 @@ class CrossLingualTrainer(AdapterTrainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def _distil(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        part, weights = _tower(model), self.distillation_loss
+        tower, weights = _tower(model), self.distillation_loss
         if "student_states" not in batch:
-            batch = frozen_outputs(part, self.adapter_name, batch)
-        Y, y = part.project(batch["student_states"], batch["student_mask"], self.adapter_name)
+            batch = frozen_outputs(tower, self.adapter_name, batch)
+        Y, y = tower.project(batch["student_states"], batch["student_mask"], self.adapter_name)
         E, mask, target_mask = batch["teacher_states"], batch["student_mask"], batch["teacher_mask"]
         e = E[:, 0] if E.dim() == 3 else E
         loss = weights.pooled(y, e, text_projection(model))
@@ -243,8 +243,8 @@ def text_projection(model: Any) -> nn.Module | None:
 
 
 def _tower(model: Any) -> MultilingualTower:
-    part = multilingual_tower(model)
-    if part is None:
+    tower = multilingual_tower(model)
+    if tower is None:
         configs = [method.config.__name__ for method in METHODS.values() if method.promises.starts_as == "images"]
         raise ValueError(f"The model has no language: get_peft_model(model, {' or '.join(configs)}(...)) adds one.")
-    return part
+    return tower

@@ -1,7 +1,7 @@
 """A memory of how hard each pair of a data set is, for training that visits hard pairs more often.
 
 With s_ij = cos(v_i, t_j) / tau over the K latest pairs of a queue (the batch among them), from which every pair with i's
-picture or text is taken out, a pair's difficulty in one visit is one of
+image or text is taken out, a pair's difficulty in one visit is one of
 
     "prob"     1 - p_i,                p_i = (softmax_j(s_ij)_i + softmax_j(s_ji)_i) / 2
     "margin"   sigmoid((m_0 - g_i) / T),   g_i = (2 s_ii - max_j s_ij - max_j s_ji) tau / 2
@@ -11,7 +11,7 @@ The negatives are as many whatever the batch size, so that visits can be compare
 unadapted model finds hard (DAMO's talk on narrow domains) and follows by d_i <- mu d_i + (1 - mu) difficulty. With the
 emphasis e_i, d_i itself ("power") or the share of pairs that are easier ("rank"),
 
-    q_i = (e_i + eps)^alpha         what the sampler draws by (see `sampling`)
+    q_i = (e_i + eps)^alpha         what the sampler draws by (see `draws`)
     w_i = clip(x_i / mean(x), 1/4, 4), of mean 1 in the batch,   x_i = (e_i + eps)^gamma
     c_i = (N P(i))^-beta / max of the batch
     L   = sum_i w_i c_i l_i / B     w and c without gradient

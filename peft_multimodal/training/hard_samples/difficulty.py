@@ -64,13 +64,13 @@ def difficulties(
         image, text = image.float(), text.float()
         same = keys["image"][:, None] == queue["image_keys"]
         same |= keys["text"][:, None] == queue["text_keys"]
-        own = (image * text).sum(-1, keepdim=True) * scale
+        match = (image * text).sum(-1, keepdim=True) * scale
         sides = [
-            torch.cat([own, (one @ other.float().T * scale).masked_fill(same, -torch.inf)], dim=1)
+            torch.cat([match, (one @ other.float().T * scale).masked_fill(same, -torch.inf)], dim=1)
             for one, other in ((image, queue["text"]), (text, queue["image"]))
         ]
         if how.difficulty == "margin":
-            gaps = torch.stack([own[:, 0] - side[:, 1:].amax(dim=1) for side in sides])
+            gaps = torch.stack([match[:, 0] - side[:, 1:].amax(dim=1) for side in sides])
             return torch.sigmoid((how.margin - gaps.mean(0) / scale) / how.margin_width)
         log_p = torch.stack([side.log_softmax(dim=1)[:, 0] for side in sides])
         if how.difficulty == "prob":

@@ -52,7 +52,7 @@ class SampleIds:
     Args:
         collator: Makes a batch of rows.
         id_column: Strings or integers, one for each pair.
-        image_id_column: Of pictures that stand in several pairs.
+        image_id_column: Of images that stand in several pairs.
     """
 
     collator: Callable[[list[Any]], Mapping[str, Any]]
@@ -73,7 +73,7 @@ class SampleIds:
 def split_keys(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A batch without and with its keys: (what the model reads, {"sample", "image", "text"} int64 (B,) each).
 
-    Equal texts have equal text keys. Pictures are told apart by `image_ids`, else by the collator's own `ids`, else by
+    Equal texts have equal text keys. Images are told apart by `image_ids`, else by the collator's own `ids`, else by
     the pairs'.
     """
     inputs = {name: value for name, value in batch.items() if name not in ("sample_ids", "image_ids")}

@@ -1,4 +1,4 @@
-"""The page that shows what a bank remembers: one HTML file with its pictures in it."""
+"""The page that shows what a bank remembers: one HTML file with its images in it."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def write_report(bank: Remembered, path: Path, dataset: Any, image_column: str, 
     suspects = np.flatnonzero(np.isin(bank.keys, bank.suspects))
     suspects = suspects[np.argsort(-bank.difficulty[suspects], kind="stable")]
 
-    found = _rows_of(bank, dataset, np.concatenate([hardest, suspects[:pairs]]))
+    samples = _rows_of(bank, dataset, np.concatenate([hardest, suspects[:pairs]]))
 
     def figures(rows: np.ndarray) -> str:
-        return "".join(_figure(bank, row, found.get(int(row), {}), image_column, text_column) for row in rows[:pairs])
+        return "".join(_figure(bank, row, samples.get(int(row), {}), image_column, text_column) for row in rows[:pairs])
 
     visited = int((bank.visits > 0).sum())
     gone = np.nan_to_num(bank.base_difficulty - bank.difficulty)
@@ -87,36 +87,36 @@ def _rows_of(bank: Remembered, dataset: Any, rows: np.ndarray) -> dict[int, Mapp
         positions = bank.positions_in(dataset)
         return {int(row): dataset[int(positions[row])] for row in rows}
     wanted = {int(bank.keys[row]): int(row) for row in rows}
-    found: dict[int, Mapping[str, Any]] = {}
+    samples: dict[int, Mapping[str, Any]] = {}
     for sample in dataset:
         if (row := wanted.pop(int(hash_ids([sample[bank.id_column]])[0]), None)) is not None:
-            found[row] = sample
+            samples[row] = sample
         if not wanted:
-            return found
+            return samples
     raise ValueError(
         f"The data set doesn't have {len(wanted)} of the bank's pairs that are to be shown: it is another."
     )
 
 
-def _figure(bank: Remembered, row: int, found: Mapping[str, Any], image: str, text: str) -> str:
-    name = found.get(bank.id_column, int(bank.keys[row]))
-    words = found.get(text, "")
+def _figure(bank: Remembered, row: int, sample: Mapping[str, Any], image: str, text: str) -> str:
+    name = sample.get(bank.id_column, int(bank.keys[row]))
+    words = sample.get(text, "")
     words = words[0] if isinstance(words, (list, tuple)) and words else words
     return (
-        f"<figure>{_thumbnail(found.get(image))}<figcaption>{html.escape(str(words))}<br><small>{html.escape(str(name))}: "
+        f"<figure>{_thumbnail(sample.get(image))}<figcaption>{html.escape(str(words))}<br><small>{html.escape(str(name))}: "
         f"{bank.difficulty[row]:.3f}, at first {bank.base_difficulty[row]:.3f}, {bank.visits[row]} visits</small>"
         "</figcaption></figure>"
     )
 
 
-def _thumbnail(picture: Any) -> str:
+def _thumbnail(value: Any) -> str:
     try:
-        picture = read_image(picture)
+        image = read_image(value)
     except (TypeError, ValueError):  # the report shows the pair without it
         return ""
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=80)
+    image.save(buffer, "JPEG", quality=80)
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 

@@ -142,15 +142,15 @@ class RememberingTrainer(AdapterTrainer):
         """Show the bank the pairs of all processes; the weights (count,) of this one's."""
         bank: Any = self.bank
         bank.queue.push(image, text, keys)
-        own = slice(first, first + count)
-        mine = {name: key[own] for name, key in keys.items()}
-        found = difficulties(image[own], text[own], scale, mine, bank.queue, bank.settings)
+        local = slice(first, first + count)
+        mine = {name: key[local] for name, key in keys.items()}
+        values = difficulties(image[local], text[local], scale, mine, bank.queue, bank.settings)
         if count < len(image):
-            found = gather_with_gradients(found)  # each computed once, so that all processes have the same bits
+            values = gather_with_gradients(values)  # each computed once, so that all processes have the same bits
         sample = keys["sample"].cpu().numpy()
-        bank.update(sample, found.cpu().numpy(), self.state.global_step)
+        bank.update(sample, values.cpu().numpy(), self.state.global_step)
         if self.sampler is not None:
             self.sampler.trained(len(sample))
         elif bank.since_ranked >= len(bank):  # no sampler says when an epoch starts
             bank.start_epoch()
-        return torch.from_numpy(bank.loss_weights(sample)[own])
+        return torch.from_numpy(bank.loss_weights(sample)[local])

@@ -48,9 +48,9 @@ def retrieval_loss(
         same = same_ids(ids, ids, size, similarity.device) | (captions[:, None] == captions)
         itc = symmetric(similarity, same).mean()
 
-        own = torch.arange(size, device=similarity.device)
+        pairs = torch.arange(size, device=similarity.device)
         rows, texts, images = _hard_negatives(similarity, same, generator)
-        image_index, text_index = torch.cat([own, rows, images]), torch.cat([own, texts, rows])
+        image_index, text_index = torch.cat([pairs, rows, images]), torch.cat([pairs, texts, rows])
         logits = _match_logits(base, image_states[image_index], batch, text_index)
         itm = matching_loss(logits, torch.arange(len(logits), device=logits.device) < size)
     embeds = {"image_embeds": image_embeds.detach(), "text_embeds": text_embeds.detach()}

@@ -41,10 +41,10 @@ def sigmoid_loss(
     for ids in (image_ids, text_ids):
         if ids is not None and ids.shape != (len(image_embeds),):
             raise ValueError(f"Ids have shape {tuple(ids.shape)}, not ({len(image_embeds)},).")
-    own = torch.arange(len(image_embeds), device=image_embeds.device)
+    local = torch.arange(len(image_embeds), device=image_embeds.device)
     with torch.autocast(image_embeds.device.type, enabled=False):
         image, text = (F.normalize(side.float(), dim=-1) for side in (image_embeds, text_embeds))
-        images, texts = (own if ids is None else ids.to(own.device) for ids in (image_ids, text_ids))
+        images, texts = (local if ids is None else ids.to(local.device) for ids in (image_ids, text_ids))
         loss = sigmoid_pair_losses(image, text, image, text, logit_scale, logit_bias, images, texts)
     return reduced(loss, reduction)
 
@@ -67,12 +67,12 @@ def sigmoid_pair_losses(
     all pairs is the equation of `losses`. Logits are made for `chunk_size` columns at a time, and again in backward.
     """
     warn_of_one(len(all_images))
-    own = torch.arange(first, first + len(image_embeds), device=image_embeds.device)
+    local = torch.arange(first, first + len(image_embeds), device=image_embeds.device)
 
     def of_columns(columns: Tensor, *tensors: Tensor) -> Tensor:
         image, text, images, texts, scale, bias = tensors
-        match = own[:, None] == columns
-        same = (image_ids[own, None] == image_ids[columns]) | (text_ids[own, None] == text_ids[columns])
+        match = local[:, None] == columns
+        same = (image_ids[local, None] == image_ids[columns]) | (text_ids[local, None] == text_ids[columns])
         y = match.to(image.dtype) * 2 - 1
         left_out = same & ~match
         terms = [
@@ -81,11 +81,11 @@ def sigmoid_pair_losses(
         ]
         return (terms[0] + terms[1]) / 2
 
-    scale, bias = (torch.as_tensor(x, device=own.device) for x in (logit_scale, logit_bias))
-    loss = image_embeds.new_zeros(len(own))
+    scale, bias = (torch.as_tensor(x, device=local.device) for x in (logit_scale, logit_bias))
+    loss = image_embeds.new_zeros(len(local))
     for start in range(0, len(all_images), chunk_size):
         columns = slice(start, start + chunk_size)
-        places = torch.arange(len(all_images), device=own.device)[columns]
+        places = torch.arange(len(all_images), device=local.device)[columns]
         tensors = (image_embeds, text_embeds, all_images[columns], all_texts[columns], scale, bias)
         loss = loss + checkpoint(of_columns, places, *tensors, use_reentrant=False, preserve_rng_state=False)
     return loss
