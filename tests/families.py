@@ -511,8 +511,8 @@ def mllama() -> Family:
     )
 
 
-def florence2() -> Family:
-    text = hf.BartConfig(
+def bart_config() -> hf.BartConfig:
+    return hf.BartConfig(
         **{"vocab_size": VOCAB, "max_position_embeddings": 64, "d_model": 32},
         **{f"{part}_layers": 2 for part in ("encoder", "decoder")},
         **{f"{part}_attention_heads": 4 for part in ("encoder", "decoder")},
@@ -520,6 +520,10 @@ def florence2() -> Family:
         **{"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, "forced_eos_token_id": EOS},
         decoder_start_token_id=EOS,
     )
+
+
+def florence2() -> Family:
+    text = bart_config()
     vision = hf.Florence2VisionConfig(
         **{"depths": [1, 1], "embed_dim": [16, 32], "num_heads": [2, 4], "num_groups": [2, 4], "window_size": 2},
         **{"patch_size": [7, 3], "patch_stride": [4, 2], "patch_padding": [3, 1], "patch_prenorm": [False, True]},
@@ -545,12 +549,38 @@ def florence2() -> Family:
     )
 
 
+def text_to_text(model_class: type, config: hf.PreTrainedConfig, name: str, inside: str) -> Family:
+    """An encoder-decoder of text alone."""
+    return Family(
+        name=name,
+        kind="generative",
+        build=tiny(model_class, config),
+        batch=lambda: answers(text(end=EOS)),
+        targets=answers,
+        output=lambda out: out.logits,
+        towers={"text": f"{inside}encoder", "decoder": f"{inside}decoder"},
+        generates=True,
+        text_only=True,
+    )
+
+
+def t5() -> Family:
+    width = {"d_model": 32, "d_kv": 6, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    special = {"pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD}
+    config = hf.T5Config(vocab_size=VOCAB, **width, **special)
+    return text_to_text(hf.T5ForConditionalGeneration, config, "t5", "")
+
+
+def bart() -> Family:
+    return text_to_text(hf.BartForConditionalGeneration, bart_config(), "bart", "model.")
+
+
 FAMILIES: dict[str, Family] = {
     make.__name__: make()
     for make in (
         *(clip, siglip, chinese_clip, altclip, vision_text_dual_encoder),
         *(blip_retrieval, flava, vilt, bridgetower),
         *(blip_vqa, blip_captioning, blip_2, llava, qwen2_5_vl, paligemma, idefics3, mllama, florence2),
-        llama,
+        *(llama, t5, bart),
     )
 }

@@ -103,7 +103,7 @@ def test_an_adapter_changes_nothing_in_the_description(family: Family):
         assert [(t.name, t.path, t.class_name) for t in describe(model).towers] == [
             (t.name, t.path, t.class_name) for t in expected.towers
         ]
-    lora = get_peft_model(family.build(), LoraConfig(r=2, target_modules=r".*(q_proj|\.query)"))
+    lora = get_peft_model(family.build(), LoraConfig(r=2, target_modules=r".*(q_proj|\.query|Attention\.q)"))
     assert [m.role for m in describe(lora).matrices] == [m.role for m in expected.matrices]
 
 
@@ -127,6 +127,7 @@ def test_fusion_layers():
         "blip_vqa": r"text_(encoder\.encoder|decoder\.bert\.encoder)\.layer\.[01]",
         "blip_captioning": r"text_decoder\.bert\.encoder\.layer\.[01]",
         "blip_2": r"qformer\.encoder\.layer\.0",
+        "bart": r"model\.decoder\.layers\.[01]",
         "bridgetower": r"bridgetower\.cross_modal_(text|image)_layers\.[01]",
         "florence2": r"model\.language_model\.decoder\.layers\.[01]",
     }

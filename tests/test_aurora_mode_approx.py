@@ -833,7 +833,7 @@ def aurora_parameters(base: nn.Module, config: AuroraModeApproxConfig) -> int:
             continue
         elif leaf == "qkv":
             shape, count = (module.in_features, module.out_features // 3), 3
-        elif re.fullmatch("[qkv]_proj|query|key|value", leaf):
+        elif re.fullmatch("[qkv]|[qkv]_proj|query|key|value", leaf):
             shape, count = (module.in_features, module.out_features), 1
         else:
             continue

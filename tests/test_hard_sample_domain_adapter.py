@@ -510,6 +510,8 @@ SELF_ATTENDING = {
     "PaliGemmaForConditionalGeneration": [48, 48],
     "Idefics3ForConditionalGeneration": [48, 48],
     "MllamaForConditionalGeneration": [16, 16, 16],  # local and global
+    "T5ForConditionalGeneration": [32, 32],  # the encoder's
+    "BartForConditionalGeneration": [32, 32],
     "Florence2ForConditionalGeneration": [32, 32],  # the text's: the pictures' convolve
 }
 

@@ -121,3 +121,14 @@ def test_layers_and_towers_know_their_widths():
     ]
     last = layers(model, None, ("vision",), lambda layer: layer is model.vision_model.encoder.layers[1])
     assert [(s.module, s.role) for s in last] == [("vision_model.encoder.layers.1", "vision.layer.0")]
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_the_layers_of_an_encoder_and_a_decoder(name: str):
+    """T5's blocks number their sub-layers; adapters at a layer read what leaves its FFN."""
+    model = FAMILIES[name].build()
+    paths = {"t5": "{}.block.{}", "bart": "model.{}.layers.{}"}[name]
+    halves = (("encoder", "text"), ("decoder", "decoder"))
+    expected = [(paths.format(half, i), f"{tower}.layer.{i}") for half, tower in halves for i in (0, 1)]
+    assert [(s.module, s.role) for s in layers(model)] == expected
+    assert not decoder(model).is_alone

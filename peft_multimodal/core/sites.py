@@ -163,14 +163,17 @@ def layers(
 ) -> list[Site]:
     """The layers that attend from tokens to tokens of one sequence and hold no other such layers.
 
+    Where a layer numbers its sub-layers (T5's blocks do), it is the layer that holds the attention and its FFN.
+
     Args:
         towers: Those to look in.
         fits: Which layers a method can use; roles count these alone.
     """
     found = found or describe(model)
+    networks = [ffn.module for ffn in ffns(model, found)]
     queries: dict[str, Matrix] = {}
     for matrix in found.matrices:
-        path = layer_of(matrix.module)
+        path = _whole_layer(matrix.module, networks)
         if path and matrix.letter == "q" and matrix.tower in towers and not is_cross(matrix.module):
             queries.setdefault(path, matrix)
     modules = own_modules(model)
@@ -183,6 +186,14 @@ def layers(
             ordinals[query.tower] += 1
             sites.append(Site(path, "layer", query.tower, role, query.d_in, query.d_in))
     return sites
+
+
+def _whole_layer(path: str, networks: list[str]) -> str | None:
+    """The numbered layer that a module lies in, or the one around it where that holds an FFN and the inner one none."""
+    inner = layer_of(path)
+    outer = layer_of(inner.rpartition(".")[0]) if inner else None
+    holds = {layer: any(is_below(ffn, layer) for ffn in networks) for layer in (inner, outer) if layer}
+    return outer if outer and holds[outer] and not holds[inner or ""] else inner
 
 
 def towers(model: nn.Module, found: Anatomy | None = None) -> list[Site]:
