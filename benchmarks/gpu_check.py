@@ -3,7 +3,8 @@
     python -m benchmarks.gpu_check                              # make gpu-check; says why and stops where there is no GPU
     python -m benchmarks.gpu_check --device cpu --size tiny --rounds 1 --compiler eager    # the script itself
 
-Models have random weights of the named shapes (CLIP ViT-B/32; a language model of SmolLM2-135M's shape). Times are
+Methods come from the registry, their configs from the cases of their tests (`tests/case.py`). Models have random weights
+of the named shapes (CLIP ViT-B/32; a language model of SmolLM2-135M's shape), with small vocabularies. Times are
 medians of interleaved training steps under bfloat16 autocast, with the quartiles of their ratios to LoRA's step of the
 same round; memory is the allocator's peak in one step over what stood there before. Results are kept under the
 device's name in `results/gpu_check/`. The exit code is 1 if a check fails.
@@ -27,18 +28,22 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
+from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 
 import peft_multimodal as pm
-from peft_multimodal.encoders.frozen import given_encoder
 
 from .records import RESULTS, compact, environment, write_atomically
 from .report import markdown
-from .tasks.prompt_cost import names, words
 from .tasks.speed import ratios
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from case import ANY_MARKER, ANY_WIDTH, declared
+from families import BOS, EOS, PAD, VOCAB, reads_media
+from methods import word_tokenizer
+
 LORA = "LoRA r=16"
-LANGUAGE_TOKENS, FEATURE_WIDTH, MARKER = 30_000, 384, 5
+CLASSES = ["w4 w5", "w6", "w7 w8 w9", "w4"]
+SPECIAL = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 Batch = dict[str, Any]
 
 
@@ -49,8 +54,14 @@ class Base:
     name: str
     build: Callable[[bool], nn.Module]  # of a tiny shape or the whole
     batch: Callable[[bool], Batch]
-    configs: dict[str, Callable[[], PeftConfig]]  # {method: its config}, LoRA's among them
-    loss: Callable[[Any, Batch, str], Tensor]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A method as it is checked: its config, and whether it tells classes apart."""
+
+    config: Callable[[], PeftConfig]
+    classes: bool = False
 
 
 # --- the models ------------------------------------------------------------------------------------------------------
@@ -59,41 +70,26 @@ class Base:
 def tower(tiny: bool, width: int, layers: int, **rest: int) -> dict[str, Any]:
     sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 64}
     small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    found = small if tiny else sizes
-    return {**found, "intermediate_size": 4 * found["hidden_size"], **rest}
+    shape = small if tiny else sizes
+    return {**shape, "intermediate_size": 4 * shape["hidden_size"], **rest}
 
 
 def clip(tiny: bool) -> CLIPModel:
     vision = {**tower(tiny, 768, 12), "image_size": 32 if tiny else 224, "patch_size": 16 if tiny else 32}
-    return CLIPModel(CLIPConfig(text_config=tower(tiny, 512, 12), vision_config=vision))
+    text = tower(tiny, 512, 12, vocab_size=VOCAB, **SPECIAL)
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision))
 
 
 def clip_batch(tiny: bool) -> Batch:
     rows, size = (2, 32) if tiny else (64, 224)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, LANGUAGE_TOKENS, (rows, 16), generator=generator)
-    ids[:, -1] = 49407
+    ids = torch.randint(4, VOCAB, (rows, 16), generator=generator)
+    ids[:, -1] = VOCAB - 1  # CLIP models of old configs (eos_token_id 2) pool at the largest id
     return {
         "pixel_values": torch.randn(rows, 3, size, size, generator=generator),
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
     }
-
-
-def clip_loss(model: Any, batch: Batch, method: str) -> Tensor:
-    if method == "StructuredPrompt":
-        pictures = batch["pixel_values"]
-        return model(pixel_values=pictures, labels=torch.arange(len(pictures), device=pictures.device) % CLASSES).loss
-    ids = batch["input_ids"] % LANGUAGE_TOKENS if method == "CrossLingualAdapter" else batch["input_ids"]
-    return model(**{**batch, "input_ids": ids}, return_loss=True).loss
-
-
-CLASSES = 8
-
-
-def language(tiny: bool) -> nn.Module:
-    torch.manual_seed(1)
-    return BertModel(BertConfig(vocab_size=LANGUAGE_TOKENS, **tower(tiny, 384, 12)))
 
 
 def lm(tiny: bool) -> LlamaForCausalLM:
@@ -103,58 +99,31 @@ def lm(tiny: bool) -> LlamaForCausalLM:
 
 def lm_batch(tiny: bool) -> Batch:
     rows, length = (2, 12) if tiny else (16, 256)
-    ids = torch.randint(6, 1000, (rows, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(10, 1000, (rows, length), generator=torch.Generator().manual_seed(0))
+    ids[:, 0] = ANY_MARKER  # of an image, where an adapter reads one
     return {"input_ids": ids, "labels": ids.clone()}
 
 
-def lm_loss(model: Any, batch: Batch, method: str) -> Tensor:
-    if method == "GatedXAttn":
-        ids = batch["input_ids"].clone()
-        ids[:, 0] = MARKER
-        features = torch.linspace(-1, 1, FEATURE_WIDTH, device=ids.device).expand(len(ids), 1, 1, 50, -1)
-        return model(**{**batch, "input_ids": ids}, vision_features=features).loss
-    return model(**batch).loss
+BASES = [Base("CLIP ViT-B/32", clip, clip_batch), Base("language model, 135M", lm, lm_batch)]
 
 
-def bases(tiny: bool) -> list[Base]:
-    depth: dict[str, Any] = {"resampler_depth": 1, "num_latents": 4} if tiny else {"resampler_depth": 2}
-    lora: dict[str, Callable[[], PeftConfig]] = {
-        LORA: lambda: LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj"])
-    }
-    return [
-        Base(
-            "CLIP ViT-B/32",
-            clip,
-            clip_batch,
-            {
-                **lora,
-                "AuroraModeApprox": lambda: pm.AuroraModeApproxConfig(r=64, dropout=0.0),
-                "CrossLingualAdapter": lambda: pm.CrossLingualAdapterConfig().with_encoder(language(tiny)),
-                "HardSampleDomainAdapter": pm.HardSampleDomainAdapterConfig,
-                "StructuredPrompt": lambda: pm.StructuredPromptConfig(general_init=None),
-            },
-            clip_loss,
-        ),
-        Base(
-            "language model, 135M",
-            lm,
-            lm_batch,
-            {
-                **lora,
-                "AuroraModeApprox": lambda: pm.AuroraModeApproxConfig(r=64, dropout=0.0),
-                "GatedXAttn": lambda: pm.GatedXAttnConfig(
-                    media_token_id=MARKER, vision_hidden_size=FEATURE_WIDTH, every_n_layers=2, **depth
-                ),
-            },
-            lm_loss,
-        ),
-    ]
-
-
-def prepared(model: Any, method: str) -> Any:
-    if method == "StructuredPrompt":
-        model.set_classes(names(CLASSES), words())
-    return model
+def trials(base: Base, tiny: bool, only: str) -> dict[str, Trial]:
+    """{method: how it is checked} of LoRA and of the registered methods that the base takes."""
+    chosen = {LORA: Trial(lambda: LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj"]))}
+    with torch.device("meta"):
+        model = base.build(tiny)
+    for case in declared().values():
+        config = case.anywhere if tiny else case.whole or case.anywhere
+        if config is None or not re.search(only, case.method.title):
+            continue
+        try:
+            pm.matched_modules(model, config())
+        except ValueError as refusal:
+            if not case.refusal or case.refusal not in str(refusal):
+                raise
+        else:
+            chosen[case.method.title] = Trial(config, case.promises.classes)
+    return chosen
 
 
 # --- the checks ------------------------------------------------------------------------------------------------------
@@ -163,9 +132,10 @@ def prepared(model: Any, method: str) -> Any:
 class Checks:
     """What one method does on one base, each check by itself: a failure is a result, not the end."""
 
-    def __init__(self, base: Base, method: str, device: torch.device, tiny: bool, compiler: str) -> None:
-        self.base, self.method, self.device, self.tiny, self.compiler = base, method, device, tiny, compiler
+    def __init__(self, base: Base, trial: Trial, device: torch.device, tiny: bool, compiler: str) -> None:
+        self.base, self.trial, self.device, self.tiny, self.compiler = base, trial, device, tiny, compiler
         self.batch = {k: v.to(device) for k, v in base.batch(tiny).items()}
+        self.model = self.fresh()
         self.found: dict[str, Any] = {}
 
     def frozen(self) -> Any:
@@ -174,10 +144,24 @@ class Checks:
 
     def fresh(self) -> Any:
         torch.manual_seed(0)
-        return prepared(get_peft_model(self.frozen(), self.base.configs[self.method]()), self.method)
+        return self.prepared(get_peft_model(self.frozen(), self.trial.config()))
 
-    def loss(self, model: Any) -> Tensor:
-        return self.base.loss(model, self.batch, self.method)
+    def prepared(self, model: Any) -> Any:
+        if self.trial.classes:
+            model.set_classes(CLASSES, word_tokenizer())
+        return model
+
+    def loss(self, model: Any, batch: Batch | None = None) -> Tensor:
+        batch = batch or self.batch
+        if self.trial.classes:
+            images = batch["pixel_values"]
+            labels = torch.arange(len(images), device=images.device) % len(CLASSES)
+            return model(pixel_values=images, labels=labels).loss
+        if reads_media(self.model):
+            rows = len(batch["input_ids"])
+            features = torch.linspace(-1, 1, ANY_WIDTH, device=self.device).expand(rows, 1, 1, 50, -1)
+            batch = {**batch, "vision_features": features}
+        return model(**batch, **({} if "labels" in batch else {"return_loss": True})).loss
 
     @torch.no_grad()
     def value(self, model: Any) -> float:
@@ -189,7 +173,6 @@ class Checks:
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     def run(self) -> dict[str, Any]:
-        self.model = self.fresh()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.found["parameters"] = sum(p.numel() for p in self.trained)
         for check in (self.trains, self.half, self.checkpoints, self.saves, self.switches, self.compiles, self.graphs):
@@ -226,7 +209,7 @@ class Checks:
             half = half.to(dtype)
             batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.batch.items()}
             with torch.no_grad():
-                value = float(self.base.loss(half.eval(), batch, self.method))
+                value = float(self.loss(half.eval(), batch))
             _require(abs(value - exact) <= 0.05 * abs(exact) + 0.05, f"{dtype}: a loss of {value:.4f}, not {exact:.4f}")
         return "ok"
 
@@ -247,14 +230,11 @@ class Checks:
 
     def saves(self) -> str:
         """Saved and loaded into a new base it gives the same loss."""
-        expected, config = self.value(self.model), self.base.configs[self.method]()
+        expected = self.value(self.model)
         with tempfile.TemporaryDirectory() as folder:
             pm.save(self.model, Path(folder, "adapter"), save_embedding_layers=False)
-            saved = type(config).from_pretrained(str(Path(folder, "adapter")))
-            if self.method == "CrossLingualAdapter":  # its encoder has no name
-                saved.with_encoder(given_encoder(config).module)
-            loaded = PeftModel.from_pretrained(self.frozen(), str(Path(folder, "adapter")), config=saved)
-            value = self.value(prepared(loaded, self.method))
+            loaded = PeftModel.from_pretrained(self.frozen(), str(Path(folder, "adapter")))
+            value = self.value(self.prepared(loaded))
         _require(abs(value - expected) <= 1e-5 * max(1.0, abs(expected)), f"{value} after loading, {expected} before")
         return "ok"
 
@@ -315,9 +295,11 @@ def exact(device: torch.device) -> Iterator[None]:
 # --- time and memory -------------------------------------------------------------------------------------------------
 
 
-def costs(base: Base, device: torch.device, tiny: bool, rounds: int) -> dict[str, dict[str, Any]]:
+def costs(
+    base: Base, methods: dict[str, Trial], device: torch.device, tiny: bool, rounds: int
+) -> dict[str, dict[str, Any]]:
     """{method: seconds of a training step, its ratio to LoRA's, bytes at its peak}, steps interleaved."""
-    steps = {method: training_step(base, method, device, tiny) for method in base.configs}
+    steps = {method: training_step(base, trial, device, tiny) for method, trial in methods.items()}
     seconds: dict[str, list[float]] = {method: [] for method in steps}
     peaks: dict[str, int | None] = {}
     for round_ in range(rounds + 2):
@@ -344,9 +326,9 @@ def costs(base: Base, device: torch.device, tiny: bool, rounds: int) -> dict[str
     }
 
 
-def training_step(base: Base, method: str, device: torch.device, tiny: bool) -> Callable[[], None]:
-    checks = Checks(base, method, device, tiny, "eager")
-    model = checks.fresh().train()
+def training_step(base: Base, trial: Trial, device: torch.device, tiny: bool) -> Callable[[], None]:
+    checks = Checks(base, trial, device, tiny, "eager")
+    model = checks.model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def step() -> None:
@@ -391,7 +373,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=("whole", "tiny"), default="whole")
     parser.add_argument("--rounds", type=int, default=20, help="timed steps of each method")
     parser.add_argument("--compiler", default="inductor", help="torch.compile's backend")
-    parser.add_argument("--only", help="a regular expression for methods")
+    parser.add_argument("--only", default="", help="a regular expression for methods")
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu_check")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
@@ -402,11 +384,10 @@ def main(arguments: list[str] | None = None) -> int:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} (no GPU)"
     tiny = options.size == "tiny"
     found: dict[str, Any] = {"device": name, "size": options.size, "environment": environment(), "bases": {}}
-    for base in bases(tiny):
-        chosen = {m: c for m, c in base.configs.items() if m == LORA or re.search(options.only or "", m)}
-        base = Base(base.name, base.build, base.batch, chosen, base.loss)
-        results = {m: Checks(base, m, device, tiny, options.compiler).run() for m in chosen}
-        for method, cost in costs(base, device, tiny, options.rounds).items():
+    for base in BASES:
+        methods = trials(base, tiny, options.only)
+        results = {m: Checks(base, trial, device, tiny, options.compiler).run() for m, trial in methods.items()}
+        for method, cost in costs(base, methods, device, tiny, options.rounds).items():
             results[method]["cost"] = cost
         found["bases"][base.name] = results
     path = options.out / f"{re.sub('[^A-Za-z0-9]+', '-', name).strip('-').lower()}.json"

@@ -32,6 +32,7 @@ class Case:
         config: (family, **changes) -> a small config, or None where the method doesn't apply to the family.
         parameters: (base, config) -> how many numbers train, by the formula of its page.
         anywhere: Makes a small config for classes that are no family here (transformers' auto mappings).
+        whole: Makes a config of usual size, whose cost is measured on models of usual size; None: as `anywhere`.
         refusal: In the message where the method doesn't apply; "" where it applies everywhere.
         merge: What `merge_and_unload` takes; None where the method doesn't merge.
     """
@@ -40,6 +41,7 @@ class Case:
     config: Callable[..., PeftConfig | None]
     parameters: Callable[[nn.Module, Any], int]
     anywhere: Callable[[], PeftConfig] | None = None
+    whole: Callable[[], PeftConfig] | None = None
     refusal: str = ""
     merge: dict[str, Any] | None = None
 

@@ -32,16 +32,16 @@ ENCODER_WIDTH = 28
 
 
 @functools.cache
-def language(width: int = ENCODER_WIDTH, words: str = "w") -> str:
+def language(width: int = ENCODER_WIDTH, words: str = "w", layers: int = 2) -> str:
     """A folder with the tiny encoder of another language and its tokenizer: the words w4, w5, ... are its tokens."""
     folder = tempfile.mkdtemp(prefix="language-encoder-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    save_encoder(folder, width, words)
+    save_encoder(folder, width, words, layers)
     return folder
 
 
-def save_encoder(folder: str | Path, width: int = ENCODER_WIDTH, words: str = "w") -> None:
-    config = hf.BertConfig(**text_tower(width), hidden_dropout_prob=0.0)
+def save_encoder(folder: str | Path, width: int = ENCODER_WIDTH, words: str = "w", layers: int = 2) -> None:
+    config = hf.BertConfig(**text_tower(width, num_hidden_layers=layers), hidden_dropout_prob=0.0)
     tiny(hf.BertModel, config)().save_pretrained(folder)
     tokens = {PAD: "[PAD]", BOS: "[CLS]", EOS: "[UNK]", SEP: "[SEP]"}
     vocabulary = {tokens.get(i, f"{words}{i}"): i for i in range(VOCAB)}

@@ -1240,6 +1240,7 @@ CASES = [
         cross_lingual,
         cross_lingual_parameters,
         anywhere=lambda: CrossLingualAdapterConfig(encoder=language(), bottleneck_dim=8, num_heads=2),
+        whole=lambda: CrossLingualAdapterConfig(encoder=language(384, layers=12)),
         refusal="Use a dual encoder",
     )
 ]

@@ -1602,6 +1602,9 @@ CASES = [
         gated_xattn,
         gated_xattn_parameters,
         anywhere=gated_xattn_anywhere,
+        whole=lambda: GatedXAttnConfig(
+            media_token_id=ANY_MARKER, vision_hidden_size=ANY_WIDTH, every_n_layers=2, resampler_depth=2
+        ),
         refusal="Use a decoder-only language model",
     ),
     Case("gated_xattn-encoder", gated_xattn_encoder, gated_xattn_parameters),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_check
+from peft_multimodal.core.registry import METHODS
 
 
 def test_without_a_gpu_it_is_skipped_visibly(monkeypatch, capsys, tmp_path: Path):
@@ -21,9 +22,10 @@ def test_without_a_gpu_it_is_skipped_visibly(monkeypatch, capsys, tmp_path: Path
 CHECKS = ("trains", "half", "checkpoints", "saves", "switches", "compiles", "graphs")
 
 
-@pytest.mark.parametrize(
-    "only", ["AuroraModeApprox", *(pytest.param(m, marks=pytest.mark.full) for m in ("Cross", "Hard|Gated", "Prompt"))]
-)
+TITLES = sorted(method.title for method in METHODS.values())
+
+
+@pytest.mark.parametrize("only", [TITLES[0], *(pytest.param(title, marks=pytest.mark.full) for title in TITLES[1:])])
 def test_every_check_runs(only: str, tmp_path: Path, capsys):
     options = ["--device", "cpu", "--size", "tiny", "--rounds", "2", "--compiler", "eager", "--only", only]
     assert gpu_check.main([*options, "--out", str(tmp_path)]) == 0, capsys.readouterr().out
@@ -32,6 +34,7 @@ def test_every_check_runs(only: str, tmp_path: Path, capsys):
     found = json.loads(file.read_text())
     assert found["device"] == "cpu (no GPU)"
     table = capsys.readouterr().out
+    assert any(only in methods for methods in found["bases"].values())
     for methods in found["bases"].values():
         assert gpu_check.LORA in methods
         for method, result in methods.items():

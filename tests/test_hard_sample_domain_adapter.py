@@ -529,6 +529,7 @@ CASES = [
         domain,
         domain_parameters,
         anywhere=lambda: HardSampleDomainAdapterConfig(bottleneck_dim=8, num_heads=2),
+        whole=HardSampleDomainAdapterConfig,
         refusal="can be adapted",
     )
 ]

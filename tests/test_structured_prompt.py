@@ -888,6 +888,7 @@ CASES = [
         structured_prompt,
         structured_prompt_parameters,
         anywhere=lambda: StructuredPromptConfig(general_init=None, attention_dim=8, num_heads=2),
+        whole=lambda: StructuredPromptConfig(general_init=None),
         refusal="Use a dual encoder",
     )
 ]
