@@ -533,9 +533,10 @@ def test_a_whole_tower_is_one_row(family: Family, method: str):
     (row,) = matched_modules(frozen(family), config)
     assert (row.module, row.tower, row.role) == (family.towers["text"], "text", "text.tower.0")
     model = get_peft_model(frozen(family), config)
+    adapters = model.peft_config["default"]
     for described in (frozen(family), model):
-        (row,) = matched_modules(described, model.peft_config["default"])
-        assert (row.d_in, row.d_out) == (config.encoder_width, config.output_dim)
+        (row,) = matched_modules(described, adapters)
+        assert (row.d_in, row.d_out) == (adapters.encoder_width, adapters.output_dim)
         assert all(text in str(matched_modules(described, config)) for text in (row.module, row.role))
 
 
