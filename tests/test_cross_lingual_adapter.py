@@ -1164,7 +1164,7 @@ def test_compiles_without_graph_breaks(name: str):
 # ------------------------------------------------------------------------------------------- models that can't have it
 
 INTERLEAVED = ("blip_retrieval", "blip_vqa", "blip_captioning", "blip_2", "bridgetower", "florence2")
-NO_TEXT_TOWER = ("vilt", "llama", "llava", "qwen2_5_vl", "paligemma", "idefics3", "mllama")
+NO_TEXT_TOWER = ("vilt", "llama", "t5", "bart", "llava", "qwen2_5_vl", "paligemma", "idefics3", "mllama")
 
 
 @pytest.mark.parametrize("name", [n for n in FAMILIES if n not in TEXT_TOWER])

@@ -181,9 +181,10 @@ def changed_inputs(family: Family) -> dict[str, dict[str, Any]]:
     changes["a later word"] = {**inputs, "input_ids": late}
     if mask is not None and not mask.all():
         changes["padding"] = {**inputs, "input_ids": torch.where(mask.bool(), ids, WORDS[0] + 3)}
-    row = {**inputs, "input_ids": ids.clone(), "pixel_values": inputs["pixel_values"].clone()}
+    row = {k: v.clone() for k, v in inputs.items()}
     row["input_ids"][0] = torch.where(word[0], WORDS[0] + (ids[0] - WORDS[0] + 11) % 40, ids[0])
-    row["pixel_values"][0] += 1  # the first picture's, or one patch of it
+    if "pixel_values" in row:
+        row["pixel_values"][0] += 1  # the first picture's, or one patch of it
     return {**changes, "another row": row}
 
 

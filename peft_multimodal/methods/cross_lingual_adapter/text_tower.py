@@ -32,14 +32,16 @@ def text_tower(model: nn.Module, anatomy: Anatomy) -> str:
             f"{anatomy.model_class} has no text encoder: nothing in it reads text. {instead}."
         )
     instead += ", or train this one on the language with AuroraModeApprox."
-    if anatomy.fusion_layers:
+    names = set(anatomy.tower_names())
+    decodes = "decoder" in names and not names & {"vision", "fusion"}  # a language model, T5 and BART among them
+    if anatomy.fusion_layers and not decodes:
         raise NoMatchingPeftModuleError(
             f"{anatomy.model_class} reads the image inside its text layers ({anatomy.fusion_layers[0]}, ...), so its text "
             f"encoder can't be exchanged for another language's. {instead}"
         )
     towers = [t for t in towers if any(is_below(e, t.path) for e in embeddings)]
-    if len(towers) != 1 or anatomy.media_tokens or (not towers[0].path and _takes_images(model)):
-        one = "its decoder reads the text" if anatomy.tower_names() == ["decoder"] else "one stack reads text and image"
+    if decodes or len(towers) != 1 or anatomy.media_tokens or (not towers[0].path and _takes_images(model)):
+        one = "its decoder reads the text" if decodes else "one stack reads text and image"
         read = "several text towers" if len(towers) > 1 else f"no text encoder of its own: {one}"
         raise NoMatchingPeftModuleError(f"{anatomy.model_class} has {read}. {instead}")
     path = towers[0].path
