@@ -1,4 +1,4 @@
-"""Five parameter-efficient methods for vision-language models, as PEFT methods.
+"""Parameter-efficient methods for vision-language models, as PEFT methods.
 
 Importing the package registers the methods: afterwards `peft.get_peft_model`, `PeftModel.from_pretrained` and the rest
 of PEFT know them. Training, evaluation and data names load when they are first used.
@@ -15,19 +15,8 @@ from .core.companions import CardNotes
 from .core.config import MultimodalConfig
 from .core.matching import matched_modules
 from .files.saving import AdapterError, load, push_to_hub, save
-from .methods import (
-    AuroraModeApproxConfig,
-    AuroraModeApproxModel,
-    CrossLingualAdapterConfig,
-    CrossLingualAdapterModel,
-    GatedXAttnConfig,
-    GatedXAttnModel,
-    HardSampleDomainAdapterConfig,
-    HardSampleDomainAdapterModel,
-    MediaCache,
-    StructuredPromptConfig,
-    StructuredPromptModel,
-)
+from .methods import *  # noqa: F403  the configs and models of all methods
+from .methods import __all__ as _METHODS
 
 if TYPE_CHECKING:
     from .data import FiniteBatches, ImageTextCollator, LanguageProcessor, QuestionAnswerCollator
@@ -62,30 +51,19 @@ _LAZY = {
 __all__ = [
     "AdapterCallback",
     "AdapterError",
-    "AuroraModeApproxConfig",
-    "AuroraModeApproxModel",
     "CardNotes",
     "ContrastiveTrainer",
-    "CrossLingualAdapterConfig",
-    "CrossLingualAdapterModel",
     "CrossLingualTrainer",
     "DistillationLoss",
     "FiniteBatches",
-    "GatedXAttnConfig",
-    "GatedXAttnModel",
     "HardSampleBank",
-    "HardSampleDomainAdapterConfig",
-    "HardSampleDomainAdapterModel",
     "ImageTextCollator",
     "ImageTextRetrievalTrainer",
     "InterleavedProcessor",
     "LanguageProcessor",
-    "MediaCache",
     "MultimodalConfig",
     "QuestionAnswerCollator",
     "RetrievalRecall",
-    "StructuredPromptConfig",
-    "StructuredPromptModel",
     "VQAAccuracy",
     "__version__",
     "describe",
@@ -96,6 +74,7 @@ __all__ = [
     "read_image",
     "save",
 ]
+__all__ += _METHODS
 
 
 def __getattr__(name: str) -> Any:

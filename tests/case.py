@@ -35,6 +35,8 @@ class Case:
         whole: Makes a config of usual size, whose cost is measured on models of usual size; None: as `anywhere`.
         refusal: In the message where the method doesn't apply; "" where it applies everywhere.
         merge: What `merge_and_unload` takes; None where the method doesn't merge.
+        bad: (field, value) of its own fields that a config refuses.
+        other: Changes of a config that give an adapter other sizes; None where `test_contract.py` has them.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Case:
     whole: Callable[[], PeftConfig] | None = None
     refusal: str = ""
     merge: dict[str, Any] | None = None
+    bad: tuple[tuple[str, Any], ...] = ()
+    other: dict[str, Any] | None = None
 
     @property
     def method(self) -> Method:

@@ -694,11 +694,12 @@ BAD_VALUES = {
         *(("layers_to_transform", value) for value in (0, [1])),
     ],
 }
+BAD_VALUES |= {name: list(case.bad) for name, case in declared().items() if case.bad}
 
 
 @pytest.mark.parametrize(
     ("method", "field", "value"),
-    [(method, *bad) for method, values in BAD_VALUES.items() for bad in [*COMMON_BAD_VALUES, *values]],
+    [(m, *bad) for m, values in BAD_VALUES.items() for bad in [*COMMON_BAD_VALUES, *values]],
 )
 def test_config_values_are_checked_where_they_are_set(method: str, field: str, value):
     with pytest.raises(ValueError, match=rf"\b{field} must be .*got "):
@@ -1159,6 +1160,8 @@ def test_adding_switching_and_deleting_adapters(family: Family, method: str):
 
 def other_shape(family: Family, method: str) -> dict:
     """Changes of a config that give an adapter other sizes."""
+    if (changes := declared()[method].other) is not None:
+        return changes
     if method in WHOLE_LAYERS:
         return {"num_latents": 2, "head_dim": 4, "every_n_layers": 2, "ff_mult": 0, "gate": "vector"}
     if method == "structured_prompt":

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import _ExcludedModule
 from torch import nn
 
 from . import anatomy
-from .anatomy import Anatomy, Site
+from .anatomy import Anatomy, Matrix, Site
 from .checks import (
     check_adapter_name,
     check_bare,
@@ -225,10 +225,10 @@ class MultimodalTuner(SwitchingTuner):
 
     def _create_and_replace(self, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         injection = self._injection
-        first: dict[str, Site] = {}
+        first: dict[tuple[str, str], Site] = {}
         for site in injection.sites:
-            if not left_out(peft_config, site.module):
-                first.setdefault(site.module, site)
+            if not left_out(peft_config, site.module):  # the matrices of a module have one part
+                first.setdefault((site.module, "" if isinstance(site, Matrix) else site.kind), site)
         for site in [*self.stores(injection), *first.values()]:
             self._put(injection, site)
 

@@ -6,6 +6,7 @@ from .cross_lingual_adapter import CrossLingualAdapterConfig, CrossLingualAdapte
 from .gated_xattn import GatedXAttnConfig, GatedXAttnModel
 from .hard_sample_domain_adapter import HardSampleDomainAdapterConfig, HardSampleDomainAdapterModel
 from .structured_prompt import StructuredPromptConfig, StructuredPromptModel
+from .uni_adapter import UniAdapterConfig, UniAdapterModel
 
 __all__ = [
     "AuroraModeApproxConfig",
@@ -19,4 +20,6 @@ __all__ = [
     "MediaCache",
     "StructuredPromptConfig",
     "StructuredPromptModel",
+    "UniAdapterConfig",
+    "UniAdapterModel",
 ]

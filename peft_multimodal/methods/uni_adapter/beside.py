@@ -1,0 +1,203 @@
+"""What UniAdapter puts into a model: what layers share, the branches of a layer, and what lets them act beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.parts import AttachedPart, CallScope, MultimodalLayer
+from ...core.private import InsideCheckpoint
+from ...core.stand_in import StandIn
+from ...nn.router import IMAGE, ModalityRouter
+from .bottleneck import Branch, added_by_fusion, added_by_modality, added_in_a_tower
+
+
+class UniAdapterLayer(MultimodalLayer):
+    """Base of everything that this method puts into a model."""
+
+
+class SharedSite(nn.Module, AttachedPart, UniAdapterLayer):
+    """What the n-th layers of all stacks share, once and below the model: D, or the map M."""
+
+    adapter_layer_names = ("uni_adapter_shared",)
+    uni_adapter_shared: Any  # {adapter: Down, or Linear}
+
+    def __init__(self, model: nn.Module, role: str) -> None:
+        nn.Module.__init__(self)
+        AttachedPart.__init__(self)
+        self.role = role
+        self.uni_adapter_shared = nn.ModuleDict()
+        self._host = (model,)  # a tuple is not registered
+
+    def host(self) -> nn.Module:
+        return self._host[0]
+
+    def add(self, adapter_name: str, module: nn.Module) -> None:
+        self.uni_adapter_shared[adapter_name] = module
+
+
+class UniAdapterBranch(nn.Module, AttachedPart, UniAdapterLayer):
+    """The branches of all adapters of one kind at one layer. It hangs below the layer; `Beside` lets it act."""
+
+    adapter_layer_names = ("uni_adapter_branch",)
+    uni_adapter_branch: Any  # {adapter: Branch}
+
+    def __init__(self, beside: Beside, role: str) -> None:
+        nn.Module.__init__(self)
+        AttachedPart.__init__(self)
+        self.role = role
+        self.uni_adapter_branch = nn.ModuleDict()
+        self.beside = beside
+
+    def host(self) -> nn.Module:
+        return self.beside.layer
+
+    def remove_hooks(self) -> None:
+        self.beside.leave(self)
+
+    def add(self, adapter_name: str, branch: Branch) -> None:
+        self.uni_adapter_branch[adapter_name] = branch
+
+
+class Beside:
+    """Stands in for a layer's `forward`: hears what its sub-layers read, and adds what the branches make of it.
+
+    Args:
+        layer: The layer.
+        path: Its path in the model.
+        ffns: The maps in it by which its FFNs read the stream.
+        queries: Those by which cross-attentions read it, where the layer belongs to a text and fuses.
+        norms: What normalises in it.
+        router: Knows which tokens are images, where texts and images stand in one sequence.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        path: str,
+        ffns: Sequence[nn.Module],
+        queries: Sequence[nn.Module],
+        norms: Sequence[nn.Module],
+        router: ModalityRouter | None,
+    ) -> None:
+        self.layer, self.path, self.router = layer, path, router
+        self.parts: dict[str, UniAdapterBranch] = {}  # by their kind
+        self.call = CallScope()  # what was read in a call of the layer
+        self.rows = CallScope()  # `adapter_names` of a call of the model
+        self.hooks = [
+            *(m.register_forward_pre_hook(self._read_ffn) for m in ffns),
+            *(m.register_forward_pre_hook(self._read_query) for m in queries),
+            *(m.register_forward_hook(self._read_norm) for m in norms),
+        ]
+        self.stand_in = StandIn(layer, "forward", self.forward)
+        self.inside = InsideCheckpoint(layer, self.call, self.finish)
+        # PyTorch's own attention reads (L, B, d) unless told otherwise.
+        mixers = [m for m in layer.modules() if isinstance(m, nn.MultiheadAttention)]
+        self.batch_dim = int(any(not m.batch_first for m in mixers))
+
+    def join(self, kind: str, role: str) -> UniAdapterBranch:
+        """A new part of a kind: "layer", "image" or "fusion"."""
+        self.parts[kind] = UniAdapterBranch(self, role)
+        return self.parts[kind]
+
+    def leave(self, part: UniAdapterBranch) -> None:
+        """One part less; with the last one everything goes."""
+        self.parts = {kind: other for kind, other in self.parts.items() if other is not part}
+        if not self.parts:
+            self.stand_in.give_back()
+            self.inside.remove()
+            for handle in self.hooks:
+                handle.remove()
+            if self.router is not None:
+                self.router.remove()
+
+    # --- what a call says ---
+
+    def _read_ffn(self, module: nn.Module, args: tuple) -> None:
+        if self.call.is_open:
+            self.call.values.setdefault("ffns", []).append(args[0])
+
+    def _read_query(self, module: nn.Module, args: tuple) -> None:
+        if self.call.is_open:
+            self.call.values["query"] = args[0]
+
+    def _read_norm(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if self.call.is_open:
+            self.call.values.setdefault("norms", []).append((args[0], output))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the layer's `forward`."""
+        if not self.acting():
+            return self.stand_in.original(*args, **kwargs)
+        self.call.open()
+        self.call.values["inputs"] = (*args, *kwargs.values())
+        try:
+            return self.finish(self.layer, (), self.stand_in.original(*args, **kwargs))
+        finally:
+            self.call.close()
+
+    def finish(self, layer: nn.Module, args: tuple, output: Any) -> Any:
+        """h' of h, inside what gradient checkpointing recomputes."""
+        read = self.call.values
+        if not (adapters := self.acting()) or "ffns" not in read:  # it is done already, inside of here
+            return output
+        inputs, norms = (*args, *read["inputs"]), read.get("norms", ())
+        if not norms or all(norms[0][0] is not value for value in inputs):
+            norms = ()  # post-LN: the stream is what comes out of a norm
+        states = [stream(x, norms) for x in read["ffns"]]
+        x = states[0] if len(states) == 1 else torch.cat(states, dim=-2)  # a Q-Former's queries and its text; chunks
+        a = stream(read["query"], norms) if "query" in read else None
+        h = output[0] if isinstance(output, tuple) else output
+        h = h + self.added(adapters, x.reshape(h.shape), a).to(h.dtype)  # OPT's FFN reads all tokens in one row
+        return (h, *output[1:]) if isinstance(output, tuple) else h
+
+    # --- what is added ---
+
+    def acting(self) -> list[str]:
+        """The adapters that act in this call here, on all rows or on some."""
+        parts, names = self.parts.values(), self.rows.values.get("adapter_names")
+        if names is None:
+            return list(dict.fromkeys(name for part in parts for name in part.live_adapters()))
+        return sorted({n for part in parts if not part.disable_adapters for n in names if part.has_adapter(n)})
+
+    def added(self, adapters: list[str], x: Tensor, a: Tensor | None) -> Tensor:
+        """What the acting adapters add: their sum, or to each row what its own adds."""
+        kinds = None if self.router is None else self.router.modality(self.path, x)
+        is_image = None if kinds is None else kinds >= IMAGE
+        names = self.rows.values.get("adapter_names")
+        if names is None:
+            total: Any = sum(self.added_by(adapter, x, a, is_image) for adapter in adapters)
+            return total
+        if len(names) != x.shape[self.batch_dim]:
+            raise ValueError(
+                f"{len(names)} adapter_names for {x.shape[self.batch_dim]} rows: this tower doesn't see the batch row by row. Call "
+                "model.set_adapter(name) and pass the rows of each adapter separately."
+            )
+        total, dim = torch.zeros_like(x), self.batch_dim
+        for adapter in adapters:
+            rows = torch.tensor([i for i, name in enumerate(names) if name == adapter], device=x.device)
+            of_rows = [None if t is None else t.index_select(dim, rows) for t in (a, is_image)]
+            added = self.added_by(adapter, x.index_select(dim, rows), *of_rows)
+            total = total.index_copy(dim, rows, added.to(total.dtype))
+        return total
+
+    def added_by(self, adapter: str, x: Tensor, a: Tensor | None, is_image: Tensor | None) -> Tensor:
+        """What one adapter adds, in its own dtype."""
+        parts = {kind: part for kind, part in self.parts.items() if part.has_adapter(adapter)}
+        branches: dict[str, Branch] = {kind: part.uni_adapter_branch[adapter] for kind, part in parts.items()}
+        first, part = next(iter(branches.values())), next(iter(parts.values()))
+        dtype = first.up.weight.dtype
+        x, a = part._cast_input_dtype(x, dtype), part._cast_input_dtype(a, dtype)
+        if a is not None:
+            return added_by_fusion([branches[kind] for kind in ("layer", "fusion") if kind in branches], a, x)
+        if is_image is not None:
+            return added_by_modality(branches["layer"], branches["image"], x, is_image)
+        return added_in_a_tower(branches["layer"], x) if "layer" in branches else torch.zeros_like(x)
+
+
+def stream(states: Tensor, norms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The stream before what normalises it for a sub-layer; the states themselves where nothing does."""
+    return next((before for before, after in norms if after is states), states)
