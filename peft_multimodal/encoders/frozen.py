@@ -161,7 +161,12 @@ _REGISTER = (nn.Module.register_parameter, nn.Module.register_buffer)
 
 @contextmanager
 def real_parameters() -> Iterator[None]:
-    """PEFT's low_cpu_mem_usage makes every new parameter an empty one, also those of the encoder, which are read here."""
+    """Within it new parameters are real, also where PEFT loads an adapter with `low_cpu_mem_usage=True`.
+
+    `PeftModel` then makes the tuner inside `init_empty_weights`, which replaces `nn.Module.register_parameter` so that all
+    new parameters of the process are empty. It calls nothing of the tuner's before, and the encoder's width is needed to
+    make the adapter: so the encoder is read inside, with torch's own methods put back meanwhile.
+    """
     empty = (nn.Module.register_parameter, nn.Module.register_buffer)
     nn.Module.register_parameter, nn.Module.register_buffer = _REGISTER  # type: ignore[method-assign]
     try:

@@ -45,6 +45,7 @@ class InterleavedProcessor:
     FILE = "interleaved_processor.json"
     TOKENIZER = "tokenizer"
     IMAGES = "image_processor"
+    SETTINGS = ("media_token", "text_column", "images_column", "answer_column", "max_length")
 
     def __init__(
         self,
@@ -57,12 +58,8 @@ class InterleavedProcessor:
         max_length: int | None = None,
         model: Any = None,
     ) -> None:
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
-        self.media_token = media_token
-        self.text_column = text_column
-        self.images_column = images_column
-        self.answer_column = answer_column
+        self.tokenizer, self.image_processor, self.media_token = tokenizer, image_processor, media_token
+        self.text_column, self.images_column, self.answer_column = text_column, images_column, answer_column
         self.max_length = allowed_length(max_length, tokenizer, model)
         if media_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([AddedToken(media_token, special=True, normalized=False)], special_tokens=True)
@@ -90,7 +87,7 @@ class InterleavedProcessor:
             images: The images of each text, one for each of its markers; a video is a list of frames. None where
                 texts have none, or where they come as `vision_features`.
             padding_side: "left" or "right"; by default the tokenizer's.
-            kwargs: For the tokenizer: truncation, max_length, ... Pictures whose markers are cut off are left out.
+            kwargs: For the tokenizer: truncation, max_length, ... Images whose markers are cut off are left out.
 
         Returns:
             input_ids and attention_mask int64 (B, L). With images pixel_values: (B, T, C, H, W), or with a video among
@@ -200,20 +197,14 @@ class InterleavedProcessor:
         return self.tokenizer.batch_decode(input_ids, **kwargs)
 
     def save_pretrained(self, folder: Any, **kwargs: Any) -> None:
-        """`interleaved_processor.json`, and folders of the tokenizer and the image processor ."""
+        """`interleaved_processor.json`, and folders of the tokenizer and the image processor."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder / self.TOKENIZER)
         if self.image_processor is not None:
             self.image_processor.save_pretrained(folder / self.IMAGES)
-        settings = {
-            "media_token": self.media_token,
-            "text_column": self.text_column,
-            "images_column": self.images_column,
-            "answer_column": self.answer_column,
-            "max_length": self.max_length,
-            "images": self.image_processor is not None,
-        }
+        settings = {name: getattr(self, name) for name in self.SETTINGS}
+        settings["images"] = self.image_processor is not None
         (folder / self.FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -223,8 +214,7 @@ class InterleavedProcessor:
         assert file is not None  # a missing file raises
         settings = json.loads(Path(file).read_text(encoding="utf-8"))
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, subfolder=cls.TOKENIZER, **kwargs)
-        has_images = settings.pop("images")
-        images = None
+        has_images, images = settings.pop("images"), None
         if has_images:
             images = AutoImageProcessor.from_pretrained(name_or_path, subfolder=cls.IMAGES, **kwargs)
         return cls(tokenizer, images, **settings)

@@ -1,4 +1,4 @@
-"""Which images a text looks at: its markers, the images of a batch, and attention that reads only those.
+"""Which images a text reads: its markers, the images of a batch, and attention to those alone.
 
 With mark[b, i] = 1 where token i is the marker of an image, the text time of a token is
 
@@ -88,15 +88,16 @@ class MediaCache:
 
         `past_key_values.batch_repeat_interleave(times)` does the same to the text's.
         """
-        found = MediaCache()
-        found.adapter = self.adapter
+
+        def repeated(*tensors: Tensor) -> Any:
+            return tuple(x.repeat_interleave(times, dim=0) for x in tensors)
+
+        cache = MediaCache()
+        cache.adapter = self.adapter
         if self.latents is not None and self.numbers is not None:
-            found.latents, found.numbers = (x.repeat_interleave(times, dim=0) for x in (self.latents, self.numbers))
-        found._kept = {
-            key: (k.repeat_interleave(times, dim=0), v.repeat_interleave(times, dim=0))
-            for key, (k, v) in self._kept.items()
-        }
-        return found
+            cache.latents, cache.numbers = repeated(self.latents, self.numbers)
+        cache._kept = {key: repeated(*keys_values) for key, keys_values in self._kept.items()}
+        return cache
 
     def keys_values(self, key: Any, make: Callable[[Tensor], KeysValues]) -> KeysValues:
         """Those of all images, each (B, T, R, heads, d_h); `make` is called for images that are new to `key`."""
@@ -111,14 +112,14 @@ class MediaCache:
         return self._kept[key]
 
 
-# --- attention to images -------------------------------------------------------------------------------------------
+# --- attention to images ---------------------------------------------------------------------------------------------
 
 
 class Sight:
     """Base of the ways in which the tokens of one forward pass read their images.
 
     Args:
-        seen: (B, L), the tokens that see one at all.
+        seen: (B, L), the tokens that see an image at all.
     """
 
     def __init__(self, seen: Tensor) -> None:
@@ -246,16 +247,16 @@ def _segments(allow: Tensor) -> Segments:
     seen = allow.any(dim=-1)
     images = torch.arange(b, device=allow.device)[:, None] * t + allow.long().argmax(dim=-1)
     tokens = seen.flatten().nonzero().flatten()
-    found, run, lengths = torch.unique_consecutive(images.flatten()[tokens], return_inverse=True, return_counts=True)
+    read, run, lengths = torch.unique_consecutive(images.flatten()[tokens], return_inverse=True, return_counts=True)
     longest = int(lengths.max())
     first = lengths.cumsum(0) - lengths
     place = run * longest + torch.arange(len(tokens), device=allow.device) - first[run]
-    laid = tokens.new_zeros(len(found), longest)
+    laid = tokens.new_zeros(len(read), longest)
     laid.view(-1)[place] = tokens
     back = tokens.new_zeros(b, length)
     back.view(-1)[tokens] = place
-    in_order = len(found) == b * t and bool((found == torch.arange(b * t, device=found.device)).all())
-    return Segments(seen, found, laid, back, in_order)
+    in_order = len(read) == b * t and bool((read == torch.arange(b * t, device=read.device)).all())
+    return Segments(seen, read, laid, back, in_order)
 
 
 # --- a call ----------------------------------------------------------------------------------------------------------
@@ -267,10 +268,10 @@ class Reading:
 
     Args:
         media: The images.
-        times: (B, P), the text time of the text that was given; None where that text is unknown, and has no images.
+        times: (B, P), the text time of the call's text; None where that text is unknown, and has no images.
         attend: "last" or "all_previous".
-        generating: Then forward passes follow each other.
-        keeps: Then what is made of the images is kept for later forward passes, in this call or with this `media`.
+        generating: Whether forward passes follow each other.
+        keeps: Whether what is made of the images is kept for later forward passes, in this call or with this `media`.
         start: Place of the first token of `times` in its sequence.
         offset: Place of the first token of the running forward pass.
         known: How many places `media` had before the call.
@@ -296,10 +297,10 @@ class Reading:
         """How the tokens of a stream (rows, L, d) read their images; rows are B or, of beams, a multiple of it."""
         if self.times is None or self.media.latents is None:
             return None
-        rows, length, given = y.shape[0], y.shape[1], self.times.shape[1]
+        rows, length, known = y.shape[0], y.shape[1], self.times.shape[1]
         first = self.offset - self.start
-        if first >= given:  # behind the given text, where no more markers come, all tokens have the same time
-            times, first = self.times[:, -1:].expand(-1, length), given
+        if first >= known:  # behind the call's text, where no more markers come, all tokens have the same time
+            times, first = self.times[:, -1:].expand(-1, length), known
         else:
             times = self.times[:, first : first + length]
         key = (first, rows, length, y.device)
@@ -314,7 +315,7 @@ class Reading:
         return self._sight[1]
 
     def _look(self, times: Tensor, rows: int, length: int, device: torch.device) -> Sight | None:
-        if times.shape[1] < length:  # without a key-value cache the generated text follows the given one
+        if times.shape[1] < length:  # without a key-value cache the generated text follows the call's
             times = torch.cat([times, times[:, -1:].expand(-1, length - times.shape[1])], dim=1)
         assert self.media.numbers is not None
         times = times.repeat_interleave(rows // len(times), dim=0).reshape(len(times), -1)

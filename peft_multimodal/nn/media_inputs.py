@@ -1,7 +1,9 @@
 """The images of one call: what was passed, whether it fits the text, and which of it is read.
 
-passed = MediaInputs.take(kwargs, names)        kwargs keep what is the model's own
-reading = passed.read(ids, adapter, ...)        what the layers of the decoder know of them
+A reader takes them out of the call's arguments, and makes of them and the text what the decoder's layers read:
+
+    inputs = MediaInputs.take(kwargs, names)        # kwargs keep what the model itself reads
+    reading = inputs.read(ids, ...)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """GatedXAttn: a frozen language model sees, through gated cross-attention (Alayrac et al., "Flamingo", arXiv 2204.14198).
 
-A frozen vision encoder's features of each image or video become R tokens m (`perceiver.py`). Before every n-th frozen
+A frozen vision encoder's features of each image or video become R tokens m (`nn/perceiver.py`). Before every n-th frozen
 layer of a decoder stands a block that reads them, with y in R^{B x L x d} the decoder's stream:
 
     y1 = y  + tanh(a_x) XAttn(LN(y), m)                     Q = LN(y) W_q; K, V = m W_kv; out W_o; no biases
@@ -9,12 +9,12 @@ layer of a decoder stands a block that reads them, with y in R^{B x L x d} the d
 
 At the start either the gates a_x and a_f are 0, as in the paper, or they are open (`gate_init`) and the output matrices
 behind them are 0: then all of them learn from the first step, where closed gates let no gradient through. Either way the
-model starts as the language model, to the last bit, whatever it is shown. A text token reads the last image before it
-(`media.py`); earlier ones reach it through the decoder's own attention.
-Where there is no image XAttn is exactly 0; FFW acts on every token, as in the paper.
+model starts as the language model, to the last bit, whatever it is shown. A token reads the last image before it
+(`nn/media.py`); earlier images reach it through the decoder's own attention. Where there is no image XAttn is exactly 0;
+FFW acts on every token, as in the paper.
 
-Pictures stand in the text as markers. The marker's row of the embedding is the only one that trains; it is put in
-place of what the frozen embedding gives, so that the marker may also be an id beyond the vocabulary.
+Images stand in the text as markers. The marker's row of the embedding is the only one that trains. It is put in place of
+what the frozen embedding gives, so the marker may be an id beyond the vocabulary.
 
 Parameters, at I = heads d_h: a block has 2 d + d I + 2 D I + I d + 1, and 2 d + 2 ff_mult d^2 + 1 for its FFW; with them
 the resampler's and the marker's row, once.
