@@ -215,6 +215,27 @@ class HostedLayer(MultimodalLayer):
                     container[adapter_name] = item.to(device, reference.dtype if cast else None)
 
 
+class Wrapper(nn.Module, HostedLayer):
+    """Stands in a frozen module's place. What is asked of it beside a call is answered by the module."""
+
+    def __init__(self, base_layer: nn.Module, role: str) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        self.merged_adapters: list[str] = []
+        self.role = role
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def host(self) -> nn.Module:
+        return self.base_layer
+
+
 class AttachedPart(HostedLayer):
     """A part that hangs below a module as a child of its own, acting through hooks or as a store, wrapping nothing."""
 

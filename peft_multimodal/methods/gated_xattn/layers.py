@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.anatomy import device_of
-from ...core.parts import HostedLayer, MultimodalLayer
+from ...core.parts import MultimodalLayer, Wrapper
 from ...core.private import run_checkpointed
 from ...encoders.frozen import Place
 from ...nn.media import Reading, Sight
@@ -145,28 +145,7 @@ class GatedXAttnReader(MediaReader, GatedXAttnLayer):
         return resampler(features.to(device), None if frame_mask is None else frame_mask.to(device).bool())
 
 
-class Wrapper(nn.Module, HostedLayer, GatedXAttnLayer):
-    """Stands in a frozen module's place. What is asked of it beside a call is answered by the module."""
-
-    def __init__(self, base_layer: nn.Module, role: str) -> None:
-        nn.Module.__init__(self)
-        self.base_layer = base_layer
-        self.merged_adapters: list[str] = []
-        self.role = role
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
-
-    def host(self) -> nn.Module:
-        return self.base_layer
-
-
-class SeeingLayer(Wrapper):
+class SeeingLayer(Wrapper, GatedXAttnLayer):
     """Wraps a frozen decoder layer with the block before it.
 
     The block is recomputed with the layer under gradient checkpointing: it gets the images' tokens as an input.
@@ -230,7 +209,7 @@ class SeeingLayer(Wrapper):
         return run_checkpointed(self.base_layer, see, y, latents.to(y.device))
 
 
-class MarkerEmbedding(Wrapper):
+class MarkerEmbedding(Wrapper, GatedXAttnLayer):
     """Wraps the frozen token embedding: the marker gets a row of its own, which trains."""
 
     adapter_layer_names = ("gated_xattn_marker_norm",)
