@@ -267,9 +267,10 @@ class GatedXAttnModel(MultimodalTuner):
         name, config, encoder = injection.adapter_name, injection.config, injection.prepared
         if site.kind == "reader":
             seeing = Seeing(config.media_token_id, config.attend, config.vision_hidden_size)
+            resampler = make_resampler(config)  # drawn first: a seed gives the same adapter in every release
             shared = make_block(config, site.d_out) if config.share_blocks else None
             place = None if encoder is None else place_of(config)
-            part.add(name, seeing, make_resampler(config), shared, encoder, place)
+            part.add(name, seeing, resampler, shared, encoder, place)
         elif site.kind == "marker":
             part.add(name, config.media_token_id)
         else:
