@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -15,12 +16,12 @@ import pytest
 import torch
 from families import FAMILIES
 from methods import METHODS, distance, home, run
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 
 import peft_multimodal
 from peft_multimodal import load
-from peft_multimodal.core.config import FORMAT_VERSION
+from peft_multimodal.core.config import FORMAT_VERSION, TargetedConfig
 
 ROOT = Path(__file__).parents[1]
 RELEASED = Path(__file__).parent / "released"
@@ -48,6 +49,20 @@ def test_adapters_of_every_release_give_what_they_gave(folder: Path, by, tmp_pat
     assert distance(run(family, model), expected) <= 1e-4 * float(expected.abs().max())
     with model.disable_adapter():
         assert distance(run(family, model), expected) > 1e-4
+
+
+@pytest.mark.parametrize("folder", ADAPTERS, ids=str)
+def test_configs_of_every_release_load_without_a_word(folder: Path):
+    """Also those whose methods have no choice of sites, and whose files hold the fields that choose as null."""
+    written = json.loads((RELEASED / folder / "adapter_config.json").read_text())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = PeftConfig.from_pretrained(RELEASED / folder)
+    assert ("towers" in config.to_dict()) == isinstance(config, TargetedConfig)
+    assert config.target_modules is written["target_modules"] is None
+    if not isinstance(config, TargetedConfig):
+        with pytest.raises(ValueError, match=r"target_modules must be None: .*, got \['q_proj'\]"):
+            type(config)(**{**config.to_dict(), "target_modules": ["q_proj"]})
 
 
 @pytest.mark.parametrize("folder", ADAPTERS, ids=str)
