@@ -155,10 +155,6 @@ class SwitchingTuner(BaseTuner):
         detach(parts)
         return self.model
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT hands weights and devices over; a module that comes out of its layer is as it was.
-        setattr(parent, child_name, new_module)
-
     def _take_back(self, adapter_name: str) -> None:
         """After a failure in the midst of an injection, such as no memory: the model is what it was before."""
         without_modules_to_save(self.model, adapter_name)

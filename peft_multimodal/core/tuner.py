@@ -1,11 +1,10 @@
-"""How a method puts its parts into a model: one template for adding, replacing and undoing, strict storage by roles."""
+"""How a method puts its parts into a model: one template for all methods."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -22,19 +21,16 @@ from .checks import (
     check_whole_modules,
     warn_of_unread,
 )
-from .companions import CardNotes, announce_save, own_copy, record_of
+from .companions import own_copy, record_of
 from .matching import check_same_base, choose, fold, left_out
 from .parts import AttachedPart, InputGradients, MultimodalLayer
 from .storage import (
     check_below,
     check_file_has_modules,
     check_modules_to_save,
-    fault_of_saving,
     is_hub_id,
-    without_modules_to_save,
 )
-from .switching import SwitchingTuner, tuner_of
-from .weights import WeightsDontFit, checkpoint_keys, fitted, gathered
+from .storing import StoringTuner
 
 
 @dataclass
@@ -53,7 +49,7 @@ class Injection:
         return [site for site in self.sites if site.module == module]
 
 
-class MultimodalTuner(SwitchingTuner):
+class MultimodalTuner(StoringTuner):
     """Base of all methods' models: puts parts at sites, and takes them out again.
 
     A method says where (`sites`), what (`make`), and how an adapter joins what is there (`add`):
@@ -79,12 +75,8 @@ class MultimodalTuner(SwitchingTuner):
     """
 
     target_module_mapping: dict[str, list[str]] = {}
-    scalars: tuple[str, ...] = ()
-    """Ends of names of parameters that are one number: 1-D in the model, as FSDP2 shards no scalars, 0-D in the file."""
     places = "it has no weight matrices"
     """Why a model may have no place for this method; ends the sentence "Nothing in it can be adapted"."""
-    owns_token_rows = False
-    """Whether an adapter brings the rows of new tokens, so that no embedding is ever saved with it."""
     learning_rates: tuple[float, float] | None = None
     """From where to where a method's learning rate is sane, for optimizers of Adam's kind."""
     not_beside: dict[str, str] = {}
@@ -250,55 +242,3 @@ class MultimodalTuner(SwitchingTuner):
         if is_new or isinstance(part, AttachedPart):
             part.train(module.training)  # no dropout in a model that stands in eval mode
         injection.modules.append(site.module)
-
-    # --- storage -----------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def checkpoint_keys(cls, model: nn.Module, adapter_name: str) -> dict[str, str]:
-        """{key in the adapter's file: key in the model} for every tensor of an adapter."""
-        return checkpoint_keys(model, cls.tuner_layer_cls, adapter_name)
-
-    @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        if fault := fault_of_saving(model, adapter_name):
-            raise ValueError(fault)
-        announce_save(model, config, adapter_name)
-        return gathered(cls, model, config, adapter_name, state_dict)
-
-    @classmethod
-    def save_companions(cls, model: nn.Module, config: Any, adapter_name: str, folder: Path) -> None:
-        """Write what stands in the adapter's folder beside its weights and its config."""
-
-    @classmethod
-    def card_notes(cls, model: nn.Module, adapter_name: str) -> CardNotes:
-        """What the adapter's model card should say beyond what its files say."""
-        return CardNotes()
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return key  # the stored keys bear no adapter name (which might be a part of a role)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        record = record_of(config)
-        try:
-            tensors = fitted(cls, model, config, adapter_name, state_dict)
-        except WeightsDontFit:
-            # PEFT has made the adapter for this file by now, and after this error it calls nothing of ours.
-            if record.awaits_weights:
-                cls._take_out(model, adapter_name)
-            raise
-        record.awaits_weights = False
-        return tensors
-
-    @classmethod
-    def _take_out(cls, model: Any, adapter_name: str) -> None:
-        """Leave the model as it was before an adapter was made whose weights then didn't fit."""
-        without_modules_to_save(model, adapter_name)
-        if set(model.peft_config) == {adapter_name}:
-            model.base_model.unload()
-        elif any(name != adapter_name and tuner_of(c) is cls for name, c in model.peft_config.items()):
-            model.delete_adapter(adapter_name)
-        else:  # beside another method's
-            model.base_model._take_back(adapter_name)
-            model.peft_config.pop(adapter_name)
