@@ -140,6 +140,9 @@ class SwitchingTuner(BaseTuner):
         self._check_mergeable()
         return super().merge_and_unload(*args, **kwargs)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # PEFT would hand over a weight, which a whole layer doesn't have
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         """Takes out every adapter, as PEFT does, also those of other methods."""
         parts = list(self.attached_parts(MultimodalLayer))
