@@ -24,7 +24,7 @@ from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from peft_multimodal.methods.structured_prompt import PromptedClassifier
+from peft_multimodal.methods.structured_prompt.classifier import PromptedClassifier
 
 # Families with a text tower of its own, that can be exchanged as a whole.
 TEXT_TOWER = ("clip", "siglip", "chinese_clip", "altclip", "vision_text_dual_encoder", "flava")

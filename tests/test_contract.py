@@ -684,7 +684,9 @@ BAD_VALUES = {
         *(("domain", value) for value in ("two", None, 1)),
         ("num_domains", 2),  # with domain="one"
         *(("mode", value) for value in ("late", None)),
-        *((n, v) for n in ("general_init", "domain_init", "instance_init") for v in ("", " ", 3, ["a"])),
+        *(("general_init", value) for value in ("", " ", 3, ["a"])),
+        *((n, "w3") for n in ("domain_init", "instance_init")),  # earlier versions had them
+        ("domain", "per_group"),
         *(("shortlist", value) for value in (0, -1, 2.0, "5", True)),
         *(("text_anchor", value) for value in (-0.1, "1", True, float("nan"), float("inf"))),
         *(("anchor_template", value) for value in ("a photo", None, 3)),

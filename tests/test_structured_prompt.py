@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import threading
 import warnings
@@ -23,10 +24,11 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from benchmarks.trace_inputs import functions_that_see
 from peft_multimodal import StructuredPromptConfig
-from peft_multimodal.methods import prompt_text
-from peft_multimodal.methods.prompt_classifier import autocast_dtype
-from peft_multimodal.methods.prompt_text import continue_prefix
+from peft_multimodal.methods.structured_prompt.keeper import autocast_dtype
+from peft_multimodal.nn import known_prefix
+from peft_multimodal.nn.known_prefix import continuation_mask, continue_prefix
 
 ORDERS = ("GDI", "GID")
 EOS = VOCAB - 1
@@ -41,28 +43,28 @@ def clip_eos() -> Family:
     return dual(hf.CLIPModel, config, "clip_eos", pairs(end=EOS))
 
 
-# Families whose pictures and texts have features of their own.
+# Families whose images and texts have features of their own.
 DUAL = ("clip", "siglip", "chinese_clip", "altclip", "vision_text_dual_encoder")
 TOWERS = {**{name: FAMILIES[name] for name in DUAL}, "clip_eos": clip_eos()}
 
 
-def prompted(family: str = "clip", names: list[str] | None = CLASSES, groups=None, trained: bool = True, **changes):
+def prompted(family: str = "clip", names: list[str] | None = CLASSES, trained: bool = True, **changes):
     """A dual encoder with a prompt, far from its start where `trained`."""
     config = {"general_init": "w10 w11", "attention_dim": 16, "num_heads": 2, **changes}
     torch.manual_seed(0)
     model = get_peft_model(TOWERS[family].build(), StructuredPromptConfig(**config))
     if names is not None:
-        model.set_classes(names, word_tokenizer(), groups)
+        model.set_classes(names, word_tokenizer())
     return stir(model) if trained else model
 
 
-def pictures(rows: int = 3, seed: int = 1) -> Tensor:
+def images(rows: int = 3, seed: int = 1) -> Tensor:
     return torch.randn(rows, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
 def logits(model: nn.Module, x: Tensor | None = None) -> Tensor:
-    return model(pixel_values=pictures() if x is None else x).logits
+    return model(pixel_values=images() if x is None else x).logits
 
 
 def part_of(model: PeftModel):
@@ -70,7 +72,7 @@ def part_of(model: PeftModel):
 
 
 def without_reuse(model: PeftModel) -> PeftModel:
-    part_of(model).reader.restore_attention()
+    part_of(model).reader.attention.give_back()
     return model
 
 
@@ -101,7 +103,7 @@ def read(model: nn.Module, E: Tensor) -> Tensor:
 
 
 def attended(attention: nn.Module, X: Tensor, Z: Tensor) -> Tensor:
-    """X (n, width) + g MHA for the patches Z (S, d_v) of one picture, head by head."""
+    """X (n, width) + g MHA for the patches Z (S, d_v) of one image, head by head."""
     q, k = attention.query(attention.norm_query(X)), attention.key(attention.norm_patches(Z))
     v, d = attention.value(attention.norm_patches(Z)), q.shape[-1] // attention.heads
     heads = [slice(h * d, (h + 1) * d) for h in range(attention.heads)]
@@ -117,7 +119,7 @@ def patch_states(model: PeftModel, x: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def oracle(model: PeftModel, x: Tensor, names: list[str], domains: list[int] | None = None) -> Tensor:
-    """The module docstring's logits, a picture and a class at a time, without reuse, padding or placeholder ids."""
+    """The module docstring's logits, an image and a class at a time, without reuse, padding or placeholder ids."""
     base, config = model.get_base_model(), model.peft_config["default"]
     context = part_of(model).structured_prompt_context["default"]
     embed = base.text_model.get_input_embeddings().weight
@@ -152,11 +154,11 @@ def test_logits_are_those_of_whole_sequences(family: str, order: str):
     reader = part_of(model).reader
     assert reader.reuses_prefix() == (family in REUSES_PREFIX)
     assert reader.reads_padding == (family == "siglip")
-    expected = oracle(model, pictures(), CLASSES)
+    expected = oracle(model, images(), CLASSES)
     close(logits(model), expected)
     close(logits(model), expected)  # by what is kept of the class list
     close(logits(without_reuse(model)), expected)
-    close(model.train()(pixel_values=pictures()).logits, expected)
+    close(model.train()(pixel_values=images()).logits, expected)
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip", "vision_text_dual_encoder"])
@@ -164,22 +166,19 @@ def test_logits_are_those_of_whole_sequences(family: str, order: str):
 def test_other_shapes_of_prompts(family: str, changes: dict):
     changes = {**changes, "general_init": None}
     model = prompted(family, **changes).eval()
-    close(logits(model), oracle(model, pictures(), CLASSES))
-    close(logits(model), oracle(model, pictures(), CLASSES))
+    close(logits(model), oracle(model, images(), CLASSES))
+    close(logits(model), oracle(model, images(), CLASSES))
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_domains_of_groups_and_classes(order: str):
-    groups = [1, 0, 1, 2]
-    model = prompted(groups=groups, order=order, domain="per_group", num_domains=3, chunk_size=3).eval()
-    close(logits(model), oracle(model, pictures(), CLASSES, groups))
+def test_domains_of_classes(order: str):
     model = prompted(order=order, domain="per_class", num_domains=4, chunk_size=3).eval()
-    close(logits(model), oracle(model, pictures(), CLASSES, [0, 1, 2, 3]))
+    close(logits(model), oracle(model, images(), CLASSES, [0, 1, 2, 3]))
 
 
 def gradients(model: PeftModel) -> dict[str, Tensor]:
     model.zero_grad()
-    model(pixel_values=pictures(), labels=LABELS).loss.backward()
+    model(pixel_values=images(), labels=LABELS).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -201,17 +200,17 @@ def test_gradients_of_shared_prefixes_and_of_chunks(family: str, order: str):
     order=st.sampled_from(ORDERS),
     chunk_size=st.integers(1, 6),
 )
-def test_a_logit_depends_on_its_picture_and_its_class_alone(rows, classes, order, chunk_size):
-    names, x = [*CLASSES, "w20 w21 w22 w23 w24"], pictures(5)
+def test_a_logit_depends_on_its_image_and_its_class_alone(rows, classes, order, chunk_size):
+    names, x = [*CLASSES, "w20 w21 w22 w23 w24"], images(5)
     model = prompted(names=names, order=order, chunk_size=chunk_size).eval()
     whole = logits(model, x)
     model.set_classes([names[c] for c in classes], word_tokenizer())
     close(logits(model, x[rows]), whole[rows][:, classes])
 
 
-def test_a_spoilt_picture_spoils_its_own_row_alone():
+def test_a_spoilt_image_spoils_its_own_row_alone():
     for order in ORDERS:
-        model, x = prompted(order=order).eval(), pictures()
+        model, x = prompted(order=order).eval(), images()
         expected = logits(model, x)
         x[1] = float("nan")
         actual = logits(model, x)
@@ -229,13 +228,23 @@ def tokens_read(model: PeftModel, call) -> int:
     return sum(count)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_token_ids_go_one_way(order: str):
+    """From the call to the embeddings: few functions of the package see them, none more often than there are chunks."""
+    model, captions = prompted(order=order, chunk_size=2).eval(), [f"w{i} w{i + 10}" for i in range(20, 24)]
+    batch = word_tokenizer()(captions, return_tensors="pt", return_token_type_ids=False)
+    seen = functions_that_see(set(range(20, 34)), lambda: model(pixel_values=images(4), **batch))
+    assert 5 < len(seen) <= 10, seen
+    assert max(seen.values()) <= 2, seen
+
+
 def test_each_token_is_read_once():
-    """M_g 4, M_d 2, M_i 4; names of 2, 1, 3 and 1 words; 3 pictures. What is common is filled up to the others' width."""
+    """M_g 4, M_d 2, M_i 4; names of 2, 1, 3 and 1 words; 3 images. What is common is filled up to the others' width."""
     common, filling, pairs = 1 + 4 + 2, 2, 3 * 4 * (4 + 1)
     model = prompted().eval()
     assert tokens_read(model, lambda: logits(model)) == common + filling + 4 * 3 + pairs
     assert tokens_read(model, lambda: logits(model)) == pairs
-    assert tokens_read(model.train(), lambda: model(pixel_values=pictures())) == common + filling + 4 * 3 + pairs
+    assert tokens_read(model.train(), lambda: model(pixel_values=images())) == common + filling + 4 * 3 + pairs
     model = prompted(order="GID").eval()
     assert tokens_read(model, lambda: logits(model)) == (1 + 4) + 3 + 3 * 4 + 3 * 4 * (2 + 3 + 1)
     assert tokens_read(without_reuse(model), lambda: logits(model)) == 3 * 4 * (1 + 4 + 4 + 2 + 3 + 1)
@@ -270,7 +279,8 @@ def test_continued_attention_is_that_of_whole_sequences(
             expected[row, :, j] = (weights * v).sum(1)
     for together in range(1, times + 1):
         if times % together == 0:
-            actual = continue_prefix(query, key, value, keys, values, keep, together, 0.5)
+            mask = continuation_mask(begun, length, query.device, together, times // together, keep)
+            actual = continue_prefix(query, key, value, keys, values, mask, together, 0.5)
             torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -279,16 +289,16 @@ def test_more_continuations_than_stand_side_by_side(order: str, monkeypatch: pyt
     """Five of each prefix where two have room: three copies of it, and one place that is filled up."""
     names = [f"w{i} w{i + 1}" for i in range(4, 9)]
     model = prompted(order=order, names=names).eval()
-    expected = logits(without_reuse(copy.deepcopy(model)), pictures(5))
+    expected = logits(without_reuse(copy.deepcopy(model)), images(5))
     for widest in (1, 8, 11, 1000):
-        monkeypatch.setattr(prompt_text, "WIDEST", widest)
-        close(logits(model, pictures(5)), expected)
+        monkeypatch.setattr(known_prefix, "WIDEST", widest)
+        close(logits(model, images(5)), expected)
 
 
 def test_an_empty_caption_alone_in_a_chunk():
     captions = word_tokenizer()(["", "w5 w6"], padding=True, return_tensors="pt")
     model = prompted(chunk_size=1).eval()
-    inputs = {"pixel_values": pictures(2), **{k: captions[k] for k in ("input_ids", "attention_mask")}}
+    inputs = {"pixel_values": images(2), **{k: captions[k] for k in ("input_ids", "attention_mask")}}
     with torch.no_grad():
         actual = model(**inputs).logits_per_image
         close(actual, without_reuse(copy.deepcopy(model))(**inputs).logits_per_image)
@@ -304,7 +314,7 @@ def held_for_backward(classes: int, **changes) -> int:
 
     model = prompted(names=[f"w{4 + i // 40} w{10 + i % 40}" for i in range(classes)], **changes).train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = model(pixel_values=pictures(), labels=LABELS)
+        out = model(pixel_values=images(), labels=LABELS)
     assert out.loss.requires_grad
     return sum(kept.values())
 
@@ -327,17 +337,17 @@ def test_what_is_kept_follows_what_it_was_computed_from():
         )  # an exponential average, or a sharded optimizer, writes like this
         moved = logits(model)
         assert (moved - first).abs().max() > 1e-2
-        close(moved, oracle(model, pictures(), CLASSES))
+        close(moved, oracle(model, images(), CLASSES))
         with torch.no_grad():
             model.get_base_model().text_model.final_layer_norm.weight.mul_(torch.linspace(0.5, 1.5, 32))
-        close(logits(model), oracle(model, pictures(), CLASSES))
+        close(logits(model), oracle(model, images(), CLASSES))
         with torch.inference_mode():
-            model(pixel_values=pictures())
+            model(pixel_values=images())
         model.set_classes(["w30", "w31"], word_tokenizer())
         with torch.inference_mode():
-            inside = model(pixel_values=pictures()).logits.clone()
+            inside = model(pixel_values=images()).logits.clone()
         assert inside.shape == (3, 2)
-        loss = model.train()(pixel_values=pictures(), labels=LABELS % 2).loss
+        loss = model.train()(pixel_values=images(), labels=LABELS % 2).loss
         loss.backward()  # nothing made in inference mode stands in its way
 
 
@@ -373,13 +383,13 @@ def sequences_at_once(model: PeftModel, call) -> int:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("changes", [{}, {"shortlist": 11}, {"num_instance": 0}, {"mode": "feature"}])
-def test_eval_reads_no_more_than_a_chunk_a_picture(order: str, changes: dict):
+def test_eval_reads_no_more_than_a_chunk_an_image(order: str, changes: dict):
     names = [f"w{i}" for i in range(4, 44)]
     common = 7  # one sequence of so many tokens, folded into rows of a token
     model = prompted(names=names, order=order, chunk_size=3, **changes).eval()
     captions = word_tokenizer()(names, padding=True, return_tensors="pt")
     captions.pop("token_type_ids", None)
-    for x in (pictures(1), pictures(3)):
+    for x in (images(1), images(3)):
         for m in (model, without_reuse(copy.deepcopy(model))):
             m.set_classes(names, word_tokenizer())
             for call in (lambda: logits(m, x), lambda: m(pixel_values=x), lambda: m(pixel_values=x, **captions)):  # noqa: B023
@@ -400,18 +410,18 @@ def test_what_a_class_costs_is_known_and_training_keeps_nothing():
     text = model.get_base_model().config.text_config
     P = 1 + 4 + 2 + 2
     a_class = 2 * text.num_hidden_layers * text.hidden_size * P * 4
-    assert bytes_of(part.kept["default", "prefixes"].value) == len(names) * a_class
-    model.train()(pixel_values=pictures(), labels=LABELS).loss.backward()
-    assert not part.kept
+    assert bytes_of(part.keeper.kept["default", "list"].value) == len(names) * a_class
+    model.train()(pixel_values=images(), labels=LABELS).loss.backward()
+    assert not part.keeper.kept
 
 
-def test_two_threads_read_different_pictures():
+def test_two_threads_read_different_images():
     model, found = prompted().eval(), {}
-    expected = [logits(model, pictures(seed=s)) for s in range(4)]
+    expected = [logits(model, images(seed=s)) for s in range(4)]
 
     def work(s: int) -> None:
         for _ in range(5):
-            found[s] = logits(model, pictures(seed=s))
+            found[s] = logits(model, images(seed=s))
 
     threads = [threading.Thread(target=work, args=(s,)) for s in range(4)]
     [t.start() for t in threads]
@@ -439,7 +449,7 @@ def test_attention_without_reuse_says_so():
     model.set_classes(CLASSES, word_tokenizer())
     assert model.get_base_model().text_model.config._attn_implementation == "eager"
     stir(model.eval())
-    close(logits(model), oracle(model, pictures(), CLASSES))
+    close(logits(model), oracle(model, images(), CLASSES))
 
 
 # ------------------------------------------------------------------------------------------------- the instance part
@@ -449,9 +459,9 @@ def test_attention_without_reuse_says_so():
 def test_starts_as_the_static_prompt(order: str):
     model = prompted(trained=False, order=order).eval()
     part = part_of(model)
-    v, _ = patch_states(model, pictures())
+    v, _ = patch_states(model, images())
     with torch.no_grad():
-        static = v @ part.static("default", part.texts).T * model.get_base_model().logit_scale.exp()
+        static = v @ part.static("default").T * model.get_base_model().logit_scale.exp()
     close(logits(model), static, atol=1e-6)
     nn.init.normal_(part.structured_prompt_context["default"].attention.out.weight)
     assert (logits(model) - static).abs().max() > 1e-3
@@ -460,13 +470,13 @@ def test_starts_as_the_static_prompt(order: str):
 def class_features(model: PeftModel, x: Tensor) -> Tensor:
     part = part_of(model)
     with torch.no_grad():
-        _, Z = part.look(x)
-        return part.features("default", part.texts, part.instance("default", Z))
+        prompts = part.prompts("default")
+        return prompts.features(prompts.named(part.texts), prompts.context.instance_of(part.look(x).Z))
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_swapping_two_pictures_swaps_their_class_features(order: str):
-    model, x = prompted(order=order).eval(), pictures()
+def test_swapping_two_images_swaps_their_class_features(order: str):
+    model, x = prompted(order=order).eval(), images()
     features = class_features(model, x)
     assert (features[0] - features[1]).norm(dim=-1).min() > 1e-3
     torch.testing.assert_close(class_features(model, x[[1, 0, 2]]), features[[1, 0, 2]], atol=1e-6, rtol=0)
@@ -477,16 +487,16 @@ def test_swapping_two_pictures_swaps_their_class_features(order: str):
 def test_it_looks_at_patches(family: str, mode: str):
     """At the 2 x 2 of them, not at CLS."""
     model = prompted(family, mode=mode).eval()
-    weights = model.instance_attention(pictures())
+    weights = model.instance_attention(images())
     assert weights.shape == (3, 2, 4, 4)  # 4 instance tokens, or 4 classes
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(3, 2, 4))
     assert weights.std(dim=-1).min() > 0
     with pytest.raises(ValueError, match="num_instance=0"):
-        prompted(num_instance=0).instance_attention(pictures())
+        prompted(num_instance=0).instance_attention(images())
 
 
-def test_patches_that_fill_a_picture_up_are_not_looked_at():
-    """Towers for pictures of any shape (SigLIP 2, NaFlex) take patches, padded to the largest picture's."""
+def test_patches_that_fill_an_image_up_are_not_looked_at():
+    """Towers for images of any shape (SigLIP 2, NaFlex) take patches, padded to the largest image's."""
     vision = hf.Siglip2VisionConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, intermediate_size=64, patch_size=4, num_patches=16)  # fmt: skip
     text = hf.Siglip2TextConfig(**text_tower(32), projection_size=32)
     base = dual(hf.Siglip2Model, hf.Siglip2Config(text_config=text, vision_config=vision), "siglip2", pairs()).build()
@@ -511,23 +521,19 @@ def test_patches_that_fill_a_picture_up_are_not_looked_at():
 def test_no_gradient_reaches_the_towers():
     model = prompted()
     model.get_base_model().requires_grad_(True)
-    x = pictures().requires_grad_()
-    part = part_of(model)
-    _, Z = part.look(x)
-    assert not Z.requires_grad
+    x = images().requires_grad_()
+    assert not part_of(model).look(x).Z.requires_grad
 
 
 # ------------------------------------------------------------------------------------------------------------- words
 
 
 def test_contexts_start_from_words():
-    model = prompted(trained=False, general_init="w10 w11", domain_init="w12", num_instance=1, instance_init="w13")
+    model = prompted(trained=False, general_init="w10 w11")
     context = part_of(model).structured_prompt_context["default"]
     embed = model.get_base_model().text_model.get_input_embeddings().weight
     assert torch.equal(context.general[2:], embed[[10, 11]])
     assert 0 < context.general[:2].abs().max() < 0.2
-    assert torch.equal(context.domain[0, 1:], embed[[12]])
-    assert torch.equal(context.instance, embed[[13]])
     with torch.no_grad():
         context.general.add_(1)
     model.set_classes(["w5"], word_tokenizer())  # words are a start, not more
@@ -537,16 +543,41 @@ def test_contexts_start_from_words():
 
 
 def test_trained_contexts_are_not_replaced_by_words(tmp_path):
-    model = prompted(instance_init="w12")
+    model = prompted(general_init="w12")
     expected = logits(model.eval())
     model.save_pretrained(tmp_path)
     fresh = PeftModel.from_pretrained(TOWERS["clip"].build(), tmp_path)
     fresh.set_classes(CLASSES, word_tokenizer())
     assert torch.equal(logits(fresh), expected)
-    other = prompted(names=None, trained=False, instance_init="w12").eval()
+    other = prompted(names=None, trained=False, general_init="w12").eval()
     other.load_adapter(tmp_path, "default")  # as a Trainer that resumes
     other.set_classes(CLASSES, word_tokenizer())
     assert torch.equal(logits(other), expected)
+
+
+@pytest.mark.parametrize("field", ["domain_init", "instance_init"])
+def test_options_that_went(field: str, tmp_path):
+    """A file of an earlier version loads as it was trained; what its words were is said where there were any."""
+    model = prompted().eval()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    assert field not in saved
+    for words in (None, "w12"):
+        path.write_text(json.dumps(saved | {field: words}))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loaded = PeftModel.from_pretrained(TOWERS["clip"].build(), tmp_path)
+        assert [field in str(w.message) for w in caught if "earlier version" in str(w.message)] == [True] * (
+            words is not None
+        )
+        loaded.set_classes(CLASSES, word_tokenizer())
+        assert torch.equal(logits(loaded), logits(model))
+    with pytest.raises(ValueError, match=f"{field} is gone"):
+        StructuredPromptConfig(**{field: "w12"})
+    path.write_text(json.dumps(saved | {"domain": "per_group", "num_domains": 2}))
+    with pytest.raises(ValueError, match="per_group' is gone: train with"):
+        PeftConfig.from_pretrained(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------- the classes
@@ -561,7 +592,7 @@ def test_the_class_list_is_no_part_of_the_file(tmp_path):
         logits(loaded)
     others = ["w30 w31", "w32"]
     loaded.set_classes(others, word_tokenizer())
-    close(logits(loaded), oracle(model, pictures(), others))
+    close(logits(loaded), oracle(model, images(), others))
 
 
 def test_exact_keys_of_the_file(tmp_path):
@@ -602,18 +633,18 @@ def test_zero_shot_logits_are_the_base_models_own(family: str):
     if family == "siglip":
         texts.pop("attention_mask")
     with torch.no_grad(), model.disable_adapter():
-        expected = model(**texts, pixel_values=pictures()).logits_per_image
-    close(model.zero_shot_logits(pictures(), template), expected)
-    close(model.zero_shot_logits(pictures(), template), expected)
+        expected = model(**texts, pixel_values=images()).logits_per_image
+    close(model.zero_shot_logits(images(), template), expected)
+    close(model.zero_shot_logits(images(), template), expected)
     with pytest.raises(ValueError, match="template must be words"):
-        model.zero_shot_logits(pictures(), "a photo")
+        model.zero_shot_logits(images(), "a photo")
 
 
 def test_the_base_model_is_what_was_there_before_any_training():
     """Neither modules that are trained beside the adapter nor another method's adapters belong to it."""
     template = "a w12 {}"
     plain = prompted("clip").eval()
-    expected, hand = plain.zero_shot_logits(pictures(), template), part_of(plain).templated(template, 8)
+    expected, hand = plain.zero_shot_logits(images(), template), part_of(plain).templated(template, 8)
     torch.manual_seed(0)
     beside = get_peft_model(TOWERS["clip"].build(), LoraConfig(target_modules=["q_proj", "v_proj"]), "other")
     config = StructuredPromptConfig(modules_to_save=["text_projection", "visual_projection"], text_anchor=0.5)
@@ -626,7 +657,7 @@ def test_the_base_model_is_what_was_there_before_any_training():
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     part = part_of(model.eval())
     before = logits(model)
-    close(model.zero_shot_logits(pictures(), template), expected)
+    close(model.zero_shot_logits(images(), template), expected)
     torch.testing.assert_close(part.templated(template, 8), hand)
     torch.testing.assert_close(part.hand_written(part.texts, 8), part_of(plain).hand_written(part.texts, 8))
     close(logits(model), before)
@@ -642,11 +673,11 @@ def test_captions_of_a_batch_are_read_as_classes_are(family: str, left: bool):
     tokenizer.padding_side = "left" if left else "right"
     batch = tokenizer(CLASSES, padding=True, return_tensors="pt")
     with torch.no_grad():
-        out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], pixel_values=pictures())
+        out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], pixel_values=images())
         close(out.logits_per_image, expected)
         assert torch.equal(out.logits_per_text, out.logits_per_image.T)
-        close(model(input_ids=batch["input_ids"], pixel_values=pictures()).logits_per_image, expected)
-        three = {"input_ids": batch["input_ids"][:3], "pixel_values": pictures()}
+        close(model(input_ids=batch["input_ids"], pixel_values=images()).logits_per_image, expected)
+        three = {"input_ids": batch["input_ids"][:3], "pixel_values": images()}
         out = model(**three, return_loss=True)
     target, scores = torch.arange(3), out.logits_per_image
     if family == "siglip":
@@ -665,18 +696,18 @@ def test_what_the_base_makes_of_the_template_is_kept_in_training(monkeypatch: py
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model.train()
     for _ in range(3):
-        model(pixel_values=pictures(2), labels=torch.tensor([0, 1])).loss.backward()
+        model(pixel_values=images(2), labels=torch.tensor([0, 1])).loss.backward()
         optimizer.step()
     assert len(calls) == 1
     with torch.no_grad():
         model.get_base_model().text_projection.weight.mul_(2)
-    model(pixel_values=pictures(2), labels=torch.tensor([0, 1])).loss.backward()
+    model(pixel_values=images(2), labels=torch.tensor([0, 1])).loss.backward()
     assert len(calls) == 2
 
 
 def test_text_anchor():
     plain, anchored = prompted(), prompted(text_anchor=0.5, anchor_template="a w12 {}", chunk_size=3)
-    part, x = part_of(plain), pictures()
+    part, x = part_of(plain), images()
     with torch.no_grad():
         hand = part.templated("a w12 {}", 8)
         off = (1 - (class_features(plain, x) * hand).sum(dim=-1)).mean()
@@ -693,16 +724,16 @@ def test_shortlist(family: str, order: str):
     close(logits(all_), expected)
     part = part_of(full)
     with torch.no_grad():
-        static = part.look(pictures())[0] @ part.static("default", part.texts).T
+        static = part.look(images()).v @ part.static("default").T
     top = static.topk(3, dim=1).indices
     close(found.gather(1, top), expected.gather(1, top))
     others = torch.ones_like(found, dtype=torch.bool).scatter(1, top, False)
     assert (found[others].view(3, -1) <= found.gather(1, top).amin(dim=1, keepdim=True)).all()
     place = (static.argsort(dim=1, descending=True) == expected.argmax(dim=1, keepdim=True)).int().argmax(dim=1)
-    recall = short.shortlist_recall(pictures(), ks=(1, 3, 12))
+    recall = short.shortlist_recall(images(), ks=(1, 3, 12))
     assert recall == {k: pytest.approx(100 * (place < k).double().mean().item()) for k in (1, 3, 12)}
     assert recall[12] == 100
-    close(short.train()(pixel_values=pictures()).logits, expected)  # training sees all classes
+    close(short.train()(pixel_values=images()).logits, expected)  # training sees all classes
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
@@ -736,7 +767,7 @@ def test_bad_class_lists(message: str, names):
     assert torch.equal(logits(model), expected), "a refused list leaves the old one in place"
 
 
-def test_names_groups_and_labels_of_other_kinds():
+def test_names_and_labels_of_other_kinds():
     model = prompted().eval()
     expected = logits(model)
     for names in (np.array(CLASSES), tuple(CLASSES), dict.fromkeys(CLASSES).keys().__iter__()):
@@ -744,65 +775,53 @@ def test_names_groups_and_labels_of_other_kinds():
         assert torch.equal(logits(model), expected)
     with torch.no_grad():
         losses = [
-            model(pixel_values=pictures(), labels=LABELS.to(d)).loss for d in (torch.int64, torch.int32, torch.uint8)
+            model(pixel_values=images(), labels=LABELS.to(d)).loss for d in (torch.int64, torch.int32, torch.uint8)
         ]
     assert losses[0] == losses[1] == losses[2]
-    model = prompted(groups=[1, 0, 1, 2], domain="per_group", num_domains=3).eval()
-    expected = logits(model)
-    for groups in (np.array([1, 0, 1, 2]), torch.tensor([1, 0, 1, 2])):
-        model.set_classes(CLASSES, word_tokenizer(), groups)
-        assert torch.equal(logits(model), expected)
-
-
-@pytest.mark.parametrize("groups", [[0], [0, 1, 2, 0.5], [0, 1, -1, 0], None, [0, 1, 3, 0]])
-def test_bad_groups(groups):
-    model = prompted(names=None, trained=False, domain="per_group", num_domains=3)
-    with pytest.raises(ValueError, match="groups"):
-        model.set_classes(CLASSES, word_tokenizer(), groups)
 
 
 def test_words_that_do_not_fit():
     with pytest.raises(ValueError, match="general_init='w10 w11' is 2 tokens, but num_general is 1"):
         prompted(num_general=1)
     with pytest.raises(ValueError, match=r"'a (w9 )+w4 w5' is 64 tokens; the text tower has room for 62"):
-        prompted().zero_shot_logits(pictures(), "a " + "w9 " * 61 + "{}")
+        prompted().zero_shot_logits(images(), "a " + "w9 " * 61 + "{}")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"pixel_values": None}, "no pixel_values"),
-        ({"pixel_values": pictures(0)}, "The batch is empty"),
-        ({"pixel_values": pictures(0), "labels": LABELS[:0]}, "The batch is empty"),
+        ({"pixel_values": images(0)}, "The batch is empty"),
+        ({"pixel_values": images(0), "labels": LABELS[:0]}, "The batch is empty"),
         ({"labels": torch.tensor([0, 4, 1])}, "Label 4 is no place in the list of 4 classes"),
         ({"labels": torch.tensor([0, -1, 1])}, "Label -1 is no place"),
-        ({"labels": torch.tensor([0, 1])}, "one class number a picture"),
-        ({"labels": torch.tensor([0.0, 1.0, 2.0])}, "one class number a picture"),
-        ({"labels": torch.zeros(3, 4, dtype=torch.long)}, "one class number a picture"),
+        ({"labels": torch.tensor([0, 1])}, "one class number an image"),
+        ({"labels": torch.tensor([0.0, 1.0, 2.0])}, "one class number an image"),
+        ({"labels": torch.zeros(3, 4, dtype=torch.long)}, "one class number an image"),
         ({"return_loss": True}, "pass labels"),
         ({"input_ids": torch.tensor([[BOS, 5, EOS]]), "labels": LABELS}, "pass return_loss=True"),
-        ({"input_ids": torch.tensor([[BOS, 5, EOS]]), "return_loss": True}, "a caption for each picture"),
+        ({"input_ids": torch.tensor([[BOS, 5, EOS]]), "return_loss": True}, "a caption for each image"),
         ({"input_ids": torch.full((1, 60), 5)}, "Caption 0 is 60 tokens"),
     ],
 )
 def test_bad_batches(changes: dict, message: str):
     with pytest.raises(ValueError, match=message):
-        prompted()(**{"pixel_values": pictures(), **changes})
+        prompted()(**{"pixel_values": images(), **changes})
 
 
 def test_inputs_that_nothing_reads():
     model = prompted()
     with pytest.raises(TypeError, match="nonsense"):
-        model(pixel_values=pictures(), nonsense=1)
+        model(pixel_values=images(), nonsense=1)
     with pytest.raises(ValueError, match="while no adapter is active"), model.disable_adapter():
-        model(pixel_values=pictures(), labels=LABELS)
+        model(pixel_values=images(), labels=LABELS)
 
 
 # ----------------------------------------------------------------------------------------------------------- Trainer
 
 
 class Shapes(torch.utils.data.Dataset):
-    """Two classes that a picture's left half tells apart."""
+    """Two classes that an image's left half tells apart."""
 
     def __init__(self, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -861,7 +880,7 @@ def test_compiled_graphs_serve_every_batch_size(order: str):
     model = prompted(order=order).eval()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     for size in (3, 2, 5, 4, 7, 1, 6):
-        x = pictures(size)
+        x = images(size)
         close(compiled(pixel_values=x).logits, logits(model, x))
     assert len(graphs) <= 3  # of a size, of any, of one
 

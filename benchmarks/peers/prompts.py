@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from peft_multimodal.core.anatomy import token_embeddings
-from peft_multimodal.methods.prompt_classifier import scaled
-from peft_multimodal.methods.prompt_text import Piece, PromptReader, Texts, join
+from peft_multimodal.methods.structured_prompt.dual_encoder import scaled
+from peft_multimodal.methods.structured_prompt.pieces import Texts, join
+from peft_multimodal.methods.structured_prompt.reader import PromptReader
 
 
 class TemplateClassifier(nn.Module):
@@ -54,7 +55,7 @@ class CoCoOp(nn.Module):
         self.reader = PromptReader(model, model.text_model, embedding)
         embedding.register_forward_hook(self.reader.replace)
         self.reader.measure(tokenizer)
-        self.reader.restore_attention()  # CoCoOp reads each prompt as a whole
+        self.reader.attention.give_back()  # CoCoOp reads each prompt as a whole
         ids = self.reader.tokenizer_frame().words(tokenizer, [words])[0]
         self.context = nn.Parameter(self.reader.tokens(ids).embeds[0].detach().clone())  # (M, d_t)
         width = self.features_width()
@@ -90,20 +91,12 @@ class CoCoOp(nn.Module):
         classes, reader = len(self.texts), self.reader
         context, names = (
             reader.vectors(contexts).repeat_each(classes),
-            reader.words(self.texts).repeat_all(len(contexts)),
+            reader.tokens(self.texts.ids, self.texts.mask).repeat_all(len(contexts)),
         )
         text = join(reader.lead(), context, names, reader.tail())
         if self.padded:
-            text = self.fill(text)
+            text = reader.filled(text, reader.longest or 0)
         return reader.features(text).unflatten(0, (len(contexts), classes))
-
-    def fill(self, text: Piece) -> Piece:
-        """The texts with padding up to the tower's length."""
-        missing = (self.reader.longest or 0) - text.ids.shape[1]
-        padding = self.reader.tokens([self.reader.tokenizer_frame().pad] * missing)
-        filled = join(Piece(text.embeds, text.ids), padding)
-        keep = torch.ones_like(text.ids, dtype=torch.bool) if text.keep is None else text.keep
-        return Piece(filled.embeds, filled.ids, F.pad(keep, (0, missing)))
 
 
 def outcome(logits: Tensor, labels: Tensor | None) -> ImageClassifierOutput:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
 
-from peft_multimodal.methods.prompt_classifier import scaled
+from peft_multimodal.methods.structured_prompt.dual_encoder import scaled
 
 from .. import measure
 from .. import report as tables
@@ -317,8 +317,8 @@ class StaticPrompts(nn.Module):
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
         part = self.model.base_model.classifier()
         (adapter_name,) = part.live_adapters()
-        v, _ = part.look(pixel_values)
-        w = part.static(adapter_name, part.fitting(part.listed(), adapter_name))
+        v = part.look(pixel_values).v
+        w = part.static(adapter_name)
         logits = scaled(self.model.get_base_model(), v @ w.T)
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
@@ -358,7 +358,7 @@ def traits(model: Any, lesson: Lesson, pictures: int = 16, listed: int = 48) -> 
     """
     part = model.base_model.classifier()
     (adapter_name,) = part.live_adapters()
-    context, config = part.structured_prompt_context[adapter_name], part.configs[adapter_name]
+    context, config = part.structured_prompt_context[adapter_name], model.peft_config[adapter_name]
     if context.attention is None:
         return {}
     model.eval()
@@ -367,12 +367,12 @@ def traits(model: Any, lesson: Lesson, pictures: int = 16, listed: int = 48) -> 
     rows = rows[torch.randperm(len(rows), generator=generator)]
     weights = model.instance_attention(as_pixels(rows[:pictures]))
     entropy = -(weights * weights.clamp_min(1e-12).log()).sum(dim=-1).mean() / math.log(weights.shape[-1])
-    _, Z = part.look(as_pixels(rows[:pictures]))
-    texts = part.fitting(part.listed(), adapter_name)
+    Z = part.look(as_pixels(rows[:pictures])).Z
+    prompts = part.prompts(adapter_name)
     feature = config.mode == "feature"
-    static = part.features(adapter_name, texts, None)[0] if feature else context.instance
+    static = part.static(adapter_name) if feature else context.instance
     looked = context.attention(static, Z)
-    w = F.normalize(looked, dim=-1) if feature else part.features(adapter_name, texts, looked)
+    w = F.normalize(looked, dim=-1) if feature else prompts.features(prompts.named(part.listed(adapter_name)), looked)
     found = {
         "gate": context.attention.gate_norm.item(),
         "seen": ((looked - static).norm(dim=-1) / looked.norm(dim=-1)).mean().item(),

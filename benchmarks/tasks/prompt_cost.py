@@ -89,7 +89,7 @@ def classifier(method: str, classes: int, chunk_size: int | None = None, layers:
         if "attention.out" in name:
             nn.init.normal_(parameter, std=0.02)
     if method in (COOP, WHOLE):
-        wrapped.base_model.classifier().reader.restore_attention()  # no prefix is reused
+        wrapped.base_model.classifier().reader.attention.give_back()  # no prefix is reused
     return wrapped
 
 
@@ -106,7 +106,7 @@ def train_step(model: nn.Module) -> None:
 def forward(model: Any, forget: bool = True) -> None:
     """Logits of a batch; `forget`: nothing is known of the class list."""
     if forget and hasattr(model, "base_model"):
-        model.base_model.classifier().kept.clear()
+        model.base_model.classifier().keeper.kept.clear()
     model(pixel_values=batch()["pixel_values"])
 
 

@@ -34,7 +34,7 @@ class CardNotes:
         metrics: {name: value}, as they shall be printed.
         dataset: What they were measured on: a Hub id or a name. With it they are also in the card's metadata.
         languages: ISO 639 codes, of texts that the adapted model reads.
-        classes, groups: Names that a classifier was trained to tell apart, and the group of each where it has groups.
+        classes: Names that a classifier was trained to tell apart.
         license: The adapter's, as the Hub calls it ("apache-2.0").
     """
 
@@ -42,7 +42,6 @@ class CardNotes:
     dataset: str | None = None
     languages: Sequence[str] = ()
     classes: Sequence[str] = ()
-    groups: Sequence[int] = ()
     license: str | None = None
 
 

@@ -94,7 +94,7 @@ def renew_card(model: Any, folder: Path, name: str, notes: CardNotes | None = No
     known = [method_of(c).model.card_notes(model, n) for n, c in configs.items()]  # type: ignore[union-attr]
     notes = replace(notes, languages=notes.languages or [language for note in known for language in note.languages])
     if not notes.classes:
-        notes = replace(notes, classes=known[0].classes, groups=known[0].groups)
+        notes = replace(notes, classes=known[0].classes)
     # Seen from another folder the path of a local base may look like a Hub id.
     write_card(folder, adapters, name, notes, {record_of(config).local_base for config in configs.values()})
 
@@ -199,8 +199,7 @@ def _snippet(adapters: list[StoredAdapter], base: str | None, local: bool, name:
         limit = None if first.config.get("domain") == "per_class" else _CLASSES_IN_SNIPPET
         classes = list(notes.classes)[:limit] or ["red apple", "green apple"]
         lines += [f"classes = {_quoted(classes)}" + ("  # and so on" if len(notes.classes) > len(classes) else "")]
-        groups = f", groups={list(notes.groups)[: len(classes)]}" if notes.groups else ""
-        lines += [f"model.set_classes(classes, AutoTokenizer.from_pretrained({given}){groups})"]
+        lines += [f"model.set_classes(classes, AutoTokenizer.from_pretrained({given}))"]
     return "\n".join(lines)
 
 
