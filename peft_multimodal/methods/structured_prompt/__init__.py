@@ -126,7 +126,10 @@ class StructuredPromptConfig(MultimodalConfig):
         """Options that earlier versions had: a start alone doesn't matter any more once an adapter is trained."""
         for name, value in words.items():
             if value is not None and not self.is_loaded:
-                raise ValueError(f"{name} is gone: only the general context starts from words (general_init).")
+                raise ValueError(
+                    f"{type(self).__name__}.{name} must be None, got {value!r}: the option is gone, and only the general context "
+                    "starts from words (general_init)."
+                )
             if value is not None:
                 warnings.warn(
                     f"The file of this adapter has {name}={value!r}, words that a context started from in an earlier version. "
@@ -135,8 +138,8 @@ class StructuredPromptConfig(MultimodalConfig):
                 )
         if self.domain == "per_group":
             raise ValueError(
-                "domain='per_group' is gone: train with domain='one' or 'per_class', or keep peft_multimodal 0.1 for an "
-                "adapter that has it."
+                f"{type(self).__name__}.domain must be 'one' or 'per_class', got 'per_group', which is gone: train anew, or keep "
+                "peft_multimodal 0.1 for an adapter that has it."
             )
 
     def looks(self) -> bool:
