@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -26,33 +26,38 @@ class FFNLayer:
 
 def ffn_layers(model: nn.Module, found: Anatomy) -> list[FFNLayer]:
     """The smallest modules that hold both an FFN and an attention, in the model's order."""
+    modules = own_modules(model)
     queries = [m for m in found.matrices if m.letter in ("q", "qkv")]
+    convolving = [p for p, m in modules.items() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
     inside: dict[str, list[FFN]] = {}
     for ffn in ffns(model, found):
-        if path := _smallest_around(ffn.module, [q.module for q in queries]):
+        around = [path for path in _around(ffn.module) if any(is_below(q.module, path) for q in queries)]
+        if path := next((path for path in around if not isinstance(modules[path], nn.ModuleList)), ""):
             inside.setdefault(path, []).append(ffn)
     layers = []
-    modules = own_modules(model)
-    convolving = [p for p, m in modules.items() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
     for path, networks in inside.items():
         if any(other != path and is_below(other, path) for other in [*inside, *convolving]):
             continue  # it holds other layers, or gives maps of an image instead of tokens
-        tower = networks[0].tower
-        crossing = [q for q in queries if is_below(q.module, path) and is_cross(q.module)] if tower != "fusion" else []
-        firsts = tuple(ffn.first[0] for ffn in networks)
-        paths = tuple(dict.fromkeys(q.module for q in crossing))
-        alone = all(is_cross(q.module) for q in queries if is_below(q.module, path))
-        fusion = "" if alone or not crossing else crossing[0].tower
-        layers.append(FFNLayer(path, tower, networks[0].d_in, firsts, paths if fusion else (), fusion))
+        tower, own = networks[0].tower, [q for q in queries if is_below(q.module, path)]
+        crossing = [q for q in own if is_cross(q.module)]
+        fuses = tower != "fusion" and 0 < len(crossing) < len(own)
+        layers.append(
+            FFNLayer(
+                path,
+                tower,
+                networks[0].d_in,
+                ffns=tuple(ffn.first[0] for ffn in networks),
+                queries=tuple(dict.fromkeys(q.module for q in crossing)) if fuses else (),
+                fusion_tower=crossing[0].tower if fuses else "",
+            )
+        )
     return layers
 
 
-def _smallest_around(path: str, queries: Collection[str]) -> str:
-    """Path of the smallest module around another one that holds one of the queries; "" where only the model does."""
+def _around(path: str) -> Iterator[str]:
+    """Paths of the modules around one, from the inside out."""
     while path := path.rpartition(".")[0]:
-        if any(is_below(query, path) for query in queries):
-            break
-    return path
+        yield path
 
 
 def norms_of(layer: nn.Module, width: int) -> list[nn.Module]:
