@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
+from peft_multimodal.core.registry import METHODS
 from peft_multimodal.evaluation import PairedDifference, paired_bootstrap
 
 from . import tasks
 from .records import RESULTS, Record, read_records, write_atomically
 
 README = Path(__file__).parent / "README.md"
-OWN = "aurora_mode_approx/"
+OWN = tuple(f"{name}/" for name in METHODS)
 
 
 def write_reports(results: Path = RESULTS, readme: Path = README) -> list[Path]:

@@ -78,6 +78,7 @@ SMALLER = {
     r"^video_patch_dim$": 6 * PATCH**2,
     r"^vision_output_dim$": 2 * WIDTH,  # the last layer and one intermediate layer
     r"rank$": WIDTH // 2,
+    r"^(moe_)?intermediate_size$|ffn_dim$|^d_ff$|^mlp_dim$|^mlp_hidden_size$": 2 * WIDTH,  # an FFN is known by widening
     r"(size|dim|width|hidden|channels|d_model|d_ff|n_embd|mult|_in|_out)$": WIDTH,
 }
 LAYER_COUNT = ("num_hidden_layers", "depth", "num_layers", "n_layers", "layers", "encoder_layers")

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..core.anatomy import (
     Anatomy,
@@ -33,6 +34,7 @@ from ..core.anatomy import (
     device_of,
     dtype_of,
     image_sizes,
+    is_below,
     is_cross,
     own_modules,
     pixel_readers,
@@ -40,6 +42,7 @@ from ..core.anatomy import (
 )
 from ..core.parts import CallScope
 from ..core.private import InsideCheckpoint
+from ..core.stand_in import StandIn
 
 NONE, TEXT, IMAGE, VIDEO, AUDIO = -1, 0, 1, 2, 3
 
@@ -80,7 +83,8 @@ class ModalityRouter:
     """Tells the modality of tokens in a model's layers.
 
     Hooks on the model see each call, and what they see dies with it; gradient checkpointing opens it again where it
-    recomputes a layer. A call of an inner module alone is not seen.
+    recomputes a layer. A call of an inner module alone is seen within `generate`, which BLIP-2 and encoder-decoders make:
+    its tokens are the prompt's, and behind them text. Elsewhere it is not.
 
         >>> router = ModalityRouter(model)
         >>> router.modalities("vilt.encoder.layer.3")         # (0, 1)
@@ -106,11 +110,15 @@ class ModalityRouter:
                 model.register_forward_hook(self.scope.close, always_call=True),
             ]
             self.inside = InsideCheckpoint(model, self.scope)
+            self.prompt = CallScope()  # of a call of `generate`
+            self.generate: Any = StandIn(model, "generate", self._generate) if hasattr(model, "generate") else None
 
     def remove(self) -> None:
         """Take everything out of the model."""
         if self.hooks:
             self.inside.remove()
+            if self.generate is not None:
+                self.generate.give_back()
         for handle in self.hooks:
             handle.remove()
         self.hooks = []
@@ -150,11 +158,12 @@ class ModalityRouter:
         if len(stream.modalities) == 1:
             return None
         model = type(self._model[0]).__name__
-        if not self.scope.is_open:
+        scope = self.scope if self.scope.is_open else self.prompt
+        if not scope.is_open:
             raise ValueError(
                 f"{path} was called without {model}, whose inputs say which of its tokens are images. Call the model itself."
             )
-        call: Told = self.scope.seen
+        call: Told = scope.seen
         rows, length = states.shape[:2]
         if stream.order:
             key = (stack_of(path), length, states.device)
@@ -169,6 +178,8 @@ class ModalityRouter:
                 f"{model} was given inputs_embeds alone, which don't say which of its tokens are images. Pass input_ids, or "
                 "mm_token_type_ids beside inputs_embeds: the processor makes them with return_mm_token_type_ids=True."
             )
+        if scope is self.prompt and rows % len(call.placeholders) == 0:
+            return grown(call.placeholders, rows, length).to(states.device)
         if call.placeholders.shape != states.shape[:2]:
             raise ValueError(
                 f"{path} reads states of shape {tuple(states.shape)} where the call's tokens have shape "
@@ -192,14 +203,30 @@ class ModalityRouter:
     # --- a call ---
 
     def _open(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        inputs = dict(zip(self._names, args, strict=False)) | kwargs
-        call = Told({n: v.shape[1] for n, v in inputs.items() if n.endswith("input_ids") and isinstance(v, Tensor)})
+        told = self._told(dict(zip(self._names, args, strict=False)) | kwargs)
+        self.scope.open()
+        self.scope.seen = told
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the model's `generate`."""
+        inputs = dict(zip(self.generate.parameters(), args, strict=False)) | kwargs
+        ids = inputs.get("inputs")
+        if isinstance(ids, Tensor) and not ids.is_floating_point():
+            inputs.setdefault("input_ids", ids)
+        self.prompt.open()
+        self.prompt.seen = self._told(inputs)
+        try:
+            return self.generate.original(*args, **kwargs)
+        finally:
+            self.prompt.close()
+
+    def _told(self, inputs: dict[str, Any]) -> Told:
+        told = Told({n: v.shape[1] for n, v in inputs.items() if n.endswith("input_ids") and isinstance(v, Tensor)})
         embeddings = inputs.get("inputs_embeds")
         if isinstance(embeddings, Tensor):
-            call.lengths.setdefault("input_ids", embeddings.shape[1])
-        call.placeholders = self._placeholders(inputs)
-        self.scope.open()
-        self.scope.seen = call
+            told.lengths.setdefault("input_ids", embeddings.shape[1])
+        told.placeholders = self._placeholders(inputs)
+        return told
 
     def _placeholders(self, inputs: dict[str, Any]) -> Tensor | None:
         """(B, L), as the types of the tokens or the tokens themselves say it; None where neither is known."""
@@ -220,6 +247,7 @@ class ModalityRouter:
         """(stack, its stream), None where that has to be measured."""
         towers: dict[str, set[str]] = {}
         crossing = {stack_of(m.module) for m in found.matrices if is_cross(m.module)}
+        crossing = crossing or self._behind_an_encoder(found)
         for matrix in found.matrices:
             towers.setdefault(stack_of(matrix.module), set()).add(matrix.tower)
         sees = any(t.name == "vision" for t in found.towers)
@@ -237,6 +265,17 @@ class ModalityRouter:
                 yield stack, Stream((TEXT, *sorted(set(self._media_tokens.values()))))
             else:
                 yield stack, Stream((TEXT,)) if sees or not takes else None
+
+    def _behind_an_encoder(self, found: Anatomy) -> set[str]:
+        """The stacks of an encoder-decoder's decoder. T5Gemma2's has one attention for both sequences."""
+        model: Any = self._model[0]
+        if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(
+            model, "get_decoder"
+        ):
+            return set()
+        inner = model.get_decoder()
+        decoders = [path for path, module in model.named_modules() if module is inner and path]
+        return {stack_of(m.module) for m in found.matrices if any(is_below(m.module, path) for path in decoders)}
 
     def _measure(self) -> None:
         """Find the order of the single streams.
@@ -278,6 +317,13 @@ class ModalityRouter:
             f"{type(model).__name__} puts text and images into one stack of layers; in which order is measured by running it "
             f"on {sorted(text | image)}, and that fails: {failed}. Leave these layers out: {', '.join(firsts)}."
         ) from failed
+
+
+def grown(prompt: Tensor, rows: int, length: int) -> Tensor:
+    """A prompt's modalities (B, P) for the rows of its beams and what was written since, all or, with a cache, alone."""
+    beams = prompt.repeat_interleave(rows // len(prompt), dim=0)
+    written = length - prompt.shape[1]
+    return F.pad(beams, (0, written), value=TEXT) if written >= 0 else torch.full_like(beams[:, :length], TEXT)
 
 
 def order_of(text: list[bool], image: list[bool], lengths: dict[int, str]) -> Stream | None:

@@ -147,11 +147,10 @@ class Beside:
         inputs, norms = (*args, *read["inputs"]), read.get("norms", ())
         if not norms or all(norms[0][0] is not value for value in inputs):
             norms = ()  # post-LN: the stream is what comes out of a norm
-        states = [stream(x, norms) for x in read["ffns"]]
-        x = states[0] if len(states) == 1 else torch.cat(states, dim=-2)  # a Q-Former's queries and its text; chunks
         a = stream(read["query"], norms) if "query" in read else None
         h = output[0] if isinstance(output, tuple) else output
-        h = h + self.added(adapters, x.reshape(h.shape), a).to(h.dtype)  # OPT's FFN reads all tokens in one row
+        x = of_all_tokens([stream(x, norms) for x in read["ffns"]], h)
+        h = h + self.added(adapters, x, a).to(h.dtype)
         return (h, *output[1:]) if isinstance(output, tuple) else h
 
     # --- what is added ---
@@ -192,7 +191,9 @@ class Beside:
         dtype = first.up.weight.dtype
         x, a = part._cast_input_dtype(x, dtype), part._cast_input_dtype(a, dtype)
         if a is not None:
-            return added_by_fusion([branches[kind] for kind in ("layer", "fusion") if kind in branches], a, x)
+            fused, rest = x[..., : a.shape[-2], :], x[..., a.shape[-2] :, :]  # behind a Q-Former's queries stands text
+            added = added_by_fusion([branches[kind] for kind in ("layer", "fusion") if kind in branches], a, fused)
+            return torch.cat([added, self.added_by(adapter, rest, None, None)], dim=-2) if rest.shape[-2] else added
         if is_image is not None:
             return added_by_modality(branches["layer"], branches["image"], x, is_image)
         return added_in_a_tower(branches["layer"], x) if "layer" in branches else torch.zeros_like(x)
@@ -201,3 +202,13 @@ class Beside:
 def stream(states: Tensor, norms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """The stream before what normalises it for a sub-layer; the states themselves where nothing does."""
     return next((before for before, after in norms if after is states), states)
+
+
+def of_all_tokens(states: Sequence[Tensor], h: Tensor) -> Tensor:
+    """What a layer's FFNs read, in the shape of what the layer gives.
+
+    OPT's FFN reads all rows in one. A Q-Former has an FFN for its queries and one for its text, and chunks come one by one;
+    where each of several reads all tokens, the first one's counts.
+    """
+    whole = next((x for x in states if x.numel() == h.numel()), None)
+    return torch.cat(list(states), dim=-2) if whole is None else whole.reshape(h.shape)

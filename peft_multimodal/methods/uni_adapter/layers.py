@@ -40,6 +40,8 @@ def ffn_layers(model: nn.Module, found: Anatomy) -> list[FFNLayer]:
             continue  # it holds other layers, or gives maps of an image instead of tokens
         tower, own = networks[0].tower, [q for q in queries if is_below(q.module, path)]
         crossing = [q for q in own if is_cross(q.module)]
+        if len({q.module for q in own} - {q.module for q in crossing}) > 1:
+            continue  # it reads several streams (LXMERT)
         fuses = tower != "fusion" and 0 < len(crossing) < len(own)
         layers.append(
             FFNLayer(
