@@ -299,7 +299,9 @@ def test_every_retrieval_experiment_prepares_and_trains_a_model(name, tmp_path):
     item = experiments.load("retrieval", name)
     if item.peft:  # as many layers and ranks as the tiny model has
         targets = r"vision_model\.encoder\.layer\.[23]\.attention\.[qkvo]_proj|text_model.*\.(query|key|value)"
-        item.peft.update(target_modules=targets, r=2)
+        layers = r"vision_model\.encoder\.layer\.[23]|text_model\.encoder\.layer\.\d"
+        matrices = {"target_modules": targets, "r": 2}
+        item.peft.update(matrices if "r" in item.peft else {"target_modules": layers, "bottleneck_dim": 2})
     elif item.trainable:
         object.__setattr__(item, "trainable", item.trainable.replace("[6-9]", "[2-3]"))
     model = measure.prepare(tiny_clip(), item)
