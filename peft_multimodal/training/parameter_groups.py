@@ -1,0 +1,108 @@
+"""Learning rates of their own for the towers, the parts of an adapter, and what is trained beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from torch import nn
+from transformers import Trainer
+
+from ..core.anatomy import Anatomy, describe, is_below
+
+_BASE = "base_model.model."
+_SAVED = ".modules_to_save."
+_WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.0,
+    saved_modules_lr: float | None = None,
+    tower_lr: Mapping[str, float] | None = None,
+    role_lr: Mapping[str, float] | None = None,
+) -> list[dict[str, Any]]:
+    """The trained parameters of a `PeftModel` in groups, for any optimizer of torch.
+
+    A projection that is trained as a whole (`modules_to_save`) wants a smaller learning rate than an adapter that starts
+    from zero. Biases, norms, gates and scales get no weight decay, as in `Trainer`.
+
+    Args:
+        model: A `PeftModel` with adapters of any method, of this package or of PEFT.
+        lr: Learning rate of everything that no other argument names.
+        weight_decay: Of matrices.
+        saved_modules_lr: Learning rate of `modules_to_save`.
+        tower_lr: `{tower: learning rate}`; `describe(model)` shows the towers.
+        role_lr: `{role: learning rate}`. A role is the name that a method gives a tensor: "U", "V", "P" and "lambda" of
+            AuroraModeApprox, "lora_A" and "lora_B" of LoRA. It comes before `tower_lr`.
+
+    Returns:
+        Groups with `params`, `lr`, `weight_decay` and a `name`.
+
+    Raises:
+        ValueError: nothing trains, or a tower or role is named that no trained parameter has; the message lists them.
+
+    Example:
+        >>> groups = parameter_groups(model, lr=3e-3, saved_modules_lr=3e-4, role_lr={"P": 1e-2, "lambda": 1e-2})
+        >>> Trainer(model, args, train_dataset=dataset, optimizers=(torch.optim.AdamW(groups), None))
+    """
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    places = _Places(model)
+    groups: dict[tuple[str, float, float], dict[str, Any]] = {}
+    towers, roles = set(), set()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        tower, own = places.tower(name), [] if _SAVED in name else list(places.roles(name))
+        towers.add(tower)
+        roles.update(own)
+        title, rate = tower or "shared", (tower_lr or {}).get(tower, lr)
+        if role := next((r for r in own if r in (role_lr or {})), None):
+            title, rate = role, (role_lr or {})[role]
+        elif _SAVED in name and saved_modules_lr is not None:
+            title, rate = "modules_to_save", saved_modules_lr
+        decay = weight_decay if name in decayed else 0.0
+        key = (title, rate, decay)
+        groups.setdefault(key, {"params": [], "lr": rate, "weight_decay": decay, "name": title})
+        groups[key]["params"].append(parameter)
+    if not groups:
+        raise ValueError("No parameter of the model trains. Make the adapter with inference_mode=False, or set_adapter(name).")
+    _check("tower_lr", tower_lr, towers - {""})
+    _check("role_lr", role_lr, roles)
+    return list(groups.values())
+
+
+def _check(argument: str, rates: Mapping[str, float] | None, there_are: set[str]) -> None:
+    if unknown := sorted(set(rates or ()) - there_are):
+        raise ValueError(f"{argument} names {unknown}, which no trained parameter has. There are {sorted(there_are)}.")
+
+
+class _Places:
+    """Where the parameters of a wrapped model stand: in which tower, and under which names of its methods."""
+
+    def __init__(self, model: nn.Module) -> None:
+        anatomy: Anatomy = describe(model)
+        self.roots = {m.module: m.tower for m in anatomy.matrices} | {t.path: t.name for t in anatomy.towers if t.path}
+        configs = model.peft_config.items() if isinstance(model, PeftModel) else ()
+        self.adapters = {name for name, _ in configs}
+        self.prefixes = {str(PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]) for _, config in configs}
+
+    def tower(self, name: str) -> str:
+        """Name of the tower that a parameter stands in; "" outside of all."""
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        path = name.removeprefix(_BASE).replace(".base_layer", "")
+        inside = [root for root in self.roots if is_below(path, root)]
+        return self.roots[max(inside, key=len)] if inside else ""
+
+    def roles(self, name: str) -> Iterator[str]:
+        """The names that a method has for a tensor, without the method's prefix and what keeps weight decay away."""
+        parts = name.split(".")
+        for prefix in self.prefixes:
+            start = next((i for i, part in enumerate(parts) if part.startswith(prefix)), None)
+            for part in parts[start:] if start is not None else ():
+                if part not in self.adapters and not part.isdigit():
+                    yield part.removeprefix(prefix if prefix != "lora_" else "").removesuffix("_norm")
