@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .training.contrastive import ContrastiveTrainer
     from .training.distillation import CrossLingualTrainer, DistillationLoss
     from .training.hard_samples import HardSampleBank
+    from .training.parameter_groups import parameter_groups
     from .training.trainer import ImageTextRetrievalTrainer
 
 _LAZY = {
@@ -44,6 +45,7 @@ _LAZY = {
     "read_image": "images",
     "RetrievalRecall": "evaluation",
     "last_checkpoint": "training.checkpoints",
+    "parameter_groups": "training.parameter_groups",
     "VQAAccuracy": "evaluation",
     "ImageTextRetrievalTrainer": "training.trainer",
 }

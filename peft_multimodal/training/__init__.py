@@ -25,6 +25,7 @@ _WHERE = {
     "HardSampling": "hard_samples",
     "ImageTextRetrievalTrainer": "trainer",
     "SumTree": "hard_samples.draws",
+    "parameter_groups": "parameter_groups",
     "weighted_order": "hard_samples.draws",
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ..data import FiniteBatches, evaluating, without_loss
 from .callback import AdapterCallback
 from .checkpoints import BATCHES, STATE, batches_of, to_resume
 from .losses import LOGIT_SCALE, retrieval_loss
+from .parameter_groups import parameter_groups
 from .publishing import renew_card
 
 BATCH = "per_device_train_batch_size"
@@ -38,14 +39,29 @@ class AdapterTrainer(Trainer):
     """What the trainers of the package have in common: their own loss, adapters of any name, no NaN in their data,
     evaluations that don't draw, batches that have negatives, and exact restarts after a kill.
 
-    All columns of the data reach the collator, whatever `remove_unused_columns` says."""
+    All columns of the data reach the collator, whatever `remove_unused_columns` says.
+
+    Args:
+        saved_modules_lr, tower_lr, role_lr: Learning rates of their own, as [`parameter_groups`] takes them; also with
+            `model_init`, several processes and any optimizer that `TrainingArguments` names.
+    """
 
     data_collator: Any
     loss_is_scaled_for_ga = False  # a mean over its own batch
     joint_loss = False  # whether it is one loss of all processes' rows
 
-    def __init__(self, model: Any = None, args: Any = None, *fixed: Any, **kwargs: Any):
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        *fixed: Any,
+        saved_modules_lr: float | None = None,
+        tower_lr: Mapping[str, float] | None = None,
+        role_lr: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ):
         self._said: set[str] = set()
+        self._rates = {"saved_modules_lr": saved_modules_lr, "tower_lr": tower_lr, "role_lr": role_lr}
         if model is not None:
             self._adopt(model)
         super().__init__(model, args or TrainingArguments("trainer_output"), *fixed, **kwargs)
@@ -65,6 +81,16 @@ class AdapterTrainer(Trainer):
         model = super().call_model_init(trial)
         self._adopt(model)
         return model
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None and any(rate is not None for rate in self._rates.values()):
+            trained = self.model if model is None else model
+            kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, trained)
+            if "params" in options or "model" in options or "optimizer_dict" in options:
+                raise ValueError(f"optim={self.args.optim} chooses its parameters itself: leave out saved_modules_lr, tower_lr and role_lr.")
+            groups = parameter_groups(trained, self.args.learning_rate, self.args.weight_decay, **self._rates)
+            self.optimizer_cls_and_kwargs = kind, {**options, "params": groups}
+        return super().create_optimizer(model)
 
     # --- data ---
 
