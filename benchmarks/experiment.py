@@ -7,12 +7,13 @@
 | `scale` | alpha / r, the factor of a LoRA's or an Aurora's update; it sets `lora_alpha` or `alpha` of `peft` |
 | `trainable` | without PEFT: a regular expression of the base model's parameters that train; null for none |
 | `training` | `transformers.TrainingArguments` |
+| `rates` | learning rates of their own, arguments of `peft_multimodal.parameter_groups` |
 | `task` | what else the task reads |
 | `choices` | overrides of the other keys, one of which is taken, by its score on the validation split |
 | `chosen` | the index of that choice, written by `benchmarks.run select`; null until then |
 | `choice_of` | instead of those two: another experiment of the task, whose choice is taken |
 
-`peft`, `training` and `task` of an experiment are laid over those of the defaults key by key, `scale` as a whole, its
+`peft`, `training`, `rates` and `task` of an experiment are laid over those of the defaults key by key, `scale` as a whole, its
 choice over both; what an experiment says itself goes over another one's choice.
 """
 
@@ -31,8 +32,8 @@ import peft_multimodal  # noqa: F401  registers its methods in PEFT
 from .records import write_atomically
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
-KEYS = {"label", "peft", "scale", "trainable", "training", "task", "choices", "chosen", "choice_of"}
-LAYERED = ("peft", "training", "task")
+KEYS = {"label", "peft", "scale", "trainable", "training", "rates", "task", "choices", "chosen", "choice_of"}
+LAYERED = ("peft", "training", "rates", "task")
 ALPHA = {"LORA": "lora_alpha", "AURORA_MODE_APPROX": "alpha"}
 
 
@@ -49,6 +50,7 @@ class Experiment:
     training: dict[str, Any]
     settings: dict[str, Any]
     """What stands under `task`."""
+    rates: dict[str, Any] = field(default_factory=dict)
     choices: list[dict[str, Any]] = field(default_factory=list)
     chosen: int | None = None
     open: bool = False
@@ -90,7 +92,8 @@ class Experiment:
 
     def as_dict(self) -> dict[str, Any]:
         """What the results keep of it."""
-        return {"peft": self.peft, "trainable": self.trainable, "training": self.training, "task": self.settings}
+        training = {"training": self.training, **({"rates": self.rates} if self.rates else {})}
+        return {"peft": self.peft, "trainable": self.trainable, **training, "task": self.settings}
 
 
 def names(task: str, folder: Path = EXPERIMENTS) -> list[str]:
@@ -136,6 +139,7 @@ def _read(path: Path, folder: Path, choice: int | None) -> Experiment:
         trainable=own.get("trainable"),
         training=merged["training"],
         settings=merged["task"],
+        rates=merged["rates"],
         choices=own.get("choices", []),
         chosen=chosen,
         open=bool(choices) and chosen is None,

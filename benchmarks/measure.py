@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from peft_multimodal import parameter_groups
 
 from .experiment import Experiment
 
@@ -42,6 +45,7 @@ def fit(
     training: Mapping[str, Any],
     seed: int,
     trainer: type[Trainer] = Trainer,
+    rates: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
     """Train with `Trainer` on the CPU and say what it took.
@@ -49,6 +53,7 @@ def fit(
     Args:
         training: `TrainingArguments`; they win over those set here.
         trainer: `Trainer` or a subclass.
+        rates: Learning rates of their own, as `parameter_groups` takes them.
         kwargs: Further arguments of the trainer, such as `compute_loss_func` or `callbacks`.
 
     Returns:
@@ -69,9 +74,13 @@ def fit(
             "report_to": "none",
             "logging_steps": 10,
         }
+        args = TrainingArguments(**(settings | dict(training)))
+        if rates:
+            groups = parameter_groups(model, args.learning_rate, args.weight_decay, **rates)
+            kwargs["optimizers"] = torch.optim.AdamW(groups), None
         runner = trainer(
             model=model,
-            args=TrainingArguments(**(settings | dict(training))),
+            args=args,
             train_dataset=dataset,
             data_collator=collator,
             **kwargs | {"callbacks": [*kwargs.get("callbacks", []), clock]},

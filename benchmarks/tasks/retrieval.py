@@ -50,7 +50,7 @@ def run(experiment: Experiment, seed: int, split: Split) -> dict[str, Any]:
     model = measure.prepare(model, experiment)
     cost: dict[str, Any] = measure.footprint(model)
     if train is not None:
-        cost = measure.fit(model, train, collator, experiment.training, seed)
+        cost = measure.fit(model, train, collator, experiment.training, seed, rates=experiment.rates)
     towers = (p.numel() for name, p in model.named_parameters() if p.requires_grad and not PROJECTIONS.search(name))
     cost["tower_parameters"] = sum(towers)
     ranks = {style: ranks_of(compute_embeddings(model, rows, collator, progress=False)) for style, rows in test.items()}

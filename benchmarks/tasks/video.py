@@ -55,7 +55,7 @@ def run(experiment: Experiment, seed: int, split: Split) -> dict[str, Any]:
     model = measure.prepare(model, experiment)
     cost: dict[str, Any] = measure.footprint(model)
     if train is not None:
-        cost = measure.fit(model, train, collator, experiment.training, seed)
+        cost = measure.fit(model, train, collator, experiment.training, seed, rates=experiment.rates)
     embeds = {order: compute_embeddings(model, rows, collator, progress=False) for order, rows in test.items()}
     ranks = {order: ranks_of(found) for order, found in embeds.items()}
     metrics = {f"{order}_{name}": value for order, found in ranks.items() for name, value in recalls(found).items()}

@@ -52,7 +52,7 @@ def run(experiment: Experiment, seed: int, split: Split) -> dict[str, Any]:
     if experiment.trains:
         size = training["max_steps"] * training["per_device_train_batch_size"]
         train = balanced(questions("train", "new"), size, random.Random(seed))
-        cost = measure.fit(model, train, collator, training, seed)
+        cost = measure.fit(model, train, collator, training, seed, rates=experiment.rates)
 
     parts = PARTS if split == "test" else PARTS[:1]
     tests = {part: test_questions(split, part, settings["questions"]) for part in parts}

@@ -60,8 +60,9 @@ class AuroraModeApproxConfig(TargetedConfig):
         share: Which matrices share U, V and lambda. "per_shape": those of equal (d_in, d_out). "per_modality":
             those of one tower and shape. "none": each has its own.
         core: "cp", or "tucker" for the form of the authors' released code (R^3 more parameters a group).
-        init_weights: "gauss" draws U ~ N(0, 1/d_in) and P ~ N(0, 1); "inherit" takes U and P from a CP decomposition
-            of the frozen weights. V is 0 either way.
+        init_weights: How U and P start; V is 0 in any case. "gauss" draws U ~ N(0, 1/d_in) and P ~ N(0, 1). "ones" draws
+            the same U and P ~ 1 + 0.02 N(0, 1): all matrices of a group begin with one update and part later. "inherit"
+            takes U and P from a CP decomposition of the frozen weights.
         use_gqt: Add the gated query transformation to every layer with self- and cross-attention.
         gqt_branches: "query" (the paper's) and/or "cross" (the authors' code also adds the cross-attention's output).
         use_ice: Add the informative context enhancement to a text encoder that runs with and without the image.
@@ -95,7 +96,7 @@ class AuroraModeApproxConfig(TargetedConfig):
             self.share = "per_shape"
         self.check_choice("share", SHARES)
         self.check_choice("core", ("cp", "tucker"))
-        self.check_choice("init_weights", ("gauss", "inherit"))
+        self.check_choice("init_weights", ("gauss", "ones", "inherit"))
         self.check_flag("use_gqt")
         self.check_flag("use_ice")
         self.gqt_branches = self.gqt_branches or ["query"]
@@ -201,6 +202,8 @@ class AuroraModeApproxModel(MultimodalTuner):
         else:
             groups = [group_of(config.share, m) for m in injection.at(site.module)]
             part.update_layer(name, groups, config.r, config.core, config.scaling, config.dropout)
+            if config.init_weights == "ones":
+                part.start_at_ones(name)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)

@@ -62,6 +62,11 @@ class AuroraMatrixLayer(nn.Module, AuroraModeApproxLayer):
             nn.init.xavier_uniform_(P)
         self.aurora_mode_approx_P_norm[adapter_name] = nn.Parameter(P)
 
+    @torch.no_grad()
+    def start_at_ones(self, adapter_name: str) -> None:
+        """P = 1 + 0.02 N(0, 1), in place of N(0, 1), of which P has been drawn."""
+        self.aurora_mode_approx_P_norm[adapter_name].mul_(0.02).add_(1)
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         device = device_of(self.get_base_layer()) if device is None else device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
