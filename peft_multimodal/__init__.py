@@ -72,6 +72,7 @@ __all__ = [
     "last_checkpoint",
     "load",
     "matched_modules",
+    "parameter_groups",
     "push_to_hub",
     "read_image",
     "save",

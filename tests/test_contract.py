@@ -818,7 +818,7 @@ DAMAGE = {  # damage, whether PEFT's own loading reaches our code, message
     ),
     "NaN": (change_weights(poison), True, "holds NaN"),
     "newer format": (change_config(format_version=99), True, "format 99.*Upgrade"),
-    "bad value": (change_config(towers=["audio"]), True, "towers must be any of"),
+    "bad value": (change_config(modules_to_save="audio"), True, "modules_to_save must be a list of strings"),
     "unknown method": (change_config(peft_type="NO_SUCH_METHOD"), False, "names the method 'NO_SUCH_METHOD'"),
     "truncated": (truncate, False, "damaged or truncated"),
     "config is a list": (lambda f: (f / "adapter_config.json").write_text("[1]"), False, "must hold a JSON object"),

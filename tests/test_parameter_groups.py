@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from case import declared
 from families import FAMILIES
 from methods import METHODS, home, wrap
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -76,7 +75,12 @@ def test_a_frozen_adapter_has_no_groups() -> None:
 
 def arguments(folder: Path, **options: Any) -> hf.TrainingArguments:
     fixed: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True, "report_to": "none"}
-    quiet = {"save_strategy": "no", "remove_unused_columns": False, "disable_tqdm": True, "lr_scheduler_type": "constant"}
+    quiet = {
+        "save_strategy": "no",
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "lr_scheduler_type": "constant",
+    }
     return hf.TrainingArguments(str(folder), **{**fixed, **quiet, **options})
 
 
@@ -88,7 +92,8 @@ def test_the_stock_trainer_takes_them_by_optimizers(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(groups)
     hf.Trainer(model, arguments(tmp_path), rows.collate, train_dataset=rows, optimizers=(optimizer, None)).train()
     moved = {name for name, p in model.named_parameters() if name in before and not p.equal(before[name])}
-    assert moved and all("lora_B" in name for name in moved)
+    assert moved
+    assert all("lora_B" in name for name in moved)
 
 
 def test_our_trainers_take_them_with_model_init_too(tmp_path: Path) -> None:

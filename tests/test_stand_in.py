@@ -65,6 +65,26 @@ def test_they_leave_in_any_order(order: tuple[int, ...]):
     assert "forward" not in vars(host)
 
 
+@pytest.mark.parametrize("innermost_first", [False, True])
+def test_the_innermost_answers_below_all_others_whenever_it_came(innermost_first: bool):
+    host = Tower()
+
+    def doubled() -> StandIn:
+        double = StandIn(host, "forward", lambda x: 2 * double.original(x))
+        return double
+
+    def plus_ten() -> StandIn:
+        plus = StandIn(host, "forward", lambda x: plus.original(x) + 10, innermost=True)
+        return plus
+
+    steps = [plus_ten, doubled] if innermost_first else [doubled, plus_ten]
+    kept = [step() for step in steps]
+    assert value(host) == 2 * (2 + 10)
+    for stand_in in kept:
+        stand_in.give_back()
+    assert value(host) == 2
+
+
 def test_what_the_instance_had_comes_back():
     host = Tower()
     host.forward = own = lambda x: 5 * x

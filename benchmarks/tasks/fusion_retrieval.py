@@ -51,7 +51,9 @@ def run(experiment: Experiment, seed: int, split: Split) -> dict[str, Any]:
     model = measure.prepare(model, experiment)
     cost: dict[str, Any] = measure.footprint(model)
     if train is not None:
-        cost = measure.fit(model, train, collator, experiment.training, seed, rates=experiment.rates, trainer=ImageTextRetrievalTrainer)
+        cost = measure.fit(
+            model, train, collator, experiment.training, seed, rates=experiment.rates, trainer=ImageTextRetrievalTrainer
+        )
     model.eval()
 
     embeds = {

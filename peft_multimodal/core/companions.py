@@ -102,7 +102,9 @@ def record_of(config: Any) -> Record:
 
 def own_copy(config: Any) -> Any:
     """The config of one adapter: what is filled in as the adapter is made stays off the object that the user has."""
-    copied, record = copy.deepcopy(config), record_of(config)
+    record = record_of(config)
+    # Of these tasks PEFT adds the head to the config's modules_to_save after the adapter is made, on the object that it has.
+    copied = config if config.task_type in ("TOKEN_CLS", "QUESTION_ANS") else copy.deepcopy(config)
     awaits = config.is_loaded and not record.is_an_adapters
     vars(record_of(copied)).update(
         origin=record.origin, encoder=record.encoder, is_an_adapters=True, awaits_weights=awaits

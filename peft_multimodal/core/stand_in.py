@@ -13,6 +13,7 @@ class StandIn:
     """Answers the calls of one method of one module, in place of the module.
 
     Several may stand in for the same method: the latest one answers, and what it calls `original` is the one before it.
+    One that is `innermost` goes below those that there are, so that models don't differ by the order in which parts came.
     They leave in any order. Nothing is written to a class, and nothing is kept between calls; a deep copy or a pickled
     copy of the whole model answers by its own parts.
 
@@ -27,6 +28,7 @@ class StandIn:
         takes: Names of keyword arguments that the answer reads beside the method's own: `Trainer` drops columns of a data
             set that the signature of `forward` doesn't name.
         signature: What `inspect.signature` shows; by default the method's own, with `takes`.
+        innermost: Whether it answers below all others.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class StandIn:
         answer: Callable[..., Any] | None = None,
         takes: Sequence[str] = (),
         signature: inspect.Signature | None = None,
+        innermost: bool = False,
     ) -> None:
         self.module, self.name = module, name
         self.below: Callable[..., Any] | None = None
@@ -44,7 +47,7 @@ class StandIn:
         taken = module.__dict__.get(name)
         if not isinstance(taken, Taken):
             taken = Taken(module, name)
-        taken.add(self)
+        taken.add(self, innermost)
         self._taken: Taken | None = taken
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
@@ -98,8 +101,8 @@ class Taken:
         """Whether a stand-in does more than pass calls on."""
         return any(s.answer != s.original for s in self.stand_ins)
 
-    def add(self, stand_in: StandIn) -> None:
-        self.stand_ins.append(stand_in)
+    def add(self, stand_in: StandIn, innermost: bool = False) -> None:
+        self.stand_ins.insert(0 if innermost else len(self.stand_ins), stand_in)
         self._link()
 
     def remove(self, stand_in: StandIn) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.utils import PeftType
 from torch import nn
 from transformers import Trainer
 
@@ -36,8 +37,8 @@ def parameter_groups(
         weight_decay: Of matrices.
         saved_modules_lr: Learning rate of `modules_to_save`.
         tower_lr: `{tower: learning rate}`; `describe(model)` shows the towers.
-        role_lr: `{role: learning rate}`. A role is the name that a method gives a tensor: "U", "V", "P" and "lambda" of
-            AuroraModeApprox, "lora_A" and "lora_B" of LoRA. It comes before `tower_lr`.
+        role_lr: `{role: learning rate}`. A role is the name that a method gives a tensor, such as "lora_A" and "lora_B"
+            of LoRA; a name that isn't there is answered by those that are. It comes before `tower_lr`.
 
     Returns:
         Groups with `params`, `lr`, `weight_decay` and a `name`.
@@ -69,7 +70,9 @@ def parameter_groups(
         groups.setdefault(key, {"params": [], "lr": rate, "weight_decay": decay, "name": title})
         groups[key]["params"].append(parameter)
     if not groups:
-        raise ValueError("No parameter of the model trains. Make the adapter with inference_mode=False, or set_adapter(name).")
+        raise ValueError(
+            "No parameter of the model trains. Make the adapter with inference_mode=False, or set_adapter(name)."
+        )
     _check("tower_lr", tower_lr, towers - {""})
     _check("role_lr", role_lr, roles)
     return list(groups.values())
@@ -88,7 +91,7 @@ class _Places:
         self.roots = {m.module: m.tower for m in anatomy.matrices} | {t.path: t.name for t in anatomy.towers if t.path}
         configs = model.peft_config.items() if isinstance(model, PeftModel) else ()
         self.adapters = {name for name, _ in configs}
-        self.prefixes = {str(PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]) for _, config in configs}
+        self.prefixes = {str(PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(config.peft_type)]) for _, config in configs}
 
     def tower(self, name: str) -> str:
         """Name of the tower that a parameter stands in; "" outside of all."""

@@ -61,7 +61,7 @@ class AdapterTrainer(Trainer):
         **kwargs: Any,
     ):
         self._said: set[str] = set()
-        self._rates = {"saved_modules_lr": saved_modules_lr, "tower_lr": tower_lr, "role_lr": role_lr}
+        self._rates: dict[str, Any] = {"saved_modules_lr": saved_modules_lr, "tower_lr": tower_lr, "role_lr": role_lr}
         if model is not None:
             self._adopt(model)
         super().__init__(model, args or TrainingArguments("trainer_output"), *fixed, **kwargs)
@@ -84,10 +84,12 @@ class AdapterTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None and any(rate is not None for rate in self._rates.values()):
-            trained = self.model if model is None else model
+            trained: Any = self.model if model is None else model
             kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, trained)
             if "params" in options or "model" in options or "optimizer_dict" in options:
-                raise ValueError(f"optim={self.args.optim} chooses its parameters itself: leave out saved_modules_lr, tower_lr and role_lr.")
+                raise ValueError(
+                    f"optim={self.args.optim} chooses its parameters itself: leave out saved_modules_lr, tower_lr and role_lr."
+                )
             groups = parameter_groups(trained, self.args.learning_rate, self.args.weight_decay, **self._rates)
             self.optimizer_cls_and_kwargs = kind, {**options, "params": groups}
         return super().create_optimizer(model)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core.modules import dtype_of
 from ...core.parts import AttachedPart, CallScope, MultimodalLayer
 from ...core.private import InsideCheckpoint
 from ...core.stand_in import StandIn
@@ -92,7 +93,7 @@ class Beside:
             *(m.register_forward_pre_hook(self._read_query) for m in queries),
             *(m.register_forward_hook(self._read_norm) for m in norms),
         ]
-        self.stand_in = StandIn(layer, "forward", self.forward)
+        self.stand_in = StandIn(layer, "forward", self.forward, innermost=True)
         self.inside = InsideCheckpoint(layer, self.call, self.finish)
         # PyTorch's own attention reads (L, B, d) unless told otherwise.
         mixers = [m for m in layer.modules() if isinstance(m, nn.MultiheadAttention)]
@@ -188,7 +189,7 @@ class Beside:
         parts = {kind: part for kind, part in self.parts.items() if part.has_adapter(adapter)}
         branches: dict[str, Branch] = {kind: part.uni_adapter_branch[adapter] for kind, part in parts.items()}
         first, part = next(iter(branches.values())), next(iter(parts.values()))
-        dtype = first.up.weight.dtype
+        dtype = dtype_of(first.up)
         x, a = part._cast_input_dtype(x, dtype), part._cast_input_dtype(a, dtype)
         if a is not None:
             fused, rest = x[..., : a.shape[-2], :], x[..., a.shape[-2] :, :]  # behind a Q-Former's queries stands text

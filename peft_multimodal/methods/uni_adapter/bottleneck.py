@@ -78,6 +78,8 @@ class Branch(nn.Module):
 
 def up(z: Tensor, branches: Sequence[Branch], scale: float) -> Tensor:
     """s U z with the sum U of the branches."""
+    if any(callable(branch.up.weight) for branch in branches):  # torch's quantisation has packed it
+        return scale * sum(branch.up(z) for branch in branches)
     weight, bias = (sum(getattr(branch.up, name) for branch in branches) for name in ("weight", "bias"))
     return F.linear(z, scale * weight, scale * bias)
 
