@@ -234,15 +234,15 @@ class StructuredPromptModel(MultimodalTuner):
         text_width, patch_width, embed_width = injection.prepared
         of_features = config.mode == "feature"
         width, heads = embed_width if of_features else text_width, cast(int, config.num_heads)
-        looks = config.looks() or of_features
         context = StructuredContext(
             text_width,
-            VisualAttention(width, patch_width, config.attention_dim, heads) if looks else None,
             num_general=config.num_general,
             num_instance=0 if of_features else config.num_instance,
             num_domain=config.num_domain,
             num_domains=config.num_domains,
         )
+        if config.looks() or of_features:
+            context.attention = VisualAttention(width, patch_width, config.attention_dim, heads)
         part.add(injection.adapter_name, config, context)
 
     @classmethod

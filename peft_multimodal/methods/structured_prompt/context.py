@@ -58,7 +58,6 @@ class StructuredContext(nn.Module):
 
     Args:
         text_width: d_t of the tower's embeddings.
-        attention: None where nothing looks at the image.
         num_general, num_instance, num_domain: M_g, M_i, M_d.
         num_domains: n_dom.
     """
@@ -66,7 +65,6 @@ class StructuredContext(nn.Module):
     def __init__(
         self,
         text_width: int,
-        attention: VisualAttention | None,
         *,
         num_general: int,
         num_instance: int,
@@ -81,7 +79,7 @@ class StructuredContext(nn.Module):
         self.general = drawn(num_general)  # G
         self.domain = drawn(num_domains, num_domain)  # K
         self.instance = drawn(num_instance)  # Q
-        self.attention = attention
+        self.attention: VisualAttention | None = None  # where something looks at the image
 
     @property
     def looks(self) -> bool:
