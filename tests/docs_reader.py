@@ -68,6 +68,9 @@ def do(page: str, block: Block, namespace: dict[str, Any]) -> None:
     elif kind in ("csv", "jsonl") and file:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text(block.text, encoding="utf-8")
+    elif kind == "bibtex" and not file:
+        entries = [line for line in block.text.splitlines() if line]
+        assert all(re.fullmatch(r"@\w+{\w+, .*title={.+}.*}", entry) for entry in entries), f"{page}, line {block.line}"
     elif kind == "sh" and not file:
         for command in commands(block.text):
             check_command(command)

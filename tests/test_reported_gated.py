@@ -349,19 +349,16 @@ def test_the_answers_column_travels_with_the_processor(tmp_path: Path):
     assert learnt(again, [{"text": QUESTION, "reply": " red", "images": [RED]}]) == [" red<|end|>"]
 
 
-def test_the_benchmark_trains_what_the_readme_prints():
+def test_the_benchmark_trains_what_the_page_prints():
     """The config is the default one, and what Trainer is told stands in both."""
     from benchmarks import experiment
 
     item = experiment.load("seeing", "gated_xattn/readme")
     assert item.peft == {"peft_type": "GATED_XATTN"}
-    for page in ("README.md", "docs/gated-xattn.md"):
-        text = (Path(__file__).parents[1] / page).read_text("utf-8")
-        assert re.search(r"GatedXAttnConfig\(vision_encoder=\S+, media_token_id=processor.media_token_id\)\n", text), (
-            page
-        )
-        rates = re.findall(r"GatedXAttnConfig\(.*?learning_rate=([\d.e-]+)", text, re.DOTALL)[:1]
-        assert [float(rate) for rate in rates] == [item.training["learning_rate"]], page
+    text = (Path(__file__).parents[1] / "docs" / "gated-xattn.md").read_text("utf-8")
+    assert re.search(r"GatedXAttnConfig\(vision_encoder=\S+, media_token_id=processor.media_token_id\)\n", text)
+    rates = re.findall(r"GatedXAttnConfig\(.*?learning_rate=([\d.e-]+)", text, re.DOTALL)[:1]
+    assert [float(rate) for rate in rates] == [item.training["learning_rate"]]
 
 
 def test_without_gguf_the_benchmarks_language_model_says_what_to_install(monkeypatch, tmp_path: Path):
