@@ -402,7 +402,7 @@ def test_a_file_that_does_not_fit_leaves_the_base_as_it_was(fault: Callable, key
     with pytest.raises(KeyError if by_peft else ValueError, match="lm_head" if by_peft else FAULTS[fault]):
         WAYS[way](base, folder)
     assert distance(logits(base), output) == 0
-    if way == "load":
+    if way in ("load", "from_pretrained", "low_cpu_mem_usage", "config="):
         assert all(p.requires_grad for p in base.parameters())
     if way != "load_adapter":  # there the layers were another adapter's
         before["modules"] = {k: v for k, v in before["modules"].items() if k}

@@ -75,6 +75,7 @@ class Record:
         encoder: What was given for the encoder that it names.
         is_an_adapters: It is the config of an adapter in a model.
         awaits_weights: That adapter was made for a file, whose weights haven't come yet.
+        trained_before: What trained in the model before it was wrapped for that adapter, until its weights have come.
         local_base: The base, if it was in a folder as seen where the model was wrapped.
         best_is_loaded: Somebody cares for `load_best_model_at_end`.
         save: The model and the adapter's name of a save that has been announced.
@@ -84,6 +85,7 @@ class Record:
     encoder: Any = None
     is_an_adapters: bool = False
     awaits_weights: bool = False
+    trained_before: Sequence[nn.Parameter] = ()
     local_base: str | None = None
     best_is_loaded: bool = False
     save: tuple[weakref.ref[nn.Module], str] | None = None

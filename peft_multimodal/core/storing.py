@@ -55,8 +55,10 @@ class StoringTuner(SwitchingTuner):
             # PEFT has made the adapter for this file by now, and after this error it calls nothing of ours.
             if record.awaits_weights:
                 cls._take_out(model, adapter_name)
+            for parameter in record.trained_before:
+                parameter.requires_grad_(True)
             raise
-        record.awaits_weights = False
+        record.awaits_weights, record.trained_before = False, ()
         return tensors
 
     @classmethod

@@ -111,6 +111,8 @@ class MultimodalTuner(StoringTuner):
             for parameter in training:
                 parameter.requires_grad_(True)
             raise
+        record = record_of(self.peft_config[adapter_name])
+        record.trained_before = training if record.awaits_weights else ()
 
     # --- what a method says ------------------------------------------------------------------------------------------
 

@@ -29,7 +29,6 @@ from torch import nn
 from ..core.companions import CardNotes
 from ..core.config import MultimodalConfig
 from ..core.switching import tuner_of
-from ..core.weights import WeightsDontFit
 from .card import CARD, renew_card
 
 # What PEFT, torch and Python say of values that make no sense.
@@ -246,13 +245,8 @@ def load(model: nn.Module, name_or_path: str | os.PathLike, **kwargs: Any) -> Pe
     ours = issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[kind], MultimodalConfig)
     if ours and kwargs.get("autocast_adapter_dtype", True):
         kwargs.setdefault("low_cpu_mem_usage", True)
-    training = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         return PeftModel.from_pretrained(model, str(name_or_path), **kwargs)
-    except WeightsDontFit:
-        for parameter in training:
-            parameter.requires_grad_(True)  # as it was before the adapter was tried
-        raise
     except UNCLEAR as error:
         if not ours:
             raise
