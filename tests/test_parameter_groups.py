@@ -67,6 +67,17 @@ def test_a_misspelt_name_is_an_error_that_lists_what_there_is(argument: str, the
         parameter_groups(lora(), 1e-3, **{argument: {"visoin": 1e-4}})
 
 
+def test_a_wrapped_model_has_the_same_groups() -> None:
+    model = lora()
+    options: dict[str, Any] = {"saved_modules_lr": 1e-4, "tower_lr": {"text": 5e-4}, "role_lr": {"lora_B": 1e-2}}
+    expected = rates(model, parameter_groups(model, 1e-3, **options))
+    compiled = torch.compile(model, backend="eager")
+    distributed = torch.nn.DataParallel(model)  # holds the model as DDP does: `module.`
+    for outer in (compiled, distributed):
+        groups = parameter_groups(outer, 1e-3, **options)
+        assert rates(model, groups) == expected
+
+
 def test_a_frozen_adapter_has_no_groups() -> None:
     model = lora().requires_grad_(False)
     with pytest.raises(ValueError, match="No parameter of the model trains"):

@@ -334,6 +334,42 @@ def test_exact_keys_of_the_file(tmp_path: Path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["llava", "t5"])
+def test_beams_have_the_adapter_of_their_row(name: str):
+    family = FAMILIES[name]
+    model = wrap(family, METHOD, scale=1.0, modules_to_save=["lm_head"])
+    model.add_adapter("second", UniAdapterConfig(bottleneck_dim=4, scale=1.0, share="none"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for parameter in adapter(model, "second").values():
+            parameter.add_(torch.randn_like(parameter))
+        model.get_base_model().lm_head.modules_to_save["default"].weight.normal_()
+    options = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 4, "do_sample": False}
+
+    def written(**rows: Any) -> Tensor:
+        return model.generate(**family.generate_inputs(model), **options, **rows)
+
+    alone = {}
+    for known in ("default", "second"):
+        model.set_adapter(known)
+        alone[known] = written()
+    with model.disable_adapter():
+        alone["__base__"] = written()
+    assert not torch.equal(alone["default"], alone["second"])
+    rows = ["second", "__base__", "default"]
+    expected = torch.cat([alone[row][2 * i : 2 * i + 2] for i, row in enumerate(rows)])
+    assert torch.equal(written(adapter_names=rows), expected)
+
+
+def test_patches_in_one_list_are_no_rows():
+    family = FAMILIES["qwen2_5_vl"]
+    model = wrap(family, METHOD, towers=["vision"])
+    inputs = family.inputs(model)
+    with pytest.raises(ValueError, match="row by row"):
+        model(**inputs, adapter_names=["default"] * len(inputs["pixel_values"]))
+
+
+@torch.no_grad()
 def test_it_stands_beside_a_lora_of_the_same_ffn():
     family = FAMILIES["clip"]
     model = wrap(family, METHOD)

@@ -114,6 +114,21 @@ def check_rows(
         )
 
 
+def names_of_rows(adapter_names: Sequence[str], rows: int, copies: int = 1) -> list[str]:
+    """The adapter of each row of a batch, or of the `copies` of each row that generation has made (beams).
+
+    Raises:
+        ValueError: they aren't as many.
+    """
+    for times in (1, copies):
+        if rows == times * len(adapter_names):
+            return [name for name in adapter_names for _ in range(times)]
+    raise ValueError(
+        f"{len(adapter_names)} adapter_names for {rows} rows: this module doesn't see the batch row by row. Call "
+        "model.set_adapter(name) and pass the rows of each adapter separately."
+    )
+
+
 def rows_by_name(adapter_names: Sequence[str], device: torch.device) -> dict[str, Tensor]:
     """{adapter: its rows of a batch, int64 (n,)}, in the order in which the names first come."""
     rows: dict[str, list[int]] = {}
@@ -123,7 +138,7 @@ def rows_by_name(adapter_names: Sequence[str], device: torch.device) -> dict[str
 
 
 @contextmanager
-def rows_beside(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+def rows_beside(model: nn.Module, adapter_names: Sequence[str], copies: int = 1) -> Iterator[None]:
     """Within it, in this thread, a module that is trained beside adapters (`modules_to_save`) serves row i by the copy of
     `adapter_names[i]`, or as the base model has it where that adapter brings none: as PEFT does it for LoRA.
 
@@ -135,8 +150,10 @@ def rows_beside(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
     def route(wrapper: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         if not scope.is_open:  # another thread's call
             return None
-        copies = wrapper._get_available_adapters()
-        return args, {**kwargs, "adapter_names": [name if name in copies else BASE for name in adapter_names]}
+        there = wrapper._get_available_adapters()
+        states = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        names = names_of_rows(adapter_names, len(states), copies)
+        return args, {**kwargs, "adapter_names": [name if name in there else BASE for name in names]}
 
     wrappers = {path: m for path, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
     for path, wrapper in wrappers.items():

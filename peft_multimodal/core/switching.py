@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -57,11 +57,14 @@ class SwitchingTuner(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
-        with nullcontext() if names is None else self.rows(names, [*args, *kwargs.values()]):
+        with nullcontext() if names is None else self.rows(names, [*args, *kwargs.values()], copies_of_rows(kwargs)):
             yield
 
-    def rows(self, adapter_names: Sequence[str], inputs: Collection[Any]) -> AbstractContextManager[None]:
-        """A context within which row i of a batch, of which these are inputs, has the adapter `adapter_names[i]`."""
+    def rows(
+        self, adapter_names: Sequence[str], inputs: Collection[Any], copies: int = 1
+    ) -> AbstractContextManager[None]:
+        """A context within which row i of a batch, of which these are inputs, has the adapter `adapter_names[i]`, and so
+        have the copies of it that generation makes."""
         raise ValueError(
             f"{type(self).__name__} has one adapter for the whole batch: adapter_names=[...] isn't supported. Call "
             "model.set_adapter(name) and pass the rows of each adapter separately."
@@ -175,6 +178,13 @@ class SwitchingTuner(BaseTuner):
     @classmethod
     def drop_traces(cls, model: nn.Module) -> None:
         """Remove what a method has left on modules beside its layers and parts."""
+
+
+def copies_of_rows(options: Mapping[str, Any]) -> int:
+    """How many rows `generate` makes of one with these options: beams, or sequences."""
+    config = options.get("generation_config")
+    names = ("num_beams", "num_return_sequences")
+    return max(options.get(name) or getattr(config, name, None) or 1 for name in names)
 
 
 def detach(parts: list[tuple[nn.Module, str, AttachedPart]]) -> None:

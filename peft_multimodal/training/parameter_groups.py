@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftMixedModel, PeftModel
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import PeftType
 from torch import nn
@@ -32,7 +32,7 @@ def parameter_groups(
     from zero. Biases, norms, gates and scales get no weight decay, as in `Trainer`.
 
     Args:
-        model: A `PeftModel` with adapters of any method, of this package or of PEFT.
+        model: A `PeftModel` with adapters of any method, of this package or of PEFT; also inside of DDP or `torch.compile`.
         lr: Learning rate of everything that no other argument names.
         weight_decay: Of matrices.
         saved_modules_lr: Learning rate of `modules_to_save`.
@@ -87,14 +87,18 @@ class _Places:
     """Where the parameters of a wrapped model stand: in which tower, and under which names of its methods."""
 
     def __init__(self, model: nn.Module) -> None:
+        peft = ((path, m) for path, m in model.named_modules() if isinstance(m, (PeftModel, PeftMixedModel)))
+        self.path: str = ""
+        self.path, model = next(peft, ("", model))  # inside of DDP's wrapper, of FSDP's or of torch.compile's
         anatomy: Anatomy = describe(model)
         self.roots = {m.module: m.tower for m in anatomy.matrices} | {t.path: t.name for t in anatomy.towers if t.path}
-        configs = model.peft_config.items() if isinstance(model, PeftModel) else ()
+        configs: Any = getattr(model, "peft_config", {}).items()
         self.adapters = {name for name, _ in configs}
         self.prefixes = {str(PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(config.peft_type)]) for _, config in configs}
 
     def tower(self, name: str) -> str:
         """Name of the tower that a parameter stands in; "" outside of all."""
+        name = name.removeprefix(f"{self.path}.")
         for wrapper in _WRAPPERS:
             name = name.replace(wrapper, "")
         path = name.removeprefix(_BASE).replace(".base_layer", "")

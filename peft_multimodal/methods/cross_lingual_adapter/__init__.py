@@ -280,7 +280,7 @@ class CrossLingualAdapterModel(MultimodalTuner):
         return multilingual_tower(self.model)
 
     @contextmanager
-    def rows(self, adapter_names: Sequence[str], inputs: Collection[Any]) -> Iterator[None]:
+    def rows(self, adapter_names: Sequence[str], inputs: Collection[Any], copies: int = 1) -> Iterator[None]:
         part: Any = self.language_tower()
         with part.rows(adapter_names, inputs):
             yield

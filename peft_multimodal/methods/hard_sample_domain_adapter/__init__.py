@@ -187,17 +187,17 @@ class HardSampleDomainAdapterModel(MultimodalTuner):
     # --- rows of a batch ---
 
     @contextmanager
-    def rows(self, adapter_names: Sequence[str], inputs: Collection[Any]) -> Iterator[None]:
+    def rows(self, adapter_names: Sequence[str], inputs: Collection[Any], copies: int = 1) -> Iterator[None]:
         if self.model.training:
             raise ValueError(
                 "adapter_names=[...] is for inference: call model.eval(), and train one adapter at a time."
             )
         check_rows(adapter_names, self.peft_config, inputs)
-        with rows_beside(self.model, adapter_names), ExitStack() as stack:
+        with rows_beside(self.model, adapter_names, copies), ExitStack() as stack:
             for _, _, part in self.attached_parts():
                 scope: CallScope = part.scope  # type: ignore[attr-defined]
                 scope.open()
-                scope.values["adapter_names"] = list(adapter_names)
+                scope.values.update(adapter_names=list(adapter_names), copies=copies)
                 stack.callback(scope.close)
             yield
 

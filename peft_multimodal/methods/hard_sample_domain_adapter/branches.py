@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from ...core.anatomy import (
     own_modules,
 )
-from ...core.parts import AttachedPart, CallScope, MultimodalLayer, rows_by_name
+from ...core.parts import AttachedPart, CallScope, MultimodalLayer, names_of_rows, rows_by_name
 from ...core.sites import arguments_of
 from ...core.stand_in import StandIn
 from ...nn.transformer_block import TransformerBlock
@@ -108,13 +108,8 @@ class DomainPart(nn.Module, AttachedPart, HardSampleDomainAdapterLayer):
         names = self.scope.values.get("adapter_names")
         if names is None:
             return sum(self.added(name, h, mask) for name in self.acting())  # type: ignore[return-value]
-        if len(names) != len(h):
-            raise ValueError(
-                f"{len(names)} adapter_names for {len(h)} rows: this tower doesn't see the batch row by row. Call "
-                "model.set_adapter(name) and pass the rows of each adapter separately."
-            )
         total: Any = None
-        rows_of = rows_by_name(names, h.device)
+        rows_of = rows_by_name(names_of_rows(names, len(h), self.scope.values["copies"]), h.device)
         for name in self.acting():
             rows = rows_of[name]
             seen = mask if mask is None or len(mask) == 1 else mask[rows]

@@ -198,17 +198,17 @@ class UniAdapterModel(MultimodalTuner):
     # --- rows of a batch ---
 
     @contextmanager
-    def rows(self, adapter_names: Sequence[str], inputs: Collection[Any]) -> Iterator[None]:
+    def rows(self, adapter_names: Sequence[str], inputs: Collection[Any], copies: int = 1) -> Iterator[None]:
         if self.model.training:
             raise ValueError(
                 "adapter_names=[...] is for inference: call model.eval(), and train one adapter at a time."
             )
         check_rows(adapter_names, self.peft_config, inputs)
         besides = {id(p.beside): p.beside for _, _, p in self.attached_parts() if isinstance(p, UniAdapterBranch)}
-        with rows_beside(self.model, adapter_names), ExitStack() as stack:
+        with rows_beside(self.model, adapter_names, copies), ExitStack() as stack:
             for beside in besides.values():
                 beside.rows.open()
-                beside.rows.values["adapter_names"] = list(adapter_names)
+                beside.rows.values.update(adapter_names=list(adapter_names), copies=copies)
                 stack.callback(beside.rows.close)
             yield
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.modules import dtype_of
-from ...core.parts import AttachedPart, CallScope, MultimodalLayer
+from ...core.parts import AttachedPart, CallScope, MultimodalLayer, names_of_rows, rows_by_name
 from ...core.private import InsideCheckpoint
 from ...core.stand_in import StandIn
 from ...nn.router import IMAGE, ModalityRouter
@@ -171,14 +171,11 @@ class Beside:
         if names is None:
             total: Any = sum(self.added_by(adapter, x, a, is_image) for adapter in adapters)
             return total
-        if len(names) != x.shape[self.batch_dim]:
-            raise ValueError(
-                f"{len(names)} adapter_names for {x.shape[self.batch_dim]} rows: this tower doesn't see the batch row by row. Call "
-                "model.set_adapter(name) and pass the rows of each adapter separately."
-            )
-        total, dim = torch.zeros_like(x), self.batch_dim
+        seen = x.shape[self.batch_dim] if x.ndim > 2 else 0  # patches of all images in one list are no rows
+        names = names_of_rows(names, seen, self.rows.values["copies"])
+        total, dim, rows_of = torch.zeros_like(x), self.batch_dim, rows_by_name(names, x.device)
         for adapter in adapters:
-            rows = torch.tensor([i for i, name in enumerate(names) if name == adapter], device=x.device)
+            rows = rows_of[adapter]
             of_rows = [None if t is None else t.index_select(dim, rows) for t in (a, is_image)]
             added = self.added_by(adapter, x.index_select(dim, rows), *of_rows)
             total = total.index_copy(dim, rows, added.to(total.dtype))
