@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from peft_multimodal import UniAdapterConfig, matched_modules
+from peft_multimodal.core.parts import InputGradients
 from peft_multimodal.methods.uni_adapter import Branch, SharedSite, UniAdapterBranch
+from peft_multimodal.methods.uni_adapter.beside import Ear
 
 METHOD = "uni_adapter"
 BLIP = FAMILIES["blip_retrieval"]
@@ -359,6 +362,42 @@ def test_beams_have_the_adapter_of_their_row(name: str):
     rows = ["second", "__base__", "default"]
     expected = torch.cat([alone[row][2 * i : 2 * i + 2] for i, row in enumerate(rows)])
     assert torch.equal(written(adapter_names=rows), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "saved"),
+    [
+        ("clip", "fc1"),
+        ("clip", "mlp"),
+        ("clip", "layer_norm2"),
+        ("blip_retrieval", "query"),
+        ("blip_retrieval", "dense"),
+    ],
+)
+def test_modules_that_are_trained_as_a_whole_are_heard(name: str, saved: str):
+    family = FAMILIES[name]
+    alone, beside = wrap(family, METHOD, scale=1.0), wrap(family, METHOD, scale=1.0, modules_to_save=[saved])
+    with torch.no_grad():
+        for parameter, value in zip(adapter(beside).values(), adapter(alone).values(), strict=True):
+            parameter.copy_(value)
+    assert distance(run(family, beside), run(family, alone)) == 0
+    assert distance(run(family, deepcopy(beside)), run(family, alone)) == 0
+    base = beside.unload()
+    assert distance(run(family, base), run(family, family.build())) == 0
+    assert not any(isinstance(hook, Ear) for m in base.modules() for hook in hooks_of(m))
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def test_an_embedding_that_is_trained_as_a_whole_copies_no_model():
+    model = wrap(FAMILIES["llava"], METHOD, modules_to_save=["embed_tokens"])
+    base = model.get_base_model()
+    for whole in (base, deepcopy(base)):
+        hooks = [hook for m in whole.modules() for hook in hooks_of(m) if isinstance(hook, InputGradients)]
+        assert hooks
+        assert all(hook.model is whole for hook in hooks)
 
 
 def test_patches_in_one_list_are_no_rows():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -88,11 +89,11 @@ class Beside:
         self.parts: dict[str, UniAdapterBranch] = {}  # by their kind
         self.call = CallScope()  # what was read in a call of the layer
         self.rows = CallScope()  # `adapter_names` of a call of the model
-        self.hooks = [
-            *(m.register_forward_pre_hook(self._read_ffn) for m in ffns),
-            *(m.register_forward_pre_hook(self._read_query) for m in queries),
-            *(m.register_forward_hook(self._read_norm) for m in norms),
-        ]
+        for modules, hear in ((ffns, "read_ffn"), (queries, "read_query")):
+            for module in modules:
+                module.register_forward_pre_hook(Ear(self, hear))
+        for module in norms:
+            module.register_forward_hook(Ear(self, "read_norm"))
         self.stand_in = StandIn(layer, "forward", self.forward, innermost=True)
         self.inside = InsideCheckpoint(layer, self.call, self.finish)
         # PyTorch's own attention reads (L, B, d) unless told otherwise.
@@ -110,22 +111,24 @@ class Beside:
         if not self.parts:
             self.stand_in.give_back()
             self.inside.remove()
-            for handle in self.hooks:
-                handle.remove()
+            for module in self.layer.modules():
+                for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                    for key in [k for k, hook in hooks.items() if isinstance(hook, Ear) and hook.beside is self]:
+                        del hooks[key]
             if self.router is not None:
                 self.router.remove()
 
     # --- what a call says ---
 
-    def _read_ffn(self, module: nn.Module, args: tuple) -> None:
+    def read_ffn(self, module: nn.Module, args: tuple) -> None:
         if self.call.is_open:
             self.call.values.setdefault("ffns", []).append(args[0])
 
-    def _read_query(self, module: nn.Module, args: tuple) -> None:
+    def read_query(self, module: nn.Module, args: tuple) -> None:
         if self.call.is_open:
             self.call.values["query"] = args[0]
 
-    def _read_norm(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+    def read_norm(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         if self.call.is_open:
             self.call.values.setdefault("norms", []).append((args[0], output))
 
@@ -195,6 +198,23 @@ class Beside:
         if is_image is not None:
             return added_by_modality(branches["layer"], branches["image"], x, is_image)
         return added_in_a_tower(branches["layer"], x) if "layer" in branches else torch.zeros_like(x)
+
+
+class Ear:
+    """A hook by which `Beside` hears a module in its layer.
+
+    PEFT trains a copy of a module as a whole (`modules_to_save`): that is heard, too. In a copy of the layer it is the
+    copy's own.
+    """
+
+    def __init__(self, beside: Beside, hear: str) -> None:
+        self.beside, self.hear = beside, hear
+
+    def __call__(self, *call: Any) -> None:
+        getattr(self.beside, self.hear)(*call)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ear:
+        return Ear(deepcopy(self.beside, memo), self.hear) if id(self.beside.layer) in memo else self
 
 
 def stream(states: Tensor, norms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
