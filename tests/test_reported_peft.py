@@ -147,6 +147,21 @@ def test_the_head_that_a_task_brings_stays_trained(config: type, task_type: str)
     assert torch.equal(output(), expected)
 
 
+@pytest.mark.parametrize("task_type", CLASSIFIERS)
+def test_one_config_of_a_task_serves_models_of_several_sizes(task_type: str, tmp_path):
+    config = AuroraModeApproxConfig(r=4, task_type=task_type)
+    for width in (32, 16):
+        base = tiny(CLASSIFIERS[task_type], hf.BertConfig(**{**BERT.to_diff_dict(), "hidden_size": width}))
+        model = get_peft_model(base(), config)
+        assert model.peft_config["default"] is not config
+        assert config.base_signature is None
+        move_wholes(model, "default", 0.5)
+        model.save_pretrained(tmp_path / str(width))
+        loaded = peft.PeftModel.from_pretrained(base(), tmp_path / str(width)).eval()
+        ids = torch.tensor([[1, 5, 6, 2]])
+        assert torch.equal(loaded(input_ids=ids)[0], model.eval()(input_ids=ids)[0])
+
+
 def test_all_layers_choose_the_same_next_adapter():
     """A layer that has not the one which the others have chosen is idle, it doesn't choose a third."""
     family = FAMILIES["clip"]

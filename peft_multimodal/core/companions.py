@@ -21,9 +21,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from peft import TaskType
 from torch import nn
 
 from .registry import method_of
+
+# Heads that PEFT adds to modules_to_save by the task, whether a model has them or not.
+TASK_HEADS = {
+    TaskType.SEQ_CLS: {"classifier", "score"},
+    TaskType.TOKEN_CLS: {"classifier", "score"},
+    TaskType.QUESTION_ANS: {"qa_outputs"},
+}
 
 
 @dataclass
@@ -105,8 +113,10 @@ def record_of(config: Any) -> Record:
 def own_copy(config: Any) -> Any:
     """The config of one adapter: what is filled in as the adapter is made stays off the object that the user has."""
     record = record_of(config)
-    # Of these tasks PEFT adds the head to the config's modules_to_save after the adapter is made, on the object that it has.
-    copied = config if config.task_type in ("TOKEN_CLS", "QUESTION_ANS") else copy.deepcopy(config)
+    copied = copy.deepcopy(config)
+    # Of some tasks PEFT adds these after the adapter is made, to the object that it was handed.
+    if heads := TASK_HEADS.get(config.task_type, set()) - set(config.modules_to_save or ()):
+        copied.modules_to_save = [*(config.modules_to_save or ()), *sorted(heads)]
     awaits = config.is_loaded and not record.is_an_adapters
     vars(record_of(copied)).update(
         origin=record.origin, encoder=record.encoder, is_an_adapters=True, awaits_weights=awaits

@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from peft import PeftModel, TaskType
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
@@ -24,17 +24,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from . import anatomy
-from .companions import record_of
+from .companions import TASK_HEADS, record_of
 from .config import MultimodalConfig
 from .parts import MultimodalLayer
 from .registry import METHODS
 
-# Heads that PEFT adds to modules_to_save by the task, whether a model has them or not.
-_TASK_HEADS = {
-    TaskType.SEQ_CLS: {"classifier", "score"},
-    TaskType.TOKEN_CLS: {"classifier", "score"},
-    TaskType.QUESTION_ANS: {"qa_outputs"},
-}
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
@@ -144,7 +138,7 @@ def _others(model: Any, adapter_name: str) -> str:
 
 def modules_of(config: Any) -> list[str]:
     """`modules_to_save` without the heads that PEFT adds unasked."""
-    return [name for name in config.modules_to_save or () if name not in _TASK_HEADS.get(config.task_type, ())]
+    return [name for name in config.modules_to_save or () if name not in TASK_HEADS.get(config.task_type, ())]
 
 
 def check_modules_to_save(model: nn.Module, config: MultimodalConfig) -> None:
