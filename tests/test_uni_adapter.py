@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from peft_multimodal import UniAdapterConfig, matched_modules
-from peft_multimodal.core.parts import InputGradients
 from peft_multimodal.methods.uni_adapter import Branch, SharedSite, UniAdapterBranch
 from peft_multimodal.methods.uni_adapter.beside import Ear
 
@@ -389,15 +388,6 @@ def test_modules_that_are_trained_as_a_whole_are_heard(name: str, saved: str):
 
 def hooks_of(module: nn.Module) -> list[Any]:
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-
-
-def test_an_embedding_that_is_trained_as_a_whole_copies_no_model():
-    model = wrap(FAMILIES["llava"], METHOD, modules_to_save=["embed_tokens"])
-    base = model.get_base_model()
-    for whole in (base, deepcopy(base)):
-        hooks = [hook for m in whole.modules() for hook in hooks_of(m) if isinstance(hook, InputGradients)]
-        assert hooks
-        assert all(hook.model is whole for hook in hooks)
 
 
 def test_patches_in_one_list_are_no_rows():

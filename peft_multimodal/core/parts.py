@@ -294,11 +294,6 @@ class InputGradients:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> InputGradients:
-        return InputGradients(
-            memo.get(id(self.model), self.model)
-        )  # of an embedding alone (`modules_to_save`) or of all
-
     def __call__(self, embedding: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not output.is_leaf:
             return None
