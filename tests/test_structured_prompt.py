@@ -911,3 +911,16 @@ CASES = [
         refusal="Use a dual encoder",
     )
 ]
+
+
+def test_a_seed_draws_contexts_before_what_looks_at_the_image():
+    """Runs with a seed give what they gave in earlier releases."""
+    torch.manual_seed(0)
+    base = FAMILIES["clip"].build()
+    torch.manual_seed(1)
+    model = get_peft_model(base, StructuredPromptConfig(num_general=0, num_instance=3, num_domain=2))
+    part: Any = model.base_model.classifier()
+    context = part.structured_prompt_context["default"]
+    torch.manual_seed(1)
+    assert torch.equal(context.domain, 0.02 * torch.randn_like(context.domain))
+    assert torch.equal(context.instance, 0.02 * torch.randn_like(context.instance))
