@@ -13,8 +13,9 @@ from families import FAMILIES, IMAGE, ROWS, WORDS, Family, pairs, text_tower, ti
 from torch import Tensor, nn
 
 from peft_multimodal.core.anatomy import describe, stack_of
-from peft_multimodal.nn.router import AUDIO, NONE, TEXT, VIDEO, ModalityRouter, Stream, order_of
-from peft_multimodal.nn.router import IMAGE as SEEN
+from peft_multimodal.nn.router import ModalityRouter
+from peft_multimodal.nn.single_streams import AUDIO, NONE, TEXT, VIDEO, Stream, order_of
+from peft_multimodal.nn.single_streams import IMAGE as SEEN
 
 
 def visual_bert() -> Family:

@@ -40,7 +40,8 @@ from ...core.config import TargetedConfig
 from ...core.parts import check_rows, rows_beside
 from ...core.registry import Promises, Use, method
 from ...core.tuner import Injection, MultimodalTuner
-from ...nn.router import IMAGE, ModalityRouter
+from ...nn.router import ModalityRouter
+from ...nn.single_streams import IMAGE
 from .beside import Beside, SharedSite, UniAdapterBranch, UniAdapterLayer
 from .bottleneck import ACTIVATIONS, Branch, Down
 from .layers import FFNLayer, ffn_layers, norms_of

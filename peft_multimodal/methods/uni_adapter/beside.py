@@ -13,7 +13,8 @@ from ...core.modules import dtype_of
 from ...core.parts import AttachedPart, CallScope, MultimodalLayer, names_of_rows, rows_by_name
 from ...core.private import InsideCheckpoint
 from ...core.stand_in import StandIn
-from ...nn.router import IMAGE, ModalityRouter
+from ...nn.router import ModalityRouter
+from ...nn.single_streams import IMAGE
 from .bottleneck import Branch, added_by_fusion, added_by_modality, added_in_a_tower
 
 
