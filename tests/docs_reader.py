@@ -126,7 +126,7 @@ def check_run(arguments: list[str]) -> None:
 # --- the reader's own data -------------------------------------------------------------------------------------------
 
 
-def picture(name: str) -> Image.Image:
+def image(name: str) -> Image.Image:
     """A disc of the name's colour, and for each name another size."""
     image = Image.new("RGB", (SIDE, SIDE), "white")
     rest = 2 + list(NAMES).index(name)
@@ -138,7 +138,7 @@ def captioned(**columns: list[Any]) -> Any:
     from datasets import Dataset
 
     return Dataset.from_dict(
-        {"image": [picture(name) for name in NAMES], "text": [f"a {name}" for name in NAMES]} | columns
+        {"image": [image(name) for name in NAMES], "text": [f"a {name}" for name in NAMES]} | columns
     )
 
 
@@ -146,15 +146,15 @@ def pixels(*names: str) -> Any:
     from transformers import AutoImageProcessor
 
     processor = AutoImageProcessor.from_pretrained("openai/clip-vit-base-patch32")
-    return processor([picture(name) for name in names], return_tensors="pt").pixel_values
+    return processor([image(name) for name in names], return_tensors="pt").pixel_values
 
 
-def folders_of_pictures() -> None:
-    """pictures/1.png and questions/1.png, ..., and the same by class: classes/<name>/1.png."""
+def folders_of_images() -> None:
+    """images/1.png and questions/1.png, ..., and the same by class: classes/<name>/1.png."""
     for number, name in enumerate(NAMES, 1):
-        for path in (f"pictures/{number}.png", f"questions/{number}.png", f"classes/{name}/1.png"):
+        for path in (f"images/{number}.png", f"questions/{number}.png", f"classes/{name}/1.png"):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            picture(name).save(path)
+            image(name).save(path)
 
 
 GIVEN: dict[str, Callable[[], Any]] = {
@@ -164,9 +164,9 @@ GIVEN: dict[str, Callable[[], Any]] = {
     "few_shot": lambda: [
         {"pixel_values": pixels(name)[0], "labels": label} for label, name in enumerate(("red apple", "green apple"))
     ],
-    "rows": lambda: [{"text": "<image>what colour is it?", "answer": f" a {n}", "images": [picture(n)]} for n in NAMES],
-    "apple": lambda: picture("red apple"),
-    "pear": lambda: picture("green pear"),
+    "rows": lambda: [{"text": "<image>what colour is it?", "answer": f" a {n}", "images": [image(n)]} for n in NAMES],
+    "apple": lambda: image("red apple"),
+    "pear": lambda: image("green pear"),
     "x": lambda: pixels("red apple", "green apple"),
 }
 
@@ -192,7 +192,7 @@ def few_steps() -> None:
 
 def main(page: str) -> None:
     few_steps()
-    folders_of_pictures()
+    folders_of_images()
     alone = STAND_ALONE in (ROOT / page).read_text(encoding="utf-8")
     namespace: dict[str, Any] = {}
     section, done = None, []

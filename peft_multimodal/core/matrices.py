@@ -124,6 +124,6 @@ def _tower_of(path: str, roots: dict[str, str], attentions: set[str]) -> str:
     inside = [(len(root), name) for root, name in roots.items() if is_below(path, root)]
     if inside:
         name = max(inside)[1]
-        # A text encoder's cross-attention reads the picture: that is where BLIP-like models fuse.
+        # A text encoder's cross-attention reads the image: that is where BLIP-like models fuse.
         return "fusion" if name == "text" and is_cross(path) else name
     return "fusion" if layer_of(path) or path in attentions or path.rpartition(".")[0] in attentions else "other"

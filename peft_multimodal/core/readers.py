@@ -12,7 +12,7 @@ from .modules import own_modules, unwrap
 
 
 def pixel_readers(model: nn.Module) -> list[str]:
-    """Paths of the convolutions that read pictures."""
+    """Paths of the convolutions that read images."""
     return [p for p, m in own_modules(model).items() if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m.in_channels == 3]
 
 

@@ -144,7 +144,7 @@ class DomainLayer(DomainPart):
         h = output[0] if isinstance(output, tuple) else output
         states = h.transpose(0, 1) if self.sequence_first else h
         shape = states.shape
-        # Tokens in one row: windows' grids (B, H, W, d), and pictures that are packed into (L, d).
+        # Tokens in one row: windows' grids (B, H, W, d), and images that are packed into (L, d).
         states = states.unsqueeze(0) if states.dim() == 2 else states.flatten(1, -2)
         mask = self._mask(states, args, kwargs)
         added = self.residual(states, mask).reshape(shape)
@@ -184,8 +184,8 @@ class DomainLayer(DomainPart):
         bounds = self.argument("cu_seqlens", args, kwargs)
         if bounds is not None:
             places = torch.arange(length, device=h.device)
-            picture = torch.bucketize(places, bounds[1:].to(places), right=True)
-            together = (picture[:, None] == picture)[None, None]
+            image = torch.bucketize(places, bounds[1:].to(places), right=True)
+            together = (image[:, None] == image)[None, None]
             mask = together if mask is None else mask & together
         # A query that may look at nothing is padding: nobody reads it, and it must not be NaN.
         return None if mask is None else mask | ~mask.any(dim=-1, keepdim=True)
