@@ -479,6 +479,18 @@ def test_from_lora_of_an_untrained_tower():
     assert all(not dense(model, p, [(48, 48)]).any() for p in errors if "vision" in p)
 
 
+def test_ones_start_all_matrices_on_one_update():
+    base = Stack(Attention(), Attention())
+    found = []
+    for init in ("gauss", "ones"):
+        torch.manual_seed(0)
+        found.append(adapter(adapt(copy.deepcopy(base), r=64, stirred=False, init_weights=init)))
+    drawn, ones = found
+    for name, value in ones.items():
+        expected = 1 + 0.02 * drawn[name] if "_P_norm" in name else drawn[name]
+        assert torch.allclose(value, expected), name
+
+
 def test_inherit_takes_the_weights_factors():
     base, x = Stack(Attention(12, 10), Attention(12, 10)), torch.randn(2, 3, 12)
     U, V, P = torch.randn(12, 2), torch.randn(10, 2), torch.randn(6, 2)
