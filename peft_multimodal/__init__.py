@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .training.contrastive import ContrastiveTrainer
     from .training.distillation import CrossLingualTrainer, DistillationLoss
     from .training.hard_samples import HardSampleBank
-    from .training.parameter_groups import parameter_groups
+    from .training.learning_rates import parameter_groups
     from .training.trainer import ImageTextRetrievalTrainer
 
 _LAZY = {
@@ -45,7 +45,7 @@ _LAZY = {
     "read_image": "images",
     "RetrievalRecall": "evaluation",
     "last_checkpoint": "training.checkpoints",
-    "parameter_groups": "training.parameter_groups",
+    "parameter_groups": "training.learning_rates",
     "VQAAccuracy": "evaluation",
     "ImageTextRetrievalTrainer": "training.trainer",
 }

@@ -24,7 +24,6 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks.trace_inputs import functions_that_see
 from peft_multimodal import StructuredPromptConfig
 from peft_multimodal.methods.structured_prompt.keeper import autocast_dtype
 from peft_multimodal.nn import known_prefix
@@ -231,6 +230,8 @@ def tokens_read(model: PeftModel, call) -> int:
 @pytest.mark.parametrize("order", ORDERS)
 def test_token_ids_go_one_way(order: str):
     """From the call to the embeddings: few functions of the package see them, none more often than there are chunks."""
+    from benchmarks.trace_inputs import functions_that_see  # other processes read this file where it isn't known
+
     model, captions = prompted(order=order, chunk_size=2).eval(), [f"w{i} w{i + 10}" for i in range(20, 24)]
     batch = word_tokenizer()(captions, return_tensors="pt", return_token_type_ids=False)
     seen = functions_that_see(set(range(20, 34)), lambda: model(pixel_values=images(4), **batch))

@@ -25,7 +25,7 @@ _WHERE = {
     "HardSampling": "hard_samples",
     "ImageTextRetrievalTrainer": "trainer",
     "SumTree": "hard_samples.draws",
-    "parameter_groups": "parameter_groups",
+    "parameter_groups": "learning_rates",
     "weighted_order": "hard_samples.draws",
 }
 

@@ -19,8 +19,8 @@ from ..core.weights import WeightsDontFit
 from ..data import FiniteBatches, evaluating, without_loss
 from .callback import AdapterCallback
 from .checkpoints import BATCHES, STATE, batches_of, to_resume
+from .learning_rates import parameter_groups
 from .losses import LOGIT_SCALE, retrieval_loss
-from .parameter_groups import parameter_groups
 from .publishing import renew_card
 
 BATCH = "per_device_train_batch_size"
