@@ -122,3 +122,24 @@ def test_our_trainers_take_them_with_model_init_too(tmp_path: Path) -> None:
     assert {rate for name, (rate, _) in found.items() if "modules_to_save" in name} == {1e-4}
     assert {rate for name, (rate, _) in found.items() if "lora_B" in name} == {1e-2}
     assert {rate for name, (rate, _) in found.items() if "lora_A" in name} == {1e-3}
+
+
+def test_another_training_by_model_init_has_groups_of_its_own_model(tmp_path: Path) -> None:
+    trainer = ContrastiveTrainer(
+        model_init=lora, args=arguments(tmp_path, learning_rate=1e-3), train_dataset=Pairs(4), saved_modules_lr=1e-4
+    )
+    for rate in (1e-3, 2e-3):
+        trainer.args.learning_rate = rate
+        trainer.train()
+        optimizer: Any = trainer.optimizer
+        found = rates(trainer.model, optimizer.param_groups)
+        assert {r for name, (r, _) in found.items() if "modules_to_save" in name} == {1e-4}
+        assert {r for name, (r, _) in found.items() if "lora_" in name} == {rate}
+        assert trainer.optimizer_cls_and_kwargs is None
+
+
+def test_an_optimizer_that_chooses_its_parameters_is_refused(tmp_path: Path) -> None:
+    trainer = ContrastiveTrainer(lora(), arguments(tmp_path), train_dataset=Pairs(4), saved_modules_lr=1e-4)
+    trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, {"params": []})  # as GaLore's is
+    with pytest.raises(ValueError, match="chooses its parameters itself"):
+        trainer.create_optimizer()

@@ -117,10 +117,9 @@ def own_copy(config: Any) -> Any:
     # Of some tasks PEFT adds these after the adapter is made, to the object that it was handed.
     if heads := TASK_HEADS.get(config.task_type, set()) - set(config.modules_to_save or ()):
         copied.modules_to_save = [*(config.modules_to_save or ()), *sorted(heads)]
-    awaits = config.is_loaded and not record.is_an_adapters
-    vars(record_of(copied)).update(
-        origin=record.origin, encoder=record.encoder, is_an_adapters=True, awaits_weights=awaits
-    )
+    new = record_of(copied)
+    new.origin, new.encoder, new.is_an_adapters = record.origin, record.encoder, True
+    new.awaits_weights = config.is_loaded and not record.is_an_adapters
     return copied
 
 

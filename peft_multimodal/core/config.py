@@ -161,7 +161,7 @@ def takes_no_targets(tower: str, reason: str) -> Callable[[type[Config]], type[C
                     raise ValueError(f"{cls.__name__}.{name} must be {expected}, got {value!r}")
             init(self, *args, **kwargs)
 
-        cls.__init__ = __init__  # type: ignore
+        cls.__init__ = __init__  # type: ignore[method-assign, assignment]
         return cls
 
     return decorate
@@ -173,6 +173,18 @@ _TARGETS = TargetedConfig.__annotations__.keys()
 def heads_for(width: int) -> int:
     """Attention heads where nobody chose them: 4, or the largest number below that divides the width."""
     return next(n for n in (4, 3, 2, 1) if width % n == 0)
+
+
+def check_bottleneck(config: Any) -> None:
+    """Check the fields of a bottleneck with transformer layers in it; `num_heads` is filled in where nobody chose it."""
+    for name in ("bottleneck_dim", "ff_mult"):
+        config.check_number(name, 1, integer=True)
+    if config.num_heads is None:
+        config.num_heads = heads_for(config.bottleneck_dim)
+    config.check_number("num_heads", 1, integer=True)
+    config.check("num_heads", "a divisor of bottleneck_dim", lambda v: config.bottleneck_dim % v == 0)
+    config.check_number("num_layers", 0, 1000, integer=True)
+    config.check_number("dropout", 0, 0.999)
 
 
 def is_strings(value: Any) -> bool:

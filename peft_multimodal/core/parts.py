@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -135,6 +135,48 @@ def rows_by_name(adapter_names: Sequence[str], device: torch.device) -> dict[str
     for row, name in enumerate(adapter_names):
         rows.setdefault(name, []).append(row)
     return {name: torch.tensor(of_name, device=device) for name, of_name in rows.items()}
+
+
+@contextmanager
+def rows_in(
+    model: nn.Module,
+    scopes: Iterable[CallScope],
+    adapter_names: Sequence[str],
+    known: Collection[str],
+    inputs: Collection[Any],
+    copies: int = 1,
+) -> Iterator[None]:
+    """Within it, in this thread, the scopes of a method's parts hold the adapter of each row, for `rows_of`.
+
+    Args:
+        known, inputs: As `check_rows` takes them.
+        copies: Of each row, that generation makes.
+
+    Raises:
+        ValueError: the model trains, or the names aren't one known adapter for each row.
+    """
+    if model.training:
+        raise ValueError("adapter_names=[...] is for inference: call model.eval(), and train one adapter at a time.")
+    check_rows(adapter_names, known, inputs)
+    rows: dict[Any, dict[str, Tensor]] = {}  # all parts share them
+    with rows_beside(model, adapter_names, copies), ExitStack() as stack:
+        for scope in scopes:
+            scope.open()
+            scope.values.update(adapter_names=list(adapter_names), copies=copies, rows=rows)
+            stack.callback(scope.close)
+        yield
+
+
+def rows_of(scope: CallScope, rows: int, device: torch.device) -> dict[str, Tensor]:
+    """{adapter: its rows of a batch} for a part that sees so many, within `rows_in`; made once for all parts.
+
+    Raises:
+        ValueError: the part doesn't see the batch row by row.
+    """
+    made, key = scope.values["rows"], (rows, device)
+    if key not in made:
+        made[key] = rows_by_name(names_of_rows(scope.values["adapter_names"], rows, scope.values["copies"]), device)
+    return made[key]
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def renew_card(model: Any, folder: Path, name: str, notes: CardNotes | None = No
     adapters, notes = stored_adapters(folder), notes or CardNotes()
     if not configs or not adapters:
         return
-    known = [method_of(c).model.card_notes(model, n) for n, c in configs.items()]  # type: ignore[union-attr]
+    known = [m.model.card_notes(model, n) for n, c in configs.items() for m in [method_of(c)] if m is not None]
     notes = replace(notes, languages=notes.languages or [language for note in known for language in note.languages])
     if not notes.classes:
         notes = replace(notes, classes=known[0].classes)

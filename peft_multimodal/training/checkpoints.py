@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 STATE = "trainer_state.json"
 BATCHES = "batches.json"  # of the trainers of this package
+BATCH = "per_device_train_batch_size"
 _NUMBER = re.compile(r"checkpoint-(\d+)")
 _RANK = re.compile(r"rng_state_(\d+)\.pth")
 # One of each list: of transformers, of FSDP with whole and with sharded states, of DeepSpeed.
@@ -97,7 +98,30 @@ def batches_of(checkpoint: Path) -> dict[str, int]:
         return {name: value for name, value in written.items() if isinstance(value, int)}
     state = _read(checkpoint / STATE) if (checkpoint / STATE).is_file() else None
     size = state.get("train_batch_size") if isinstance(state, dict) else None
-    return {"per_device_train_batch_size": size} if isinstance(size, int) else {}
+    return {BATCH: size} if isinstance(size, int) else {}
+
+
+def rows_of_a_step(batches: dict[str, int]) -> int:
+    """Of all processes together; with split_batches they share a batch out."""
+    return batches[BATCH] * (1 if batches.get("split_batches") else batches["processes"])
+
+
+def goes_on_exactly(then: dict[str, int], now: dict[str, int], draws: int | None, joint_loss: bool) -> bool:
+    """Whether every step still to come sees the rows, and has the loss, that it would have had.
+
+    Args:
+        then, now: The batches of a checkpoint and of the run that goes on from it.
+        draws: Rows of an epoch; None of a data set that streams.
+        joint_loss: Whether the loss is one of all processes' rows.
+    """
+    rows = [rows_of_a_step(batches) for batches in (then, now)]
+    whole = draws is not None and draws % rows[0] == 0  # every batch is full
+    dropped = bool(then["dataloader_drop_last"] and now["dataloader_drop_last"])
+    if then["gradient_accumulation_steps"] != now["gradient_accumulation_steps"] or rows[0] != rows[1]:
+        return False
+    if then["processes"] != now["processes"]:  # several processes fill up a last batch
+        return joint_loss and draws is not None and (whole or dropped)
+    return whole or then["dataloader_drop_last"] == now["dataloader_drop_last"]
 
 
 def _is_whole(file: Path) -> bool:

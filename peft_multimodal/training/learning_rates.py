@@ -50,6 +50,7 @@ def parameter_groups(
         >>> groups = parameter_groups(model, lr=3e-3, saved_modules_lr=3e-4, role_lr={"P": 1e-2, "lambda": 1e-2})
         >>> Trainer(model, args, train_dataset=dataset, optimizers=(torch.optim.AdamW(groups), None))
     """
+    # Trainer's own rule, which asks nothing of a trainer.
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     places = _Places(model)
     groups: dict[tuple[str, float, float], dict[str, Any]] = {}

@@ -18,17 +18,10 @@ from ..core.stand_in import StandIn
 from ..core.weights import WeightsDontFit
 from ..data import FiniteBatches, evaluating, without_loss
 from .callback import AdapterCallback
-from .checkpoints import BATCHES, STATE, batches_of, to_resume
+from .checkpoints import BATCH, BATCHES, STATE, batches_of, goes_on_exactly, rows_of_a_step, to_resume
 from .learning_rates import parameter_groups
 from .losses import LOGIT_SCALE, retrieval_loss
 from .publishing import renew_card
-
-BATCH = "per_device_train_batch_size"
-
-
-def rows_of_a_step(batches: dict[str, int]) -> int:
-    """Of all processes together; with split_batches they share a batch out."""
-    return batches[BATCH] * (1 if batches.get("split_batches") else batches["processes"])
 
 
 class _OwnCallback(AdapterCallback):
@@ -85,13 +78,19 @@ class AdapterTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None and any(rate is not None for rate in self._rates.values()):
             trained: Any = self.model if model is None else model
-            kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, trained)
-            if "params" in options or "model" in options or "optimizer_dict" in options:
+            chosen = self.optimizer_cls_and_kwargs
+            kind, options = chosen or self.get_optimizer_cls_and_kwargs(self.args, trained)
+            is_plain = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+            if not is_plain or options.keys() & {"params", "model", "optimizer_dict"}:
                 raise ValueError(
                     f"optim={self.args.optim} chooses its parameters itself: leave out saved_modules_lr, tower_lr and role_lr."
                 )
             groups = parameter_groups(trained, self.args.learning_rate, self.args.weight_decay, **self._rates)
             self.optimizer_cls_and_kwargs = kind, {**options, "params": groups}
+            try:
+                return super().create_optimizer(model)
+            finally:
+                self.optimizer_cls_and_kwargs = chosen  # the next model of `model_init` has parameters of its own
         return super().create_optimizer(model)
 
     # --- data ---
@@ -214,16 +213,7 @@ class AdapterTrainer(Trainer):
             )
 
     def _goes_on_exactly(self, then: dict[str, int], now: dict[str, int]) -> bool:
-        """Whether every step still to come sees the rows, and has the loss, that it would have had."""
-        rows = [rows_of_a_step(batches) for batches in (then, now)]
-        draws = self._draws()
-        whole = draws is not None and draws % rows[0] == 0  # every batch is full
-        dropped = bool(then["dataloader_drop_last"] and now["dataloader_drop_last"])
-        if then["gradient_accumulation_steps"] != now["gradient_accumulation_steps"] or rows[0] != rows[1]:
-            return False
-        if then["processes"] != now["processes"]:  # several processes fill up a last batch
-            return self.joint_loss and draws is not None and (whole or dropped)
-        return whole or then["dataloader_drop_last"] == now["dataloader_drop_last"]
+        return goes_on_exactly(then, now, self._draws(), self.joint_loss)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from ...core.anatomy import Anatomy, Site, is_below, own_modules
 from ...core.companions import CardNotes
-from ...core.config import MultimodalConfig, heads_for, takes_no_targets
+from ...core.config import MultimodalConfig, check_bottleneck, takes_no_targets
 from ...core.registry import Promises, Use, method
 from ...core.tuner import Injection, MultimodalTuner
 from ...encoders.frozen import follow, give_encoder, given_encoder, is_given
@@ -84,13 +84,7 @@ class CrossLingualAdapterConfig(MultimodalConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("CROSS_LINGUAL_ADAPTER")
-        for name in ("bottleneck_dim", "ff_mult"):
-            self.check_number(name, 1, integer=True)
-        if self.num_heads is None:
-            self.num_heads = heads_for(self.bottleneck_dim)
-        self.check_number("num_heads", 1, integer=True)
-        self.check_number("num_layers", 0, 1000, integer=True)
-        self.check_number("dropout", 0, 0.999)
+        check_bottleneck(self)
         self.check_choice("pool", ("mean", "cls", "attention"))
         self.check("level", "'pooled', 'tokens' or None", lambda v: v in (None, "pooled", "tokens"))
         self.check_flag("save_encoder")
@@ -98,7 +92,6 @@ class CrossLingualAdapterConfig(MultimodalConfig):
             self.check(name, "a string or None", lambda v: v is None or (isinstance(v, str) and v))
         for name in ("encoder_width", "encoder_vocab_size", "output_dim"):
             self.check(name, "a positive integer or None", lambda v: v is None or (type(v) is int and v > 0))
-        self.check("num_heads", "a divisor of bottleneck_dim", lambda v: self.bottleneck_dim % v == 0)
 
     def with_encoder(self, encoder: nn.Module, tokenizer: Any = None) -> CrossLingualAdapterConfig:
         """Take this module (and its tokenizer) for the encoder; returns the config.

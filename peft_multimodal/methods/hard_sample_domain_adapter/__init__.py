@@ -21,8 +21,8 @@ Parameters a site, at an FFN of 4 m: 2 d + (d m + m) + n (12 m^2 + 13 m) + m d +
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ from ...core.anatomy import (
     own_modules,
     stack_of,
 )
-from ...core.config import TargetedConfig, heads_for
-from ...core.parts import CallScope, check_rows, rows_beside
+from ...core.config import TargetedConfig, check_bottleneck
+from ...core.parts import rows_in
 from ...core.registry import Promises, Use, method
 from ...core.sites import arguments_of, layers, towers
 from ...core.tuner import Injection, MultimodalTuner
@@ -77,18 +77,11 @@ class HardSampleDomainAdapterConfig(TargetedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("HARD_SAMPLE_DOMAIN_ADAPTER")
-        for name in ("bottleneck_dim", "ff_mult"):
-            self.check_number(name, 1, integer=True)
-        if self.num_heads is None:
-            self.num_heads = heads_for(self.bottleneck_dim)
-        self.check_number("num_heads", 1, integer=True)
-        self.check_number("num_layers", 0, 1000, integer=True)
-        self.check_number("dropout", 0, 0.999)
+        check_bottleneck(self)
         self.check_choice("placement", ("layer", "top"))
         self.check(
             "last_layers", "a positive integer, or None for all", lambda v: v is None or (type(v) is int and v > 0)
         )
-        self.check("num_heads", "a divisor of bottleneck_dim", lambda v: self.bottleneck_dim % v == 0)
         self.check(
             "target_modules", "paths of layers (last_layers=None takes all)", lambda v: v is None or v != "all-linear"
         )
@@ -186,20 +179,11 @@ class HardSampleDomainAdapterModel(MultimodalTuner):
 
     # --- rows of a batch ---
 
-    @contextmanager
-    def rows(self, adapter_names: Sequence[str], inputs: Collection[Any], copies: int = 1) -> Iterator[None]:
-        if self.model.training:
-            raise ValueError(
-                "adapter_names=[...] is for inference: call model.eval(), and train one adapter at a time."
-            )
-        check_rows(adapter_names, self.peft_config, inputs)
-        with rows_beside(self.model, adapter_names, copies), ExitStack() as stack:
-            for _, _, part in self.attached_parts():
-                scope: CallScope = part.scope  # type: ignore[attr-defined]
-                scope.open()
-                scope.values.update(adapter_names=list(adapter_names), copies=copies)
-                stack.callback(scope.close)
-            yield
+    def rows(
+        self, adapter_names: Sequence[str], inputs: Collection[Any], copies: int = 1
+    ) -> AbstractContextManager[None]:
+        scopes = [part.scope for part in self.own_layers() if isinstance(part, DomainPart)]
+        return rows_in(self.model, scopes, adapter_names, self.peft_config, inputs, copies)
 
 
 def has_known_mask(layer: nn.Module) -> bool:

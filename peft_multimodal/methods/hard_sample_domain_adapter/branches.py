@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from ...core.anatomy import (
     own_modules,
 )
-from ...core.parts import AttachedPart, CallScope, MultimodalLayer, names_of_rows, rows_by_name
+from ...core.parts import AttachedPart, CallScope, MultimodalLayer, rows_of
 from ...core.sites import arguments_of
 from ...core.stand_in import StandIn
 from ...nn.transformer_block import TransformerBlock
@@ -105,13 +105,12 @@ class DomainPart(nn.Module, AttachedPart, HardSampleDomainAdapterLayer):
 
     def residual(self, h: Tensor, mask: Tensor | None) -> Tensor:
         """What the acting adapters add: their sum, or to each row what its own adds."""
-        names = self.scope.values.get("adapter_names")
-        if names is None:
+        if "adapter_names" not in self.scope.values:
             return sum(self.added(name, h, mask) for name in self.acting())  # type: ignore[return-value]
         total: Any = None
-        rows_of = rows_by_name(names_of_rows(names, len(h), self.scope.values["copies"]), h.device)
+        rows_by_adapter = rows_of(self.scope, len(h), h.device)
         for name in self.acting():
-            rows = rows_of[name]
+            rows = rows_by_adapter[name]
             seen = mask if mask is None or len(mask) == 1 else mask[rows]
             part = self.added(name, h[rows], seen)
             total = part.new_zeros(len(h), *part.shape[1:]) if total is None else total

@@ -93,7 +93,6 @@ class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
     def add(self, adapter_name: str, settings: Settings, context: StructuredContext) -> None:
         self.settings[adapter_name] = settings
         self.structured_prompt_context[adapter_name] = context
-        self.settle(adapter_name)
         if settings.general_init is not None:
             self.unread.add(adapter_name)
             self.read_words()

@@ -88,4 +88,6 @@ class StructuredContext(nn.Module):
 
     def instance_of(self, Z: Tensor, mask: Tensor | None = None) -> Tensor | None:
         """I(x) (B, M_i, d_t) of the patches Z (B, S, d_v); None where prompts don't look at the image."""
-        return self.attention(self.instance, Z, mask) if self.looks else None  # type: ignore[misc]
+        if self.instance is None or self.attention is None:
+            return None
+        return self.attention(self.instance, Z, mask)

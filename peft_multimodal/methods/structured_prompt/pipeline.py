@@ -57,8 +57,9 @@ class Prompts:
 
     def common(self) -> Piece:
         """[SOS] G, and K where all classes have one and nothing stands between: one row."""
-        contexts = [self.context.general, self.context.domain[0] if self._domain_leads() else None]  # type: ignore[index]
-        return join(self.reader.lead(), *(self.reader.vectors(c[None]) for c in contexts if c is not None))
+        G, K = self.context.general, self.context.domain if self._domain_leads() else None
+        contexts = [c for c in (None if G is None else G[None], K) if c is not None]
+        return join(self.reader.lead(), *map(self.reader.vectors, contexts))
 
     def named(self, texts: Texts) -> list[Piece]:
         """D_c = [K_dom(c); E(name_c)], C rows, without K where it stands in `common`."""
@@ -112,8 +113,9 @@ class Prompts:
 
     def static(self, texts: Texts) -> Tensor:
         """(C, e): the features with Q in place of I(x)."""
-        Q = self.context.instance[None] if self.context.looks else None  # type: ignore[index]
-        return torch.cat([self.features(self.named(some), Q)[0] for some in texts.chunks(self.chunk_size)])
+        Q = self.context.instance if self.context.looks else None
+        instance = None if Q is None else Q[None]
+        return torch.cat([self.features(self.named(some), instance)[0] for some in texts.chunks(self.chunk_size)])
 
     # --- cosines ---
 

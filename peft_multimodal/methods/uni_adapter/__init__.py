@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ from torch import nn
 
 from ...core.anatomy import Anatomy, Site, base_model, stack_of
 from ...core.config import TargetedConfig
-from ...core.parts import check_rows, rows_beside
+from ...core.parts import rows_in
 from ...core.registry import Promises, Use, method
 from ...core.tuner import Injection, MultimodalTuner
 from ...nn.router import ModalityRouter
@@ -104,7 +104,7 @@ class Plan:
         have="images with captions, or questions with answers, and a model that fuses them",
         want="images and texts that exchange what they learn, in any model and any layer",
         cost="4,766,208 parameters for BLIP-base; 4 % of an FFN's FLOPs",
-        compare="PEFT's LoRA of as many parameters, which can be merged",
+        compare="PEFT's LoRA of as many parameters: ahead by a point on a new style, and it can be merged",
     ),
     docs="docs/uni-adapter.md",
     promises=Promises(acts_on="layers", rows=True),
@@ -198,20 +198,11 @@ class UniAdapterModel(MultimodalTuner):
 
     # --- rows of a batch ---
 
-    @contextmanager
-    def rows(self, adapter_names: Sequence[str], inputs: Collection[Any], copies: int = 1) -> Iterator[None]:
-        if self.model.training:
-            raise ValueError(
-                "adapter_names=[...] is for inference: call model.eval(), and train one adapter at a time."
-            )
-        check_rows(adapter_names, self.peft_config, inputs)
-        besides = {id(p.beside): p.beside for _, _, p in self.attached_parts() if isinstance(p, UniAdapterBranch)}
-        with rows_beside(self.model, adapter_names, copies), ExitStack() as stack:
-            for beside in besides.values():
-                beside.rows.open()
-                beside.rows.values.update(adapter_names=list(adapter_names), copies=copies)
-                stack.callback(beside.rows.close)
-            yield
+    def rows(
+        self, adapter_names: Sequence[str], inputs: Collection[Any], copies: int = 1
+    ) -> AbstractContextManager[None]:
+        scopes = {id(p.beside): p.beside.rows for p in self.own_layers() if isinstance(p, UniAdapterBranch)}
+        return rows_in(self.model, scopes.values(), adapter_names, self.peft_config, inputs, copies)
 
 
 def reads_texts_and_images(router: ModalityRouter, path: str) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.modules import dtype_of
-from ...core.parts import AttachedPart, CallScope, MultimodalLayer, names_of_rows, rows_by_name
+from ...core.parts import AttachedPart, CallScope, MultimodalLayer, rows_of
 from ...core.private import InsideCheckpoint
 from ...core.stand_in import StandIn
 from ...nn.router import ModalityRouter
@@ -171,15 +171,13 @@ class Beside:
         """What the acting adapters add: their sum, or to each row what its own adds."""
         kinds = None if self.router is None else self.router.modality(self.path, x)
         is_image = None if kinds is None else kinds >= IMAGE
-        names = self.rows.values.get("adapter_names")
-        if names is None:
+        if "adapter_names" not in self.rows.values:
             total: Any = sum(self.added_by(adapter, x, a, is_image) for adapter in adapters)
             return total
         seen = x.shape[self.batch_dim] if x.ndim > 2 else 0  # patches of all images in one list are no rows
-        names = names_of_rows(names, seen, self.rows.values["copies"])
-        total, dim, rows_of = torch.zeros_like(x), self.batch_dim, rows_by_name(names, x.device)
+        total, dim, rows_by_adapter = torch.zeros_like(x), self.batch_dim, rows_of(self.rows, seen, x.device)
         for adapter in adapters:
-            rows = rows_of[adapter]
+            rows = rows_by_adapter[adapter]
             of_rows = [None if t is None else t.index_select(dim, rows) for t in (a, is_image)]
             added = self.added_by(adapter, x.index_select(dim, rows), *of_rows)
             total = total.index_copy(dim, rows, added.to(total.dtype))

@@ -32,6 +32,6 @@ def load_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise FileNotFoundError(f"{path.parent} has no {path.name}.")
     try:
         with safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118  (no mapping)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or truncated ({error}).") from None

@@ -12,8 +12,9 @@ from peft import PeftModel
 from torch import Tensor
 
 from ...rows import streams
+from ..checkpoints import rows_of_a_step
 from ..gathering import gather_with_gradients
-from ..trainer import AdapterTrainer, rows_of_a_step
+from ..trainer import AdapterTrainer
 from .arrays import load_arrays, save_arrays
 from .bank import FILE, HardSampleBank
 from .difficulty import difficulties
