@@ -1,4 +1,4 @@
-# make quickstart   install, then adapt a real model to real pictures (two jobs, minutes)
+# make quickstart   install, then adapt a real model to real images (two jobs, minutes)
 # make test         install, then the test suite
 VENV   ?= .venv
 PYTHON ?= python3

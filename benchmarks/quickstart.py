@@ -1,8 +1,8 @@
-"""Adapt a CLIP to a new style of pictures with LoRA and with Aurora: `make quickstart`, minutes on two CPU cores.
+"""Adapt a CLIP to a new style of images with LoRA and with Aurora: `make quickstart`, minutes on two CPU cores.
 
 The English CLIP has seen emoji in two styles. It trains on a third, 60 steps by `transformers.Trainer` for either
 method, and is tested on concepts that neither it nor the base has seen. Printed is what was gained, what was forgotten
-and what it cost; the Aurora adapter is saved, loaded again in a fresh process and checked; a picture shows some queries
+and what it cost; the Aurora adapter is saved, loaded again in a fresh process and checked; an image shows some queries
 before and after. Everything lands in `runs/quickstart`.
 """
 
@@ -39,14 +39,14 @@ METHODS = {"LoRA r=64": "lora/r64", "Aurora R=64": "aurora_mode_approx/r64"}
 OURS = "Aurora R=64"
 SEED, THREADS = 0, 2
 CHECKED = 64
-"""Pictures whose embeddings a reloaded adapter has to repeat."""
+"""Images whose embeddings a reloaded adapter has to repeat."""
 SAME, DIFFERENT = 1e-6, 1e-3
 CONSOLE = Console()
 
 
 @dataclass
 class Adapted:
-    """A model's embeddings of the test pictures in the new style, and what its training took."""
+    """A model's embeddings of the test images in the new style, and what its training took."""
 
     embeds: dict[str, Tensor]
     metrics: dict[str, float]
@@ -58,7 +58,7 @@ class Adapted:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quickstart", description=__doc__.partition("\n")[0])
-    parser.add_argument("--docs", action="store_true", help=f"write the picture to {DOCS} too")
+    parser.add_argument("--docs", action="store_true", help=f"write the image to {DOCS} too")
     parser.add_argument("--steps", type=int, help="train so many steps only, to see that it works")
     parser.add_argument("--reload", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -67,7 +67,7 @@ def main() -> None:
         reload(options.reload)
         return
 
-    retrieval.english_clip(), retrieval.emoji_pictures()  # fetched and made once, not counted
+    retrieval.english_clip(), retrieval.emoji_images()  # fetched and made once, not counted
     started = time.perf_counter()
     FOLDER.mkdir(parents=True, exist_ok=True)
     methods = {name: experiments.load("retrieval", experiment) for name, experiment in METHODS.items()}
@@ -87,7 +87,7 @@ def adapt(name: str, experiment: experiments.Experiment, steps: int | None) -> A
     set_seed(SEED)
     settings = experiment.settings
     model = get_peft_model(retrieval.load_model(), experiment.peft_config())
-    # The first layers are frozen for good: what they make of a picture is computed once and stands for the picture.
+    # The first layers are frozen for good: what they make of an image is computed once and stands for the image.
     retrieval.skip_lower_layers(model, settings["frozen_vision_layers"])
     clock = StepClock()
     trainer = Trainer(
@@ -151,11 +151,11 @@ def table(rows: Mapping[str, Adapted]) -> Table:
 
 
 def embed_checked(model: Any) -> dict[str, Tensor]:
-    """Embeddings of the pictures and names by which a reloaded adapter is checked."""
+    """Embeddings of the images and names by which a reloaded adapter is checked."""
     new = experiments.load("retrieval", METHODS[OURS]).settings["new_style"]
     collator = ImageTextCollator(retrieval.load_processor(), text_column="label_en")
     return compute_embeddings(
-        model, retrieval.select_pictures("test", new).select(range(CHECKED)), collator, progress=False
+        model, retrieval.select_images("test", new).select(range(CHECKED)), collator, progress=False
     )
 
 
@@ -187,13 +187,13 @@ def largest_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> floa
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-# --------------------------------------------------------------------------------------------------------- the picture
+# ----------------------------------------------------------------------------------------------------------- the image
 
 
 def draw(before: Adapted, after: Adapted, paths: Sequence[Path], queries: int = 6, top: int = 5) -> None:
-    """Queries and their nearest pictures before and after, the right one framed.
+    """Queries and their nearest images before and after, the right one framed.
 
-    The queries are drawn at random from those whose picture is among the nearest `top` before or after.
+    The queries are drawn at random from those whose image is among the nearest `top` before or after.
     """
     import matplotlib
 
@@ -201,12 +201,12 @@ def draw(before: Adapted, after: Adapted, paths: Sequence[Path], queries: int = 
     from matplotlib import pyplot as plt
 
     settings = experiments.load("retrieval", METHODS[OURS]).settings
-    pictures = retrieval.select_pictures("test", settings["new_style"])
+    images = retrieval.select_images("test", settings["new_style"])
     nearest = [
         (found["text_embeds"] @ found["image_embeds"].T).topk(top).indices.tolist()
         for found in (before.embeds, after.embeds)
     ]
-    found_by_either = [i for i in range(len(pictures)) if any(i in order[i] for order in nearest)]
+    found_by_either = [i for i in range(len(images)) if any(i in order[i] for order in nearest)]
     shown = random.Random(SEED).sample(found_by_either, min(queries, len(found_by_either)))
 
     figure, grid = plt.subplots(
@@ -220,12 +220,12 @@ def draw(before: Adapted, after: Adapted, paths: Sequence[Path], queries: int = 
         axes.set_axis_off()
     for line, query in zip(grid, shown, strict=True):
         line[0].text(
-            -0.15, 0.5, pictures[query]["label_en"], transform=line[0].transAxes, ha="right", va="center", wrap=True
+            -0.15, 0.5, images[query]["label_en"], transform=line[0].transAxes, ha="right", va="center", wrap=True
         )
         for side, order in enumerate(nearest):
             for place, index in enumerate(order[query]):
                 axes = line[side * (top + 1) + place]
-                axes.imshow(pictures[index]["image"])
+                axes.imshow(images[index]["image"])
                 if index == query:
                     axes.set_axis_on()
                     axes.set(xticks=[], yticks=[])

@@ -1,9 +1,9 @@
 """Teach the English CLIP four languages from translation pairs alone: the second job of `make quickstart`, minutes.
 
 A frozen multilingual encoder and one small adapter learn, from the names of the training concepts in Chinese, Japanese,
-German and Persian, what the English text tower makes of the English names. No picture is used in training. Printed is how
-well pictures of other concepts are found by their names in each language, before and after; the adapter is saved and
-loaded again; a picture shows the same gallery searched in all four. Everything lands in `runs/quickstart`.
+German and Persian, what the English text tower makes of the English names. No image is used in training. Printed is how
+well images of other concepts are found by their names in each language, before and after; the adapter is saved and
+loaded again; an image shows the same gallery searched in all four. Everything lands in `runs/quickstart`.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quickstart_language", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("--docs", action="store_true", help=f"write the picture to {DOCS} too")
+    parser.add_argument("--docs", action="store_true", help=f"write the image to {DOCS} too")
     parser.add_argument("--steps", type=int, default=STEPS, help="train so many steps")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
 
-    retrieval.english_clip(), retrieval.emoji_pictures(), e5_small()  # fetched and made once, not counted
+    retrieval.english_clip(), retrieval.emoji_images(), e5_small()  # fetched and made once, not counted
     started = time.perf_counter()
     job = experiments.load("language", "cross_lingual_adapter/n1_joint")
     job = replace(
@@ -114,9 +114,9 @@ def draw(
     each: int = 2,
     top: int = 5,
 ) -> None:
-    """Names of unseen concepts in each language and the nearest pictures before and after, the right one framed.
+    """Names of unseen concepts in each language and the nearest images before and after, the right one framed.
 
-    The concepts are drawn at random from those whose picture is among the nearest `top` of either. Text stays text in
+    The concepts are drawn at random from those whose image is among the nearest `top` of either. Text stays text in
     the SVG: the reader's own fonts show every script.
     """
     import matplotlib
@@ -125,16 +125,16 @@ def draw(
     matplotlib.rcParams["svg.fonttype"] = "none"
     from matplotlib import pyplot as plt
 
-    pictures = retrieval.select_pictures("test", STYLE)
-    images, _ = language.embedded_pictures("test", STYLE)
+    gallery = retrieval.select_images("test", STYLE)
+    images, _ = language.embedded_images("test", STYLE)
     rows: list[tuple[str, list[Any], int]] = []
     for name in names:
         labels = language.labels(name)
-        texts = [labels[concept] for concept in pictures["concept"]]
+        texts = [labels[concept] for concept in gallery["concept"]]
         nearest = [(read(texts) @ images.T).topk(top).indices.tolist() for read in (before, after)]
         found = [i for i in range(len(texts)) if any(i in order[i] for order in nearest)]
         rows += [
-            (f"{texts[i]}\n({pictures[i]['label_en']})", [order[i] for order in nearest], i)
+            (f"{texts[i]}\n({gallery[i]['label_en']})", [order[i] for order in nearest], i)
             for i in random.Random(SEED).sample(found, min(each, len(found)))
         ]
 
@@ -152,7 +152,7 @@ def draw(
         for side, order in enumerate(orders):
             for place, index in enumerate(order):
                 axes = line[side * (top + 1) + place]
-                axes.imshow(pictures[index]["image"])
+                axes.imshow(gallery[index]["image"])
                 if index == right:
                     axes.set_axis_on()
                     axes.set(xticks=[], yticks=[])

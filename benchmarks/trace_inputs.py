@@ -23,7 +23,7 @@ from torch import Tensor
 import peft_multimodal
 from peft_multimodal import StructuredPromptConfig
 
-from .tasks.prompt_cost import PICTURES, clip_with_given_patches, words
+from .tasks.prompt_cost import IMAGES, clip_with_given_patches, words
 
 PACKAGE = str(Path(peft_multimodal.__file__).parent)
 
@@ -70,9 +70,9 @@ def trace(order: str = "GDI", training: bool = False) -> Counter[str]:
     model: Any = get_peft_model(clip_with_given_patches(layers=1), config).train(training)
     model.set_tokenizer(tokenizer)
     captions = tokenizer(
-        [f"w{500 + i} w{600 + i}" for i in range(PICTURES)], return_tensors="pt", return_token_type_ids=False
+        [f"w{500 + i} w{600 + i}" for i in range(IMAGES)], return_tensors="pt", return_token_type_ids=False
     )
-    pixels = torch.zeros(PICTURES, 3, 224, 224)
+    pixels = torch.zeros(IMAGES, 3, 224, 224)
     ids = {*captions["input_ids"][:, 1:-1].flatten().tolist()}  # without what the tokenizer puts around
     return functions_that_see(ids, lambda: model(pixel_values=pixels, **captions))
 

@@ -2,7 +2,7 @@
 
 `auto_cases()` lists the classes. A case is lazy: `build()` shrinks the default config by the names and values of its
 fields and gives the model, `inputs(model)` tries calls that the signature of `forward` suggests until one works and
-its output depends on the picture. Both raise `Unsupported`, with the reason, where that can't be done generically.
+its output depends on the image. Both raise `Unsupported`, with the reason, where that can't be done generically.
 
     python tests/auto_families.py           # prints what works and why the rest doesn't
     python tests/auto_families.py qwen3     # only the classes whose name contains this
@@ -157,8 +157,8 @@ def noise(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def pictures(model: hf.PreTrainedModel, names: dict[str, bool]) -> Iterator[dict[str, Tensor]]:
-    """Forms in which models take one picture a row; the first entry is the pixels."""
+def images(model: hf.PreTrainedModel, names: dict[str, bool]) -> Iterator[dict[str, Tensor]]:
+    """Forms in which models take one image a row; the first entry is the pixels."""
     vision = next((c for c in configs(model.config) if hasattr(c, "patch_size")), model.config)
     patch, size = (
         value[0] if isinstance(value, list | tuple) and value else value or default
@@ -222,7 +222,7 @@ def pictures(model: hf.PreTrainedModel, names: dict[str, bool]) -> Iterator[dict
 
 
 def placeholder(model: hf.PreTrainedModel) -> int | None:
-    """The token that stands for a piece of a picture."""
+    """The token that stands for a piece of an image."""
     for name in ("image_token_id", "image_token_index", "image_patch_id", "video_token_id"):
         for config in configs(model.config):
             if getattr(config, name, None) is not None:
@@ -230,14 +230,14 @@ def placeholder(model: hf.PreTrainedModel) -> int | None:
     return None
 
 
-def counts(model: hf.PreTrainedModel, picture: dict[str, Tensor]) -> list[int]:
-    """Guesses of how many placeholders one picture needs, best first."""
+def counts(model: hf.PreTrainedModel, image: dict[str, Tensor]) -> list[int]:
+    """Guesses of how many placeholders one image needs, best first."""
     if placeholder(model) is None:
         return [0]
     guesses = [0, 1, 2, 4, 5, 6, 8, 9, 16, 17, 20, 24, 32, 36, 64]
     if hasattr(model, "get_image_features"):
         try:
-            features = model.get_image_features(**picture)
+            features = model.get_image_features(**image)
         except Exception:
             return guesses
         features = getattr(features, "pooler_output", features)
@@ -255,12 +255,12 @@ def texts(model: hf.PreTrainedModel, names: dict[str, bool], count: int) -> Iter
     words = WORDS.clone()
     ids = torch.cat([words[:, :1], torch.full((ROWS, count), image or 0), words[:, 1:]], dim=1) if count else words
     mask = torch.ones_like(ids)
-    pictured = (ids == (-1 if image is None else image)).long()
-    usual = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": pictured, "decoder_input_ids": words}
+    is_image = (ids == (-1 if image is None else image)).long()
+    usual = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": is_image, "decoder_input_ids": words}
     more = {
-        "moe_mm_token_type_ids": pictured,
-        "token_type_ids": pictured,
-        "image_embeds_position_mask": pictured.bool(),
+        "moe_mm_token_type_ids": is_image,
+        "token_type_ids": is_image,
+        "image_embeds_position_mask": is_image.bool(),
         "bbox": torch.zeros(*ids.shape, 4, dtype=torch.long),
         "qformer_input_ids": words,
         "qformer_attention_mask": torch.ones_like(words),
@@ -291,7 +291,7 @@ class AutoCase:
             raise Unsupported("not in this version of transformers")
         names = inspect.signature(model_class.forward).parameters
         if not any(re.search(r"pixel|image|visual|flattened_patches", name) for name in names):
-            raise Unsupported("takes no pictures")
+            raise Unsupported("takes no images")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             try:
@@ -311,24 +311,24 @@ class AutoCase:
 
     @torch.no_grad()
     def inputs(self, model: hf.PreTrainedModel) -> dict[str, Tensor]:
-        """A batch of ROWS rows on which `forward` works and gives an output that depends on the picture."""
+        """A batch of ROWS rows on which `forward` works and gives an output that depends on the image."""
         parameters = inspect.signature(model.forward).parameters.values()
         names = {p.name: p.default is p.empty for p in parameters}  # name -> whether it is required
         reasons: list[str] = []
-        for picture in pictures(model, names):
-            for count in counts(model, picture):
+        for image in images(model, names):
+            for count in counts(model, image):
                 for text in texts(model, names, count):
-                    pixels = next(iter(picture))
+                    pixels = next(iter(image))
                     try:
-                        before = self.output(model(**text, **picture))
-                        after = self.output(model(**text, **{**picture, pixels: picture[pixels] + 0.5}))
+                        before = self.output(model(**text, **image))
+                        after = self.output(model(**text, **{**image, pixels: image[pixels] + 0.5}))
                     except Exception as error:
                         reasons.append(brief(error))
                         continue
                     if before.isfinite().all() and (before - after).abs().max() > 1e-5:
-                        return {**text, **picture}
-                    reasons.append("the output doesn't depend on the picture, or isn't finite")
-        raise Unsupported(f"call: {reasons[0]}" if reasons else "no known form of picture")
+                        return {**text, **image}
+                    reasons.append("the output doesn't depend on the image, or isn't finite")
+        raise Unsupported(f"call: {reasons[0]}" if reasons else "no known form of image")
 
     @staticmethod
     def output(out: Any) -> Tensor:

@@ -23,7 +23,7 @@ NAMES = {  # English: Chinese
 OTHER_WORDS = ("a photo of a", "what colour is it?", "this is", "fruit animal vehicle", "一个", "一张照片", "query:")
 TEXTS = [*NAMES, *NAMES.values(), *OTHER_WORDS] * 3  # BPE merges what it reads more than once
 
-PICTURE = {"size": {"height": SIDE, "width": SIDE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+IMAGE = {"size": {"height": SIDE, "width": SIDE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -44,8 +44,8 @@ def clip(folder: Path) -> None:
     vision = hf.CLIPVisionConfig(hidden_size=48, intermediate_size=96, image_size=SIDE, patch_size=8, **LAYERS)
     config = hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
     tiny(hf.CLIPModel, config)().save_pretrained(folder)
-    pictures = hf.CLIPImageProcessorPil(**{**PICTURE, "size": {"shortest_edge": SIDE}}, crop_size=SIDE)
-    hf.CLIPProcessor(pictures, tokens).save_pretrained(folder)
+    images = hf.CLIPImageProcessorPil(**{**IMAGE, "size": {"shortest_edge": SIDE}}, crop_size=SIDE)
+    hf.CLIPProcessor(images, tokens).save_pretrained(folder)
 
 
 def e5(folder: Path) -> None:
@@ -67,7 +67,7 @@ def dinov2(folder: Path) -> None:
     config = hf.Dinov2Config(hidden_size=48, image_size=SIDE, patch_size=8, **LAYERS)
     tiny(hf.Dinov2Model, config)().save_pretrained(folder)
     size = {"size": {"shortest_edge": SIDE}, "crop_size": SIDE}
-    hf.BitImageProcessorPil(**{**PICTURE, **size}).save_pretrained(folder)
+    hf.BitImageProcessorPil(**{**IMAGE, **size}).save_pretrained(folder)
 
 
 def blip(model_class: type, folder: Path) -> None:
@@ -83,7 +83,7 @@ def blip(model_class: type, folder: Path) -> None:
     vision = hf.BlipVisionConfig(hidden_size=32, intermediate_size=64, image_size=SIDE, patch_size=8, **LAYERS)
     config = hf.BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=24)
     tiny(model_class, config)().save_pretrained(folder)
-    hf.BlipProcessor(hf.BlipImageProcessorPil(**PICTURE), tokens).save_pretrained(folder)
+    hf.BlipProcessor(hf.BlipImageProcessorPil(**IMAGE), tokens).save_pretrained(folder)
 
 
 MODELS: dict[str, Callable[[Path], None]] = {

@@ -1,6 +1,6 @@
 """Tiny random vision-language models: one `Family` for each architecture, all of them in `FAMILIES`.
 
-Every family builds in a fraction of a second from a config (no download): widths of 16-64, two layers, pictures of
+Every family builds in a fraction of a second from a config (no download): widths of 16-64, two layers, images of
 16-32 pixels, a vocabulary of 64, no dropout. Widths differ between towers and between queries and keys wherever the
 architecture allows it, and every weight is drawn anew (`wake`), so that each tower influences the output.
 
@@ -25,7 +25,7 @@ from peft_multimodal.nn.media_reader import MediaReader
 
 VOCAB = 64
 PAD, BOS, EOS, SEP = 0, 1, 2, 3
-IMAGE = 60  # the placeholder of one picture embedding in `input_ids`
+IMAGE = 60  # the placeholder of one image embedding in `input_ids`
 WORDS = (4, 50)  # ordinary tokens; every special one lies outside this range
 ROWS = 3
 
@@ -50,12 +50,12 @@ class Family:
     targets: Callable[[Inputs], Inputs] | None = None
     silent: tuple[str, ...] = ()
     generates: bool = False
-    text_only: bool = False  # whether `forward` works on `text_inputs`, without a picture
+    text_only: bool = False  # whether `forward` works on `text_inputs`, without an image
 
     def inputs(self, model: Any = None) -> Inputs:
         """A fresh batch on the model's device: `model(**inputs)` works.
 
-        Where an adapter reads media, each row brings a picture of its own, whose marker is BOS.
+        Where an adapter reads media, each row brings an image of its own, whose marker is BOS.
         """
         batch = {**self.batch(), **media(model)}
         return batch if model is None else {k: v.to(model.device) for k, v in batch.items()}
@@ -69,7 +69,7 @@ class Family:
         return {k: v for k, v in self.inputs(model).items() if k != "labels"}
 
     def text_inputs(self, model: Any = None) -> Inputs:
-        """The batch without its pictures: their placeholders become words."""
+        """The batch without its images: their placeholders become words."""
         inputs = {k: v for k, v in self.inputs(model).items() if k in ("input_ids", "attention_mask", "labels")}
         return {**inputs, "input_ids": inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, WORDS[0])}
 
@@ -128,19 +128,19 @@ def pixels(*shape: int) -> Tensor:
 
 
 def media(model: Any) -> Inputs:
-    """One picture a row, as the adapter of the model takes it: pixels for its encoder, or features."""
+    """One image a row, as the adapter of the model takes it: pixels for its encoder, or features."""
     readers = [m for m in model.modules() if isinstance(m, MediaReader)] if isinstance(model, nn.Module) else ()
     acting = [(reader, adapter) for reader in readers for adapter in reader.live_adapters()]
     if not acting:
         return {}
     if any(adapter in reader.encoder_of for reader, adapter in acting):
-        return {"pixel_values": pixels(ROWS, 1, 3, 16, 16)}  # [rows, pictures, channels, height, width]
-    # [rows, pictures, frames, places, width]
+        return {"pixel_values": pixels(ROWS, 1, 3, 16, 16)}  # [rows, images, channels, height, width]
+    # [rows, images, frames, places, width]
     return {"vision_features": torch.randn(ROWS, 1, 1, 5, 20, generator=torch.Generator().manual_seed(7))}
 
 
 def reads_media(model: Any) -> bool:
-    """Whether an adapter of the model takes pictures out of a call."""
+    """Whether an adapter of the model takes images out of a call."""
     return bool(media(model))
 
 
@@ -161,12 +161,12 @@ def text(end: int | None = None, images: tuple[int, ...] = (0,) * ROWS, left: bo
 
 
 def pairs(size: int = 16, **text_options: Any) -> Callable[[], Inputs]:
-    """Texts padded on the right, each with one picture [3, size, size]: for encoders."""
+    """Texts padded on the right, each with one image [3, size, size]: for encoders."""
     return lambda: {**text(**text_options), "pixel_values": pixels(ROWS, 3, size, size)}
 
 
 def prompts(images: int = 0, size: int = 16) -> Callable[[], Inputs]:
-    """Texts padded on the left, each with one picture of `images` placeholders: for decoders."""
+    """Texts padded on the left, each with one image of `images` placeholders: for decoders."""
     return pairs(size, images=(images,) * ROWS, left=True)
 
 
@@ -269,7 +269,7 @@ def blip_vqa() -> Family:
     return Family(
         name="blip_vqa",
         kind="generative",
-        build=tiny(hf.BlipForQuestionAnswering, blip_config(32)),  # the decoder reads text in the picture's width
+        build=tiny(hf.BlipForQuestionAnswering, blip_config(32)),  # the decoder reads text in the image's width
         batch=lambda: answers(pairs()()),  # its forward needs an answer and returns no logits, only their loss
         targets=answers,
         output=lambda out: out.loss,
@@ -336,7 +336,7 @@ def vilt() -> Family:
     config = hf.ViltConfig(**vision_tower(32), vocab_size=VOCAB, max_position_embeddings=40, num_labels=5)
 
     def batch() -> Inputs:
-        # ViLT shuffles the patches of a picture without padding; with its last patch padded they keep their order.
+        # ViLT shuffles the patches of an image without padding; with its last patch padded they keep their order.
         pixel_mask = torch.ones(ROWS, 16, 16, dtype=torch.long)
         pixel_mask[:, 8:, 8:] = 0
         return {**pairs()(), "pixel_mask": pixel_mask}
@@ -416,7 +416,7 @@ def qwen2_5_vl() -> Family:
     config = hf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=IMAGE + 1)
 
     def batch() -> Inputs:
-        # Pictures of 1, 2 and 4 merged patches; the pixels of all rows lie in one list of patches.
+        # Images of 1, 2 and 4 merged patches; the pixels of all rows lie in one list of patches.
         grids = torch.tensor([[1, 2, 2], [1, 2, 4], [1, 4, 4]])
         inputs = pairs(images=(1, 2, 4), left=True)()
         patches = pixels(int(grids.prod(-1).sum()), 3 * 2 * 4 * 4)
@@ -459,7 +459,7 @@ def idefics3() -> Family:
     config = hf.Idefics3Config(text_config=text, vision_config=vision, image_token_id=IMAGE)
 
     def batch() -> Inputs:
-        # Two pictures a row, each of 2 * 2 patches, shuffled into one embedding.
+        # Two images a row, each of 2 * 2 patches, shuffled into one embedding.
         return {**prompts(images=2)(), "pixel_values": pixels(ROWS, 2, 3, 16, 16)}
 
     return Family(
@@ -487,9 +487,9 @@ def mllama() -> Family:
     )
 
     def batch() -> Inputs:
-        # One picture a row, of one or two tiles; the first word comes before the picture and doesn't see it.
+        # One image a row, of one or two tiles; the first word comes before the image and doesn't see it.
         inputs = prompts()()
-        tiles = torch.tensor([[[1, 1]], [[1, 0]], [[1, 1]]])  # [rows, pictures, tiles]
+        tiles = torch.tensor([[[1, 1]], [[1, 0]], [[1, 1]]])  # [rows, images, tiles]
         seen = (inputs["input_ids"] >= WORDS[0]).long()
         return {
             **inputs,

@@ -30,7 +30,7 @@ def test_towers_are_where_the_family_says(family: Family):
         roots = [t.path for t in found.towers if t.name == role]
         assert any(is_below(root, path) for root in roots), (role, path, roots)
         weights = [m for m in found.matrices if is_below(m.module, path)]
-        # Cross-attentions of a text encoder read the picture: they are fusion. A fusion encoder's pooler is no layer.
+        # Cross-attentions of a text encoder read the image: they are fusion. A fusion encoder's pooler is no layer.
         assert {m.tower for m in weights} <= {role} | {"text": {"fusion"}, "fusion": {"other"}}.get(role, set())
     assert {t.name for t in found.towers if t.attentions} >= set(family.towers)
     assert found.tower_names() == [t for t in TOWERS if any(m.tower == t for m in found.matrices)]

@@ -29,8 +29,8 @@ from benchmarks.assets import fetch as fetching
 from benchmarks.assets.easy_vqa import easy_vqa
 from benchmarks.assets.english_clip import Settings, best_logit_scale, canonical_projections, caption
 from benchmarks.assets.fetch import AssetError, Package, build_once, cache_dir, fetch
+from benchmarks.assets.images import bare, family_of, on_white, split_families
 from benchmarks.assets.photos import family_of_caption, in_the_middle
-from benchmarks.assets.pictures import bare, family_of, on_white, split_families
 
 REPOSITORY = Path(__file__).parent.parent
 REAL_CACHE = cache_dir()
@@ -254,7 +254,7 @@ def test_missing_npm_is_named(cache, monkeypatch):
 def test_command_line_lists_and_refuses(cache, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks.assets"])
     assert command_line.main() == 0
-    assert {"english_clip", "emoji_pictures"} <= set(capsys.readouterr().out.split())
+    assert {"english_clip", "emoji_images"} <= set(capsys.readouterr().out.split())
     monkeypatch.setattr(sys, "argv", ["benchmarks.assets", "nonsense"])
     with pytest.raises(SystemExit):
         command_line.main()
@@ -264,7 +264,7 @@ def test_command_line_lists_and_refuses(cache, monkeypatch, capsys):
 
 def test_command_line_fails_in_words(cache, monkeypatch, capsys):
     monkeypatch.setattr(fetching.shutil, "which", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["benchmarks.assets", "emoji_pictures"])
+    monkeypatch.setattr(sys, "argv", ["benchmarks.assets", "emoji_images"])
     assert command_line.main() == 1
     assert capsys.readouterr().err.startswith("error: emojibase-data 17.0.0 (npm, 7 MB): npm is not installed")
 
@@ -315,16 +315,16 @@ def test_splits_deal_whole_families():
     assert dealt != split_families(families, test=100, validation=50, largest=10, seed=1)
 
 
-def test_pictures_lie_on_white():
-    picture = on_white(Image.new("RGBA", (64, 64), (255, 0, 0, 0)))
-    assert (picture.mode, picture.size, picture.getpixel((5, 5))) == ("RGB", (84, 84), (255, 255, 255))
+def test_images_lie_on_white():
+    image = on_white(Image.new("RGBA", (64, 64), (255, 0, 0, 0)))
+    assert (image.mode, image.size, image.getpixel((5, 5))) == ("RGB", (84, 84), (255, 255, 255))
     assert bare("1f441-fe0f-200d-1f5e8-fe0f") == "1F441-200D-1F5E8"
 
 
 def test_photos_keep_their_proportions():
-    picture = Image.new("RGBA", (300, 100), (0, 0, 0, 0))
-    picture.paste((255, 0, 0, 255), (100, 25, 200, 75))
-    drawn = in_the_middle(picture)
+    image = Image.new("RGBA", (300, 100), (0, 0, 0, 0))
+    image.paste((255, 0, 0, 255), (100, 25, 200, 75))
+    drawn = in_the_middle(image)
     assert drawn.size == (168, 168)
     assert [drawn.getpixel((84, y)) for y in (20, 84, 148)] == [(255, 255, 255), (255, 0, 0), (255, 255, 255)]
     assert in_the_middle(Image.new("L", (10, 20), 0)).getpixel((84, 84)) == (0, 0, 0)
@@ -342,16 +342,16 @@ def test_captions_of_one_thing_share_a_family():
 def test_canonical_projections_match_unseen_pairs():
     """Two noisy linear views of the same hidden factors, with a large common mean: unseen pairs find each other."""
     hidden = torch.randn(400, 8)
-    pictures = (hidden @ torch.randn(8, 24) + 5)[None] + 0.3 * torch.randn(3, 400, 24)
+    images = (hidden @ torch.randn(8, 24) + 5)[None] + 0.3 * torch.randn(3, 400, 24)
     texts = (hidden @ torch.randn(8, 16) - 3)[None] + 0.3 * torch.randn(2, 400, 16)
     settings = Settings(projection_dim=8)
-    visual, text = canonical_projections(pictures[:, :300], texts[:, :300], settings)
+    visual, text = canonical_projections(images[:, :300], texts[:, :300], settings)
     assert (visual.shape, text.shape) == ((8, 24), (8, 16))
     assert visual.std().item() == pytest.approx((1 / 72) ** 0.5, rel=1e-5)
-    mean = pictures[:, :300].mean(dim=(0, 1))
+    mean = images[:, :300].mean(dim=(0, 1))
     assert (visual @ mean).norm() < 1e-4 * visual.norm() * mean.norm()
     unit = torch.nn.functional.normalize
-    scores = unit(texts[0, 300:] @ text.T, dim=-1) @ unit(pictures[0, 300:] @ visual.T, dim=-1).T
+    scores = unit(texts[0, 300:] @ text.T, dim=-1) @ unit(images[0, 300:] @ visual.T, dim=-1).T
     assert (scores.argmax(dim=1) == torch.arange(100)).float().mean() > 0.9
 
 
@@ -384,11 +384,11 @@ def cached(key: str) -> Path:
 
 
 @pytest.mark.assets
-def test_real_pictures():
+def test_real_images():
     cached("emoji-pictures-1")
-    from benchmarks.assets import emoji_pictures
+    from benchmarks.assets import emoji_images
 
-    rows = emoji_pictures()
+    rows = emoji_images()
     table = rows.remove_columns("image").to_pandas()
     assert len(table) == 3 * 1599
     assert set(table["style"].value_counts()) == {1599}
@@ -425,14 +425,14 @@ def test_real_english_clip():
     from transformers import VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
 
     from benchmarks.assets.english_clip import evaluate
-    from benchmarks.assets.pictures import emoji_pictures
+    from benchmarks.assets.images import emoji_images
 
     cached("emoji-pictures-1")
     folder = cached("english-clip-2")
     report = json.loads((folder / "assembly.json").read_text())
     assert report["settings"]["projection_dim"] == 256
     model = VisionTextDualEncoderModel.from_pretrained(folder).eval()
-    recalls = evaluate(model, VisionTextDualEncoderProcessor.from_pretrained(folder), emoji_pictures(), "validation")
+    recalls = evaluate(model, VisionTextDualEncoderProcessor.from_pretrained(folder), emoji_images(), "validation")
     means = {style: row["mean_recall"] for style, row in recalls.items()}
     assert min(means["google"], means["twitter"]) > 27  # chance is 3
     assert 18 < means["fluent"] < min(means["google"], means["twitter"])
@@ -448,18 +448,18 @@ def test_real_questions():
     assert counts["train"] + counts["validation"] == 38575
     assert len(set(rows["answer"])) == 13
     split_of = {}
-    for picture, split in zip(rows["image_id"], splits, strict=True):
-        assert split_of.setdefault(picture, split) == split
+    for image, split in zip(rows["image_id"], splits, strict=True):
+        assert split_of.setdefault(image, split) == split
 
 
 @pytest.mark.assets
 def test_real_animations():
     cached("animated-emoji-2")
-    from benchmarks.assets import animated_emoji, emoji_pictures
+    from benchmarks.assets import animated_emoji, emoji_images
 
     rows = animated_emoji()
     assert len(rows) == 182
-    split_of = dict(zip(emoji_pictures()["concept"], emoji_pictures()["split"], strict=True))
+    split_of = dict(zip(emoji_images()["concept"], emoji_images()["split"], strict=True))
     assert all(split_of[concept] == split for concept, split in zip(rows["concept"], rows["split"], strict=True))
     assert [frame.size for frame in rows[0]["frames"]] == [(84, 84)] * 8
 

@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoTokenizer
 from benchmarks.assets import __main__ as command_line
 from benchmarks.assets.e5_small import bert_name, read_e5, tokenizer_of, unpack
 from benchmarks.assets.fetch import AssetError, cache_dir
+from benchmarks.assets.images import LABELS as ENGLISH_LABELS
 from benchmarks.assets.languages import (
     LABELS,
     Pair,
@@ -28,7 +29,6 @@ from benchmarks.assets.languages import (
     sentences_of,
     words_of,
 )
-from benchmarks.assets.pictures import LABELS as ENGLISH_LABELS
 
 REAL_CACHE = cache_dir()
 
@@ -287,7 +287,7 @@ def test_real_tower_knows_translations():
 @pytest.mark.assets
 @pytest.mark.parametrize("language", ["zh", "ja", "de", "fa"])
 def test_real_pairs(language):
-    from benchmarks.assets import emoji_pictures, translation_pairs
+    from benchmarks.assets import emoji_images, translation_pairs
 
     for key in ("emoji-pictures-1", LABELS.key, "packages/emoji-2.16.0", "packages/hsk-sentences-audio-1.0.0"):
         cached(key)
@@ -296,13 +296,13 @@ def test_real_pairs(language):
     assert not table.duplicated(["source", "target"]).any()
     assert (table["source"].str.strip().ne("") & table["target"].str.strip().ne("")).all()
     labels, others = table[table["kind"] == "label"], table[table["kind"] != "label"]
-    pictures = emoji_pictures().remove_columns("image").to_pandas().drop_duplicates("concept").set_index("concept")
-    assert set(labels["concept"]) == set(pictures.index)
+    images = emoji_images().remove_columns("image").to_pandas().drop_duplicates("concept").set_index("concept")
+    assert set(labels["concept"]) == set(images.index)
     assert labels["target"].is_unique
-    assert (labels["split"].to_numpy() == pictures.loc[labels["concept"], "split"].to_numpy()).all()
-    assert (labels["source"].to_numpy() == pictures.loc[labels["concept"], "label_en"].to_numpy()).all()
+    assert (labels["split"].to_numpy() == images.loc[labels["concept"], "split"].to_numpy()).all()
+    assert (labels["source"].to_numpy() == images.loc[labels["concept"], "label_en"].to_numpy()).all()
     if language == "zh":
-        assert (labels["target"].to_numpy() == pictures.loc[labels["concept"], "label_zh"].to_numpy()).all()
+        assert (labels["target"].to_numpy() == images.loc[labels["concept"], "label_zh"].to_numpy()).all()
         assert Counter(others["kind"]) == {"sentence": 4268, "word": 3289}
         assert set(others["split"]) == {"train", "validation"}
         assert not set(others["target"]) & set(labels["target"])

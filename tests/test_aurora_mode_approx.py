@@ -306,7 +306,7 @@ def test_multihead_attention(kind, batch_first):
 # ----------------------------------------------------------------------------------------------- one product x U a call
 
 
-CALLS = {  # self-attentions need one, cross-attentions two (the text's and the picture's), fused ones one
+CALLS = {  # self-attentions need one, cross-attentions two (the text's and the image's), fused ones one
     "clip": (4, CLIP.build, lambda model: model(**CLIP.inputs())),
     "blip": (8, BLIP.build, lambda model: model(**BLIP.inputs())),
     "multihead, self": (1, Multihead, lambda model: model(torch.randn(3, 2, 8))),
@@ -381,7 +381,7 @@ def test_nothing_outlives_an_interrupted_call(error):
     blip = adapt(BLIP.build(), use_gqt=True)
     expected = blip(**BLIP.inputs(), use_itm_head=False).itm_score
     cut_off(blip.base_model.model.get_submodule(TEXT).output, lambda: blip(**BLIP.inputs()))
-    assert torch.equal(blip(**BLIP.inputs(), use_itm_head=False).itm_score, expected)  # text alone after a picture
+    assert torch.equal(blip(**BLIP.inputs(), use_itm_head=False).itm_score, expected)  # text alone after an image
     assert_nothing_left(blip)
 
 
@@ -810,7 +810,7 @@ def test_merge_is_refused_or_of_the_cp_part_alone(options):
 # --------------------------------------------------------------------------------------------------- the contract
 
 
-# Families whose layers hold a self- and a cross-attention, and those whose text encoder also runs without the picture.
+# Families whose layers hold a self- and a cross-attention, and those whose text encoder also runs without the image.
 CROSS_ATTENTION = ("blip_retrieval", "bridgetower", "blip_vqa", "blip_captioning", "blip_2", "florence2")
 TEXT_ENCODER = ("blip_retrieval", "blip_vqa")
 

@@ -41,7 +41,7 @@ def test_core_of_the_contract(case: AutoCase, method: str, tmp_path: Path):
         pytest.skip(f"{case}: {reason}")
 
     def media(model: nn.Module) -> dict[str, torch.Tensor]:
-        """A picture for each marker, where an adapter reads it."""
+        """An image for each marker, where an adapter reads it."""
         rows = len(inputs["input_ids"]) if reads_media(model) else 0
         features = torch.randn(rows, 1, 1, 3, ANY_WIDTH, generator=torch.Generator().manual_seed(4))
         return {"vision_features": features} if rows else {}

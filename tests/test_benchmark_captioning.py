@@ -42,7 +42,7 @@ def made_up(kind: str) -> tuple[Caption, ...]:
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """The task with made-up captions and pictures and a tiny language model for its assets."""
+    """The task with made-up captions and images and a tiny language model for its assets."""
     words = [
         "[PAD]",
         "<end>",
@@ -149,11 +149,11 @@ def test_nats_are_those_of_whole_pages(name, tiny):
             assert nats[index, column].item() == pytest.approx(expected.item(), abs=1e-3)
 
 
-def test_two_pictures_stand_in_both_prompts(tiny):
-    """What is said between the pictures reads the first: the second changes nothing of it, the first does."""
+def test_two_images_stand_in_both_prompts(tiny):
+    """What is said between the images reads the first: the second changes nothing of it, the first does."""
     asking, found = reader(tiny, small("gated_xattn/last")), exam()
     shown = [captioning._shown(found, i) for i in range(3)]
-    pages = [[shown[0], shown[1]], [shown[0], shown[2]], [replace(shown[0], picture=shown[2].picture), shown[1]]]
+    pages = [[shown[0], shown[1]], [shown[0], shown[2]], [replace(shown[0], image=shown[2].image), shown[1]]]
     nats = asking.first_nats(pages)
     assert nats[0] == pytest.approx(nats[1].item(), abs=1e-4)
     assert abs(nats[0] - nats[2]) > 1e-3
@@ -172,14 +172,14 @@ def test_exams(tiny):
         for prompt in (*asked.prompts(4), *asked.prompts(4, near=True)):
             assert len(prompt) == 5
         own, others = asked.prompts(2), asked.prompts(2, others=True)
-        assert all(a[:-1] == b[:-1] and a[-1].picture != b[-1].picture for a, b in zip(own, others, strict=True))
+        assert all(a[:-1] == b[:-1] and a[-1].image != b[-1].image for a, b in zip(own, others, strict=True))
         assert all(
             set(a) <= set(b) for a, b in zip(asked.prompts(1), asked.prompts(4), strict=True) if kind != "keywords"
         )
-    support = {c.picture for c in made_up("names") if c.split == "train"}
-    likeness = captioning._directions("names") @ captioning._directions("names")[exam().asked[0].picture]
+    support = {c.image for c in made_up("names") if c.split == "train"}
+    likeness = captioning._directions("names") @ captioning._directions("names")[exam().asked[0].image]
     best = max(support, key=lambda p: likeness[p].item())
-    assert exam().prompts(3, near=True)[0][-2].picture == best
+    assert exam().prompts(3, near=True)[0][-2].image == best
     for i, j in captioning.pairs_of(captioning.exam("questions", "test", 9, 3)):
         a, b = (captioning.exam("questions", "test", 9, 3).asked[k] for k in (i, j))
         assert a.topic == b.topic != "yes or no"
@@ -221,14 +221,14 @@ def test_pages_of_one_topic_hold_different_things(tiny):
         assert {c.split for c in page} == {"train"}
 
 
-def test_training_shows_others_pictures_where_it_is_told_to(tiny):
+def test_training_shows_others_images_where_it_is_told_to(tiny):
     settings = small("gated_xattn/last").settings
     own, others = (captioning.TrainingPages(settings | {"shown": way}, 0) for way in ("own", "others"))
-    pictures = {c.answer: c.picture for c in made_up("names")}
+    images = {c.answer: c.image for c in made_up("names")}
     for pages, expected in ((own, 1.0), (others, 0.0)):
         rows = [next(iterator) for iterator in [iter(pages)] for _ in range(30)]
         names = [s for page in rows for s in page if s.kind == "names"]
-        share = sum(pictures[s.answer] == s.picture for s in names) / len(names)
+        share = sum(images[s.answer] == s.image for s in names) / len(names)
         assert abs(share - expected) < 0.35
     assert [page[0].kind for page in rows[: 2 * len(KINDS)]] == [kind for kind in KINDS for _ in range(2)]
 

@@ -1,4 +1,4 @@
-"""The few-shot benchmark's own parts, on tiny models and made-up pictures, and its report."""
+"""The few-shot benchmark's own parts, on tiny models and made-up images, and its report."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from methods import word_tokenizer
 from test_benchmarks import tiny_clip
 
 from benchmarks import experiment as experiments
-from benchmarks import kept_pictures, records
+from benchmarks import kept_images, records
 from benchmarks.assets.categories import CLASSES, class_of, split_class
-from benchmarks.kept_pictures import KeptPictures, as_pixels, look_up, look_up_lower
+from benchmarks.kept_images import KeptImages, as_pixels, look_up, look_up_lower
 from benchmarks.peers.probes import LinearProbe, TipAdapterF
 from benchmarks.peers.prompts import CoCoOp, TemplateClassifier
 from benchmarks.tasks import few_shot
@@ -22,29 +22,29 @@ SPLITS = ["train"] * 20 + ["validation"] * 4 + ["test"] * 8
 NUMBER = len(SPLITS)
 
 
-def made_up(data: str = "emoji") -> KeptPictures:
-    """Pictures whose outputs are noise around their class's."""
+def made_up(data: str = "emoji") -> KeptImages:
+    """Images whose outputs are noise around their class's."""
     torch.manual_seed(2)
     labels = torch.arange(NUMBER) % 4
     states = torch.randn(4, 37, 16)[labels] + 0.3 * torch.randn(NUMBER, 37, 16)
     with torch.no_grad():
         embeds = F.normalize(tiny_clip().visual_projection(states[:, 0]), dim=-1)
     styles = [("google", "fluent")[i > 20 and i % 3 == 0] for i in range(NUMBER)]
-    return KeptPictures(data, states, states, embeds, labels, styles, [f"c{i // 2}" for i in range(NUMBER)], SPLITS)
+    return KeptImages(data, states, states, embeds, labels, styles, [f"c{i // 2}" for i in range(NUMBER)], SPLITS)
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The task with a tiny CLIP and made-up pictures for its assets."""
-    pictures = {data: made_up(data) for data in ("emoji", "photos")}
-    monkeypatch.setattr(few_shot, "kept_pictures", pictures.__getitem__)
+    """The task with a tiny CLIP and made-up images for its assets."""
+    images = {data: made_up(data) for data in ("emoji", "photos")}
+    monkeypatch.setattr(few_shot, "kept_images", images.__getitem__)
     monkeypatch.setattr(few_shot, "load_clip", lambda: (tiny_clip(), word_tokenizer(size=40, eos=39)))
     monkeypatch.setattr(few_shot, "TEMPLATE", "w10 w11 {}")
     monkeypatch.setattr(few_shot, "CONTEXT", "w10 w11")
-    monkeypatch.setitem(kept_pictures.CLASSES, "emoji", dict.fromkeys(NAMES, ()))
-    monkeypatch.setitem(kept_pictures.CLASSES, "photos", dict.fromkeys(NAMES, ()))
+    monkeypatch.setitem(kept_images.CLASSES, "emoji", dict.fromkeys(NAMES, ()))
+    monkeypatch.setitem(kept_images.CLASSES, "photos", dict.fromkeys(NAMES, ()))
     monkeypatch.setattr(few_shot, "LOWER", 2)
-    return pictures
+    return images
 
 
 def small(name: str, **task):
@@ -78,22 +78,22 @@ def test_every_experiment_trains_and_is_tested(name, tiny):
     assert (outcome["cost"]["trainable_parameters"] > 0) == item.trains
 
 
-def test_pictures_depend_on_the_seed_alone_and_fewer_are_among_more(tiny):
-    pictures = tiny["emoji"]
-    one, four = (few_shot.draw(pictures, NAMES, k, False, 3) for k in (1, 4))
+def test_images_depend_on_the_seed_alone_and_fewer_are_among_more(tiny):
+    images = tiny["emoji"]
+    one, four = (few_shot.draw(images, NAMES, k, False, 3) for k in (1, 4))
     assert set(one.tolist()) < set(four.tolist())
-    assert four.equal(few_shot.draw(pictures, NAMES, 4, False, 3))
-    assert not four.equal(few_shot.draw(pictures, NAMES, 4, False, 4))
-    assert pictures.labels[four].bincount().tolist() == [4] * 4
-    assert {SPLITS[row] for row in few_shot.draw(pictures, NAMES, 100, True, 3).tolist()} == {"train"}
-    assert len(few_shot.draw(pictures, NAMES, 50, True, 3)) == 4 * 3
-    some = few_shot.draw(pictures, NAMES[1:2], 4, False, 3)
-    assert some.tolist() == [row for row in four.tolist() if pictures.labels[row] == 1]
+    assert four.equal(few_shot.draw(images, NAMES, 4, False, 3))
+    assert not four.equal(few_shot.draw(images, NAMES, 4, False, 4))
+    assert images.labels[four].bincount().tolist() == [4] * 4
+    assert {SPLITS[row] for row in few_shot.draw(images, NAMES, 100, True, 3).tolist()} == {"train"}
+    assert len(few_shot.draw(images, NAMES, 50, True, 3)) == 4 * 3
+    some = few_shot.draw(images, NAMES[1:2], 4, False, 3)
+    assert some.tolist() == [row for row in four.tolist() if images.labels[row] == 1]
 
 
-def test_another_picture_is_never_ones_own_nor_of_another_split(tiny):
+def test_another_image_is_never_ones_own_nor_of_another_split(tiny):
     lesson = next(few_shot.lessons(small("structured_prompt/shots").settings, 0, "test"))
-    partner = few_shot.another_picture(lesson)
+    partner = few_shot.another_image(lesson)
     assert not (partner == torch.arange(NUMBER)).any()
     assert sorted(partner.tolist()) == list(range(NUMBER))
     assert all(SPLITS[i] == SPLITS[j] for i, j in enumerate(partner.tolist()))
@@ -108,20 +108,20 @@ def test_kept_outputs_are_exact():
     with torch.no_grad():
         last = model.vision_model(pixel_values=x).last_hidden_state
         expected = model.get_image_features(pixel_values=x).pooler_output
-        pictures = KeptPictures("emoji", last, lower[0], expected, torch.zeros(NUMBER), [], [], SPLITS)
+        images = KeptImages("emoji", last, lower[0], expected, torch.zeros(NUMBER), [], [], SPLITS)
         rows = torch.tensor([5, 0, 7])
         for function in (look_up, look_up_lower):
-            found = function(tiny_clip(), pictures, *([2] if function is look_up_lower else []))
+            found = function(tiny_clip(), images, *([2] if function is look_up_lower else []))
             features = found.get_image_features(pixel_values=as_pixels(rows)).pooler_output
             torch.testing.assert_close(features, expected[rows])
 
 
 def test_shuffled_patches_leave_the_embedding():
-    pictures = made_up()
-    model = look_up(tiny_clip(), pictures, torch.arange(NUMBER).roll(1))
+    images = made_up()
+    model = look_up(tiny_clip(), images, torch.arange(NUMBER).roll(1))
     out = model.vision_model(pixel_values=as_pixels(torch.tensor([4])))
-    assert out.pooler_output.equal(pictures.states[4:5, 0])
-    assert out.last_hidden_state.equal(pictures.states[3:4])
+    assert out.pooler_output.equal(images.states[4:5, 0])
+    assert out.last_hidden_state.equal(images.states[3:4])
 
 
 @pytest.mark.parametrize("start", ["zero", "text"])

@@ -65,8 +65,8 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(language, "translation_pairs", pairs)
     monkeypatch.setattr(language, "labels", lambda name: {str(i): f"w{i + 1}" for i in range(CONCEPTS)})
     concepts = Dataset.from_dict({"concept": [str(i) for i in range(CONCEPTS)]})
-    monkeypatch.setattr(language, "select_pictures", lambda split, style: concepts)
-    monkeypatch.setattr(language, "embedded_pictures", lambda split, style: (images, torch.arange(CONCEPTS) % 8))
+    monkeypatch.setattr(language, "select_images", lambda split, style: concepts)
+    monkeypatch.setattr(language, "embedded_images", lambda split, style: (images, torch.arange(CONCEPTS) % 8))
     monkeypatch.setattr(
         language, "GROUP_NAMES", {name: [f"w{i + 1}" for i in range(8)] for name in language.GROUP_NAMES}
     )

@@ -32,14 +32,14 @@ def tokens_read(method: str, classes: int) -> int:
 
 
 def test_rows_read_what_their_names_say():
-    pictures, classes = prompt_cost.PICTURES, 5
+    images, classes = prompt_cost.IMAGES, 5
     found = {name: tokens_read(name, classes) for name in prompt_cost.METHODS}
     assert found[prompt_cost.COOP] == classes * 11  # [BOS], 4 + 2 of context, 3 of the name, [EOS]
-    assert found[prompt_cost.NAIVE] == pictures * classes * 77
-    assert found[prompt_cost.WHOLE] == pictures * classes * 15
+    assert found[prompt_cost.NAIVE] == images * classes * 77
+    assert found[prompt_cost.WHOLE] == images * classes * 15
     # What is common fills rows of the others' width: 7 tokens rows of 3, 5 tokens rows of 4.
-    assert found[prompt_cost.GDI] == 9 + classes * 3 + pictures * classes * 5
-    assert found[prompt_cost.GID] == 8 + pictures * 4 + pictures * classes * 6
+    assert found[prompt_cost.GDI] == 9 + classes * 3 + images * classes * 5
+    assert found[prompt_cost.GID] == 8 + images * 4 + images * classes * 6
 
 
 def test_it_runs_and_reports(monkeypatch, tmp_path):

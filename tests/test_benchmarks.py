@@ -1,4 +1,4 @@
-"""The benchmark framework: experiments, results on disk, reports. No real weights or pictures."""
+"""The benchmark framework: experiments, results on disk, reports. No real weights or images."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def tokenizer() -> hf.PreTrainedTokenizerFast:
     )
 
 
-class PictureProcessor(hf.Qwen2_5_VLProcessor):
+class ImageProcessor(hf.Qwen2_5_VLProcessor):
     """Without the processor of videos, for which torchvision has to be there."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> None:
@@ -48,16 +48,16 @@ class PictureProcessor(hf.Qwen2_5_VLProcessor):
 
 def processor(name: str) -> Any:
     if name == "llava":
-        pictures = hf.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16)
+        images = hf.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16)
         shape = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-        return hf.LlavaProcessor(pictures, tokenizer(), image_token="<image>", chat_template=TEMPLATE, **shape)
-    pictures = hf.Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=256)
-    return PictureProcessor(pictures, tokenizer(), None, chat_template=TEMPLATE)
+        return hf.LlavaProcessor(images, tokenizer(), image_token="<image>", chat_template=TEMPLATE, **shape)
+    images = hf.Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=256)
+    return ImageProcessor(images, tokenizer(), None, chat_template=TEMPLATE)
 
 
 def conversation(colour: str, size: int = 16, answer: bool = True) -> list[dict]:
-    picture = Image.fromarray(np.full((size, 16, 3), COLOURS[colour], np.uint8))
-    asked = [{"type": "image", "image": picture}, {"type": "text", "text": "what colour"}]
+    image = Image.fromarray(np.full((size, 16, 3), COLOURS[colour], np.uint8))
+    asked = [{"type": "image", "image": image}, {"type": "text", "text": "what colour"}]
     answered = [{"role": "assistant", "content": [{"type": "text", "text": colour}]}]
     return [{"role": "user", "content": asked}, *(answered if answer else [])]
 

@@ -109,7 +109,7 @@ def same(model: nn.Module, other: nn.Module) -> bool:
 
 @torch.no_grad()
 def at_start(family: Family, method: str, model: nn.Module) -> Tensor:
-    """What an adapter doesn't change before it is trained: the output, or the pictures' part in it."""
+    """What an adapter doesn't change before it is trained: the output, or the images' part in it."""
     if method not in NOT_IDENTITY:
         return run(family, model)
     return model.get_image_features(pixel_values=inputs(family, model)["pixel_values"]).pooler_output
@@ -128,7 +128,7 @@ def test_starts_as_the_base_model(family: Family, method: str):
 
 
 @cases(among=NOT_IDENTITY)
-def test_pictures_stay_what_they_were(family: Family, method: str):
+def test_images_stay_what_they_were(family: Family, method: str):
     """To the last bit, also after training."""
     expected = at_start(family, method, frozen(family))
     model = wrap(family, method).train()
@@ -897,7 +897,7 @@ def test_what_a_model_cannot_do_leaves_it_as_it_was(options: dict, message: str)
 
 
 class Rows(torch.utils.data.Dataset):
-    """A family's batch as rows, several times with different pictures."""
+    """A family's batch as rows, several times with different images."""
 
     def __init__(self, family: Family, model: nn.Module, copies: int = 4, seed: int = 3) -> None:
         batch = family.train_inputs(model)
@@ -1092,7 +1092,7 @@ def test_generates_alike_with_and_without_the_cache(family: Family, method: str)
     base = frozen(family)
     assert generate(base, True) == generate(base, False)
     model = wrap(family, method)
-    for seed in range(1, 5):  # small changes of the picture may leave the most likely words what they are
+    for seed in range(1, 5):  # small changes of the image may leave the most likely words what they are
         if generate(model, True) == generate(base, True):
             stir(model, seed=seed)
     cached = generate(model, True)
@@ -1210,8 +1210,8 @@ def test_adapter_names_of_rows(family: Family, method: str):
         with model.disable_adapter() if name == "__base__" else nullcontext():
             model.set_adapter(name if name in model.peft_config else "default")
             alone = run(family, model)
-        pictures = slice(None) if method in WHOLE_TOWER else row  # which the row's adapter may change too
-        mine, its = (t[pictures, row] if family.kind == "dual" else t[row] for t in (mixed, alone))
+        images = slice(None) if method in WHOLE_TOWER else row  # which the row's adapter may change too
+        mine, its = (t[images, row] if family.kind == "dual" else t[row] for t in (mixed, alone))
         seen = family.inputs()["attention_mask"][row].bool()
         if family.kind == "fusion":  # the last states are those of the text
             mine, its = (torch.cat([t[: -len(seen)], t[-len(seen) :][seen]]) for t in (mine, its))

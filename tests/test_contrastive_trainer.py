@@ -408,11 +408,11 @@ def one_step(folder: Path, rows: int, processes: int) -> None:
     model = stir(wrap(FAMILIES["clip"], METHOD, stirred=False))
     model.get_base_model().logit_scale.requires_grad_(True)
     data = Pairs(24)
-    # Two pairs of one picture, on different processes.
+    # Two pairs of one image, on different processes.
     for i, row in enumerate(data.rows):
-        row["picture"] = 0 if i in (2, 9) else i + 1
+        row["image_id"] = 0 if i in (2, 9) else i + 1
     rows_of: Any = Stream(data.rows) if folder.name.endswith("stream") else data
-    bank = bank_for(model, rows_of, image_id_column="picture", momentum=0.5, eta=0.6)
+    bank = bank_for(model, rows_of, image_id_column="image_id", momentum=0.5, eta=0.6)
     options = {"per_device_train_batch_size": rows // processes, "optim": "sgd", "learning_rate": 0.1, "max_steps": 3}
     args = arguments(folder, **options, max_grad_norm=0.0)
     part = {"rows_at_once": 2} if folder.name.endswith("parts") else {}

@@ -258,8 +258,8 @@ def test_whatever_the_languages_tokenizer_gives(name: str):
     plain = {k: v for k, v in batch.items() if k != "token_type_ids"}
     expected = features(model, plain)
     assert torch.equal(features(model, batch), expected)
-    pictures = inputs(family, model)["pixel_values"][:2]
-    outputs = [family.output(model(**tokens, pixel_values=pictures)) for tokens in (plain, batch)]
+    images = inputs(family, model)["pixel_values"][:2]
+    outputs = [family.output(model(**tokens, pixel_values=images)) for tokens in (plain, batch)]
     assert torch.equal(*outputs)
     tower = model.get_submodule(f"base_model.model.{family.towers['text']}")
     assert torch.equal(tower(*plain.values()).pooler_output, tower(**plain).pooler_output)

@@ -34,13 +34,12 @@ def processor():
     return hf.BlipProcessor(images, tokenizer)
 
 
-def picture(mode="RGB", shade=0):
-    image = Image.new("L", (20, 30), shade)
-    return image.convert(mode)
+def image(mode="RGB", shade=0):
+    return Image.new("L", (20, 30), shade).convert(mode)
 
 
 def pairs(*texts):
-    return [{"image": picture(shade=40 * i), "text": text} for i, text in enumerate(texts)]
+    return [{"image": image(shade=40 * i), "text": text} for i, text in enumerate(texts)]
 
 
 # --------------------------------------------------------------------------------------------------- image and text
@@ -56,14 +55,14 @@ def test_pairs(processor):
         [cls, ID["blue"], ID["cat"], sep, PAD],
     ]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
-    alone = processor(images=picture(shade=40), return_tensors="pt")["pixel_values"]
+    alone = processor(images=image(shade=40), return_tensors="pt")["pixel_values"]
     assert torch.equal(batch["pixel_values"][1:], alone)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK", "LA"])
 def test_every_mode_becomes_rgb(processor, mode):
-    batch = ImageTextCollator(processor)([{"image": picture(mode, 255), "text": "a"}])
-    white = ImageTextCollator(processor)([{"image": picture("RGB", 255), "text": "a"}])
+    batch = ImageTextCollator(processor)([{"image": image(mode, 255), "text": "a"}])
+    white = ImageTextCollator(processor)([{"image": image("RGB", 255), "text": "a"}])
     assert torch.equal(batch["pixel_values"], white["pixel_values"])
 
 
@@ -144,13 +143,13 @@ def test_clip_trains_on_a_dataset_under_the_stock_trainer(processor, tmp_path):
 @pytest.mark.parametrize(
     ("row", "error", "message"),
     [
-        ({"image": picture()}, ValueError, r"no column 'text' but \['image'\].*remove_unused_columns=False"),
+        ({"image": image()}, ValueError, r"no column 'text' but \['image'\].*remove_unused_columns=False"),
         ({"text": "a"}, ValueError, "no column 'image'"),
-        ({"image": picture(), "text": ""}, ValueError, "Row 0: the text in column 'text' is empty"),
-        ({"image": picture(), "text": " \n"}, ValueError, "is empty"),
-        ({"image": picture(), "text": []}, ValueError, "list in column 'text' is empty"),
-        ({"image": picture(), "text": ["", ""]}, ValueError, "is empty"),
-        ({"image": picture(), "text": None}, TypeError, "holds NoneType, not a string"),
+        ({"image": image(), "text": ""}, ValueError, "Row 0: the text in column 'text' is empty"),
+        ({"image": image(), "text": " \n"}, ValueError, "is empty"),
+        ({"image": image(), "text": []}, ValueError, "list in column 'text' is empty"),
+        ({"image": image(), "text": ["", ""]}, ValueError, "is empty"),
+        ({"image": image(), "text": None}, TypeError, "holds NoneType, not a string"),
         ({"image": "cat.png", "text": "a"}, ValueError, "the path 'cat.png', which can't be read"),
         ({"image": None, "text": "a"}, TypeError, "holds NoneType, not an image"),
     ],
@@ -167,9 +166,7 @@ EQUAL = ["is the cat red", "what color is a", "is a dog red"]
 
 def questions(*answers):
     asked = ["what color is the dog", "is the cat red", "what is a dog"]
-    return [
-        {"image": picture(shade=60 * i), "question": asked[i], "answer": answer} for i, answer in enumerate(answers)
-    ]
+    return [{"image": image(shade=60 * i), "question": asked[i], "answer": answer} for i, answer in enumerate(answers)]
 
 
 def test_answers(processor):
@@ -259,4 +256,4 @@ def test_the_start_token_is_needed(processor):
     with pytest.raises(ValueError, match="decoder_start_token_id="):
         QuestionAnswerCollator(processor)
     with pytest.raises(ValueError, match="no column 'answer'"):
-        QuestionAnswerCollator(processor, decoder_start_token_id=START)([{"image": picture(), "question": "what"}])
+        QuestionAnswerCollator(processor, decoder_start_token_id=START)([{"image": image(), "question": "what"}])

@@ -467,7 +467,7 @@ def test_functional_loss_is_that_of_the_models_forward(flava):
         with part_of(flava).standing_in(Y):
             other = flava(input_ids=mask.long(), attention_mask=mask.long(), pixel_values=pixels)
     kept = [out.multimodal_output.last_hidden_state[:, : -s.shape[1]] for out, s in ((english, E), (other, Y))]
-    assert kept[0].shape == kept[1].shape == (2, 6, 40)  # a class token, the picture's, four patches
+    assert kept[0].shape == kept[1].shape == (2, 6, 40)  # a class token, the image's, four patches
     layernorm = flava.get_base_model().multimodal_model.layernorm
     captured = []
     handle = layernorm.register_forward_hook(lambda m, args, out: captured.append(args[0]))

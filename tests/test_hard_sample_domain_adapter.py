@@ -184,7 +184,7 @@ def changed_inputs(family: Family) -> dict[str, dict[str, Any]]:
     row = {k: v.clone() for k, v in inputs.items()}
     row["input_ids"][0] = torch.where(word[0], WORDS[0] + (ids[0] - WORDS[0] + 11) % 40, ids[0])
     if "pixel_values" in row:
-        row["pixel_values"][0] += 1  # the first picture's, or one patch of it
+        row["pixel_values"][0] += 1  # the first image's, or one patch of it
     return {**changes, "another row": row}
 
 
@@ -213,7 +213,7 @@ def layer_outputs(family: Family, model: PeftModel, inputs: dict[str, Any]) -> d
 def test_an_adapter_sees_no_token_that_its_host_does_not(name: str, attention: str):
     """Wherever a change of the input leaves the frozen layers' states alone, it leaves the adapted ones' alone.
 
-    Later tokens of a causal tower, padding, other rows of the batch and other pictures of a packed row: whatever mask
+    Later tokens of a causal tower, padding, other rows of the batch and other images of a packed row: whatever mask
     the host has, a wrong one in the adapter lets one of these through.
     """
     family = FAMILIES[name]
@@ -513,7 +513,7 @@ SELF_ATTENDING = {
     "MllamaForConditionalGeneration": [16, 16, 16],  # local and global
     "T5ForConditionalGeneration": [32, 32],  # the encoder's
     "BartForConditionalGeneration": [32, 32],
-    "Florence2ForConditionalGeneration": [32, 32],  # the text's: the pictures' convolve
+    "Florence2ForConditionalGeneration": [32, 32],  # the text's: the images' convolve
 }
 
 

@@ -246,12 +246,12 @@ def test_equal_texts_have_equal_keys_however_they_are_padded():
 
 
 def test_the_collator_adds_keys():
-    collator = SampleIds(lambda rows: {"n": len(rows)}, "id", "picture")
-    batch = collator([{"id": "a", "picture": 1}, {"id": "b", "picture": 1}])
+    collator = SampleIds(lambda rows: {"n": len(rows)}, "id", "image_id")
+    batch = collator([{"id": "a", "image_id": 1}, {"id": "b", "image_id": 1}])
     assert batch["n"] == 2
     assert batch["sample_ids"].tolist() == hash_ids(["a", "b"]).tolist()
     assert batch["image_ids"].tolist() == [1, 1]
-    with pytest.raises(ValueError, match=r"no column 'picture' but \['id'\]"):
+    with pytest.raises(ValueError, match=r"no column 'image_id' but \['id'\]"):
         collator([{"id": "a"}])
 
 
@@ -764,7 +764,7 @@ def test_the_scale_is_the_model_s_own():
             torch.testing.assert_close(cosines * logit_scale(model), out.logits_per_image, atol=1e-4, rtol=1e-4)
 
 
-def test_rows_that_are_ready_may_have_pictures_and_texts_too():
+def test_rows_that_are_ready_may_have_images_and_texts_too():
     """The report shows those; the model reads the tensors."""
     data = Pairs(8)
     for row in data.rows:
@@ -777,7 +777,7 @@ def test_rows_that_are_ready_may_have_pictures_and_texts_too():
     assert len(HardSampleBank.from_model(FAMILIES["clip"].build(), data, progress=False)) == 8
 
 
-def test_pictures_and_texts_go_through_the_checkpoint_s_processor(tmp_path):
+def test_images_and_texts_go_through_the_checkpoint_s_processor(tmp_path):
     """Without a collator rows of `image` and `text` are made ready by what lies beside the model's weights."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -787,8 +787,8 @@ def test_pictures_and_texts_go_through_the_checkpoint_s_processor(tmp_path):
     tokenizer = hf.PreTrainedTokenizerFast(
         tokenizer_object=plain, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
-    pictures = hf.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    hf.CLIPProcessor(pictures, tokenizer).save_pretrained(tmp_path)
+    images = hf.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    hf.CLIPProcessor(images, tokenizer).save_pretrained(tmp_path)
     FAMILIES["clip"].build().save_pretrained(tmp_path)
     model = hf.CLIPModel.from_pretrained(tmp_path)
     colours = [(200, 20, 20), (20, 200, 20), (90, 90, 200)]

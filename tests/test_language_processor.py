@@ -151,17 +151,17 @@ def test_token_type_ids_are_dropped():
     assert set(processor(["z0", "e0"], language=["zh", "en"])) == {"input_ids", "attention_mask", "adapter_names"}
 
 
-def test_pictures():
+def test_images():
     images = hf.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     processor = LanguageProcessor(**tokenizers(), image_processor=images)
-    picture = Image.new("RGB", (20, 30), (200, 100, 0))
-    both = processor(["z0"], images=picture, language="zh")
+    image = Image.new("RGB", (20, 30), (200, 100, 0))
+    both = processor(["z0"], images=image, language="zh")
     assert set(both) == {"input_ids", "attention_mask", "adapter_names", "pixel_values"}
-    assert torch.equal(both["pixel_values"], images(picture, return_tensors="pt")["pixel_values"])
-    alone = processor(images=[picture, picture], do_rescale=False)
+    assert torch.equal(both["pixel_values"], images(image, return_tensors="pt")["pixel_values"])
+    alone = processor(images=[image, image], do_rescale=False)
     assert set(alone) == {"pixel_values"}
     assert torch.equal(
-        alone["pixel_values"], images([picture] * 2, do_rescale=False, return_tensors="pt")["pixel_values"]
+        alone["pixel_values"], images([image] * 2, do_rescale=False, return_tensors="pt")["pixel_values"]
     )
 
 
@@ -287,14 +287,14 @@ def test_round_trip(tmp_path):
         for a, b in zip(processor(texts, language=name).items(), again(texts, language=name).items(), strict=True):
             assert a[0] == b[0]
             assert a[1] == b[1] if a[0] == "adapter_names" else torch.equal(a[1], b[1])
-    picture = Image.new("RGB", (20, 30), (200, 100, 0))
-    assert torch.equal(processor(images=picture)["pixel_values"], again(images=picture)["pixel_values"])
+    image = Image.new("RGB", (20, 30), (200, 100, 0))
+    assert torch.equal(processor(images=image)["pixel_values"], again(images=image)["pixel_values"])
     again.save_pretrained(tmp_path / "twice")
     for file in ("new/folder", "twice"):
         assert json.loads((tmp_path / file / LanguageProcessor.FILE).read_text())["images"] is True
 
 
-def test_round_trip_without_pictures_and_over_old_files(tmp_path):
+def test_round_trip_without_images_and_over_old_files(tmp_path):
     images = hf.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     LanguageProcessor(**tokenizers(), image_processor=images).save_pretrained(tmp_path)
     LanguageProcessor(zh=tokenizer("z", **ZH), padding="max_length", max_length=7).save_pretrained(tmp_path)

@@ -350,14 +350,14 @@ def test_what_is_kept_of_a_class_list_follows_the_other_method():
     stir(one, "other", seed=2)
     two = stir(get_peft_model(one, METHODS["structured_prompt"](family), adapter_name="prompt"), "prompt")
     two.set_classes(CLASSES, word_tokenizer())
-    pictures = {"pixel_values": family.inputs()["pixel_values"]}
+    images = {"pixel_values": family.inputs()["pixel_values"]}
     with torch.no_grad():
-        first = two(**pictures).logits
+        first = two(**images).logits
         one.set_adapter("other")
-        other = two(**pictures).logits
+        other = two(**images).logits
         assert distance(other, first) > 1e-3
         one.set_adapter("default")
-        assert torch.equal(two(**pictures).logits, first)
+        assert torch.equal(two(**images).logits, first)
         one.set_adapter("other")
         two.set_classes(CLASSES[:2], word_tokenizer())
-        torch.testing.assert_close(two(**pictures).logits, other[:, :2])
+        torch.testing.assert_close(two(**images).logits, other[:, :2])

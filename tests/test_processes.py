@@ -49,7 +49,7 @@ def ddp(folder: Path) -> dict[str, Any]:
     for name in TRAINED:
         found[name] = trained(name, folder / name, ddp_find_unused_parameters=False)
     for method in ("aurora_mode_approx", "gated_xattn"):
-        found[f"{method}, some without pictures"] = some_without_pictures(method, folder / f"{method}-texts")
+        found[f"{method}, some without images"] = some_without_images(method, folder / f"{method}-texts")
     return found
 
 
@@ -136,7 +136,7 @@ def trained(name: str, folder: Path, **options: Any) -> dict[str, Any]:
     }
 
 
-def some_without_pictures(method: str, folder: Path) -> dict[str, Any]:
+def some_without_images(method: str, folder: Path) -> dict[str, Any]:
     """In each step one of the processes has a batch of texts alone."""
     family = FAMILIES["llava"]
     model = wrap(family, method, stirred=False)
@@ -225,7 +225,7 @@ def test_accelerate_launch(launched: Launched, tmp_path: Path):
             assert mine[key] == pytest.approx(expected[key], rel=1e-5), key
 
 
-def test_some_processes_have_no_pictures(launched: Launched):
+def test_some_processes_have_no_images(launched: Launched):
     for name in (key for key in launched[1][0]["ddp"] if "without" in key):
         one, other = (rank["ddp"][name] for rank in launched[1])
         assert one["losses"] == other["losses"]

@@ -234,7 +234,7 @@ def a_lora(family: Family) -> PeftModel:
 def two_adapters(family: Family) -> PeftModel:
     """As docs/training.md puts them on one model."""
     model = get_peft_model(family.build(), AuroraModeApproxConfig(r=4), adapter_name="aurora")
-    return get_peft_model(model, METHODS["gated_xattn"](family), adapter_name="pictures")
+    return get_peft_model(model, METHODS["gated_xattn"](family), adapter_name="images")
 
 
 def best_of(model: PeftModel, folder: Path, callbacks: list[Any]) -> Path:
@@ -269,8 +269,8 @@ def test_a_default_adapter_under_another_is_refused_before_training(tmp_path: Pa
     """The stock Trainer would load its weights into the active one, at the end."""
     family = FAMILIES["llava"]
     model = get_peft_model(family.build(), AuroraModeApproxConfig(r=4))
-    both = get_peft_model(model, METHODS["gated_xattn"](family), adapter_name="pictures")
-    with pytest.raises(ValueError, match="would load the adapter 'default' into 'pictures'"):
+    both = get_peft_model(model, METHODS["gated_xattn"](family), adapter_name="images")
+    with pytest.raises(ValueError, match="would load the adapter 'default' into 'images'"):
         best_of(both, tmp_path, [AdapterCallback()])
     assert not list(tmp_path.glob("checkpoint-*"))
 
@@ -411,7 +411,7 @@ def test_evaluation_is_the_same_each_time_and_training_draws(name: str, tmp_path
 
 
 def repeated(batch: dict[str, torch.Tensor], rows: list[int]) -> dict[str, torch.Tensor]:
-    """The texts of these rows, each with a picture of its own."""
+    """The texts of these rows, each with an image of its own."""
     pixels = torch.randn(len(rows), *batch["pixel_values"].shape[1:], generator=torch.Generator().manual_seed(4))
     return {"pixel_values": pixels, **{k: batch[k][rows] for k in ("input_ids", "attention_mask")}}
 

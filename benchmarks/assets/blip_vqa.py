@@ -4,7 +4,7 @@ No package ships a VQA model, so `blip_vqa()` assembles one: a `BlipForQuestionA
 tower and MiniLM in its text encoder and decoder, in one folder with its `BlipProcessor`. What the towers lack, the
 cross-attentions and the decoder's head, starts at random. All but the vision tower learns from the old colours' part of
 `vqa_questions()`; the new colours are drawn by a seed, and neither they nor their names are ever seen.
-`assembly.json` beside the weights holds the settings and the accuracies on validation pictures.
+`assembly.json` beside the weights holds the settings and the accuracies on validation images.
 """
 
 from __future__ import annotations
@@ -64,16 +64,16 @@ def blip_vqa() -> Path:
 def vqa_questions(settings: Settings = Settings()) -> datasets.Dataset:
     """The questions of `easy_vqa()` for a colour or a shape: rows with `kind` and `colours` besides.
 
-    `colours` is the picture's part of the colours, `old` or `new`; where neither question nor answer of a picture names
+    `colours` is the image's part of the colours, `old` or `new`; where neither question nor answer of an image names
     its colour, its rows are left out.
     """
     rows = easy_vqa().filter(lambda question: question.startswith("what"), input_columns="question")
     colours = {a for q, a in zip(rows["question"], rows["answer"], strict=True) if "color" in words_of(q)}
     new = set(random.Random(settings.colour_seed).sample(sorted(colours), settings.new_colours))
     shown: dict[str, str] = {}
-    for picture, question, answer in zip(rows["image_id"], rows["question"], rows["answer"], strict=True):
+    for image, question, answer in zip(rows["image_id"], rows["question"], rows["answer"], strict=True):
         if named := (words_of(question) | {answer}) & colours:
-            shown[picture] = named.pop()
+            shown[image] = named.pop()
     rows = rows.add_column("kind", ["colour" if answer in colours else "shape" for answer in rows["answer"]])
     parts = ["unknown" if p not in shown else "new" if shown[p] in new else "old" for p in rows["image_id"]]
     return rows.add_column("colours", parts).filter(lambda part: part != "unknown", input_columns="colours")
@@ -230,21 +230,21 @@ def question_length(tokenizer: Any) -> int:
     return max(map(len, tokenizer(sorted(set(easy_vqa()["question"])))["input_ids"]))
 
 
-def encode_pictures(model: Any, processor: Any, rows: datasets.Dataset) -> dict[str, Tensor]:
-    """The vision tower's states `(patches + 1, width)` of each picture of `rows`, by its `image_id`."""
-    first = {picture: index for index, picture in enumerate(rows["image_id"])}
+def encode_images(model: Any, processor: Any, rows: datasets.Dataset) -> dict[str, Tensor]:
+    """The vision tower's states `(patches + 1, width)` of each image of `rows`, by its `image_id`."""
+    first = {image: index for index, image in enumerate(rows["image_id"])}
     names, states = list(first), []
     with torch.inference_mode():
-        for start in track(range(0, len(names), 64), "Encoding pictures", console=CONSOLE, transient=True):
-            pictures = rows.select([first[name] for name in names[start : start + 64]])["image"]
-            batch = processor.image_processor([picture.convert("RGB") for picture in pictures], return_tensors="pt")
+        for start in track(range(0, len(names), 64), "Encoding images", console=CONSOLE, transient=True):
+            images = rows.select([first[name] for name in names[start : start + 64]])["image"]
+            batch = processor.image_processor([image.convert("RGB") for image in images], return_tensors="pt")
             states.append(model.vision_model(**batch).last_hidden_state)
     return dict(zip(names, torch.cat(states), strict=True))
 
 
 def train_text(model: Any, processor: Any, rows: datasets.Dataset, settings: Settings) -> None:
     """One pass over `rows` with the answers' cross-entropy: text encoder, decoder and its head."""
-    states = encode_pictures(model, processor, rows)
+    states = encode_images(model, processor, rows)
     length = question_length(processor.tokenizer)
     groups = defaultdict(list)
     for name, parameter in model.named_parameters():
@@ -261,13 +261,13 @@ def train_text(model: Any, processor: Any, rows: datasets.Dataset, settings: Set
     columns = {name: rows[name] for name in ("image_id", "question", "answer")}
     for step in track(range(settings.steps), "Training the question answerer", console=CONSOLE, transient=True):
         part = slice(step * settings.batch_size, (step + 1) * settings.batch_size)
-        pictures = torch.stack([states[name] for name in columns["image_id"][part]])
+        images = torch.stack([states[name] for name in columns["image_id"][part]])
         asked = processor.tokenizer(
             columns["question"][part], padding="max_length", max_length=length, return_tensors="pt"
         )
         answers = processor.tokenizer(columns["answer"][part], padding=True, return_tensors="pt")
         fused = model.text_encoder(
-            asked["input_ids"], attention_mask=asked["attention_mask"], encoder_hidden_states=pictures
+            asked["input_ids"], attention_mask=asked["attention_mask"], encoder_hidden_states=images
         ).last_hidden_state
         loss = model.text_decoder(
             answers["input_ids"],  # begin with [CLS], the decoder's start token
@@ -289,7 +289,7 @@ def accuracy(model: Any, processor: Any, rows: datasets.Dataset) -> dict[str, fl
     length, right = question_length(processor.tokenizer), defaultdict(list)
     for batch in rows.batch(64):
         inputs = processor(
-            images=[picture.convert("RGB") for picture in batch["image"]],
+            images=[image.convert("RGB") for image in batch["image"]],
             text=batch["question"],
             padding="max_length",
             max_length=length,

@@ -1,4 +1,4 @@
-"""A small language model that has read captions and never seen a picture.
+"""A small language model that has read captions and never seen an image.
 
 No package ships one under a plain licence, so `caption_lm()` trains one in minutes: Llama's architecture, the words of
 MiniLM's tokenizer that the benchmarks need, and for each word's first embedding the principal components of what MiniLM
@@ -8,7 +8,7 @@ language model of any size would.
 It reads pages of captions of one kind, half of them about one topic: names and keywords of the training concepts,
 sentences of the training photos, easy-VQA's training questions with their answers; and the English sentences of a
 graded course of Chinese. In the sentences any word may occur, such as `A penguin.` It reads nothing that is said of a validation or test
-picture, but for the words' places in its vocabulary. `assembly.json` holds the settings and the losses.
+image, but for the words' places in its vocabulary. `assembly.json` holds the settings and the losses.
 """
 
 from __future__ import annotations

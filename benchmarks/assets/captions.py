@@ -1,8 +1,8 @@
-"""Pictures with what is said of them, in five kinds, for a language model that is to see.
+"""Images with what is said of them, in five kinds, for a language model that is to see.
 
-`captions(kind)` are the captions of one of `KINDS`, and `patch_states(kind)` the pictures as DINOv2-S sees them:
+`captions(kind)` are the captions of one of `KINDS`, and `patch_states(kind)` the images as DINOv2-S sees them:
 
-| kind | picture | said |
+| kind | image | said |
 | --- | --- | --- |
 | `names` | emoji, three styles | the English name |
 | `keywords` | the same | some of the keywords, in any order |
@@ -36,29 +36,29 @@ from .animated_emoji import FRAMES, animated_emoji
 from .easy_vqa import easy_vqa
 from .english_clip import image_processor
 from .fetch import CONSOLE, build_once
+from .images import SIZE, emoji_images, split_families
 from .photos import photos
-from .pictures import SIZE, emoji_pictures, split_families
 from .towers import dinov2_small
 
 KINDS = ("names", "keywords", "sentences", "questions", "animations")
 QUESTIONED = {"train": 1500, "validation": 200, "test": 300}
-"""So many of easy-VQA's pictures are used, drawn by a seed."""
+"""So many of easy-VQA's images are used, drawn by a seed."""
 TEST_PHOTOS, VALIDATION_PHOTOS, LARGEST_FAMILY = 120, 60, 10
 SPLIT_SEED = 0
 
 
 @dataclass(frozen=True)
 class Caption:
-    """What is said of one picture."""
+    """What is said of one image."""
 
-    picture: int
+    image: int
     """Its row of `patch_states`."""
     answer: str
     split: str
     topic: str
-    """Pictures of one topic are alike: a subgroup of emoji, a folder of photos."""
+    """Images of one topic are alike: a subgroup of emoji, a folder of photos."""
     thing: str
-    """What is shown: a concept, a family of photos, a picture of a shape."""
+    """What is shown: a concept, a family of photos, an image of a shape."""
     question: str = ""
     words: tuple[str, ...] = ()
     """Keywords, of which `answer` has all."""
@@ -78,7 +78,7 @@ def captions(kind: str) -> tuple[Caption, ...]:
 
 
 def _emoji_captions(keywords: bool) -> Iterator[Caption]:
-    rows = emoji_pictures().remove_columns("image")
+    rows = emoji_images().remove_columns("image")
     for index, row in enumerate(rows):
         words = tuple(row["tags_en"]) if keywords else ()
         answer = ", ".join(words) if keywords else row["label_en"]
@@ -101,7 +101,7 @@ def _sentences() -> Iterator[Caption]:
 
 
 def _questions() -> Iterator[Caption]:
-    places = {picture: index for index, picture in enumerate(_questioned_pictures())}
+    places = {image: index for index, image in enumerate(_questioned_images())}
     rows = easy_vqa().remove_columns("image")
     for row in rows:
         if row["image_id"] in places:
@@ -136,24 +136,24 @@ _CAPTIONS: dict[str, Callable[[], Iterable[Caption]]] = {
 
 
 @cache
-def _questioned_pictures() -> list[str]:
-    pictures: dict[str, list[str]] = defaultdict(list)
+def _questioned_images() -> list[str]:
+    images: dict[str, list[str]] = defaultdict(list)
     rows = easy_vqa()
-    for picture, split in dict.fromkeys(zip(rows["image_id"], rows["split"], strict=True)):
-        pictures[split].append(picture)
+    for image, split in dict.fromkeys(zip(rows["image_id"], rows["split"], strict=True)):
+        images[split].append(image)
     rng = random.Random(SPLIT_SEED)
-    return [p for split, size in QUESTIONED.items() for p in rng.sample(sorted(pictures[split]), size)]
+    return [p for split, size in QUESTIONED.items() for p in rng.sample(sorted(images[split]), size)]
 
 
-# --- the pictures ----------------------------------------------------------------------------------------------------
+# --- the images ------------------------------------------------------------------------------------------------------
 
 
 @cache
 def patch_states(kind: str) -> Tensor:
-    """What the frozen DINOv2-S makes of the pictures, each channel standardised: `(pictures, frames, 37, 384)`.
+    """What the frozen DINOv2-S makes of the images, each channel standardised: `(images, frames, 37, 384)`.
 
-    Frames are 1 but for animations. The tokens are the class token and the patches of a picture of 84 x 84. More than
-    half of a token is the same in all pictures, so mean and standard deviation of the named training pictures are taken
+    Frames are 1 but for animations. The tokens are the class token and the patches of an image of 84 x 84. More than
+    half of a token is the same in all images, so mean and standard deviation of the named training images are taken
     out of all kinds.
     """
     mean, deviation = _channels()
@@ -163,28 +163,28 @@ def patch_states(kind: str) -> Tensor:
 @cache
 def _channels() -> tuple[Tensor, Tensor]:
     """(384), (384)."""
-    shown = sorted({caption.picture for caption in captions("names") if caption.split == "train"})
+    shown = sorted({caption.image for caption in captions("names") if caption.split == "train"})
     tokens = _kept_states("names")[shown].flatten(0, 2)
     return tokens.mean(dim=0), tokens.std(dim=0)
 
 
 def _kept_states(kind: str) -> Tensor:
     """As DINOv2-S gives them, computed once and for all."""
-    pictures, frames, each = _PICTURES[kind]
+    images, frames, each = _IMAGES[kind]
 
     def build(folder: Path) -> None:
         save_file({"states": seen(list(each())).unflatten(0, (-1, frames))}, folder / "states.safetensors")
 
-    return load_file(build_once(f"dinov2-small-1-{pictures}", build) / "states.safetensors")["states"]
+    return load_file(build_once(f"dinov2-small-1-{images}", build) / "states.safetensors")["states"]
 
 
-def picture(kind: str, index: int) -> Image.Image:
-    """The picture of a row of `patch_states`, of an animation the first frame."""
+def image(kind: str, index: int) -> Image.Image:
+    """The image of a row of `patch_states`, of an animation the first frame."""
     if kind == "questions":
-        return easy_vqa()[_first_questions()[_questioned_pictures()[index]]]["image"]
+        return easy_vqa()[_first_questions()[_questioned_images()[index]]]["image"]
     if kind == "animations":
         return animated_emoji()[index]["frames"][0]
-    return (photos() if kind == "sentences" else emoji_pictures())[index]["image"]
+    return (photos() if kind == "sentences" else emoji_images())[index]["image"]
 
 
 @cache
@@ -194,7 +194,7 @@ def _first_questions() -> dict[str, int]:
 
 def _shapes() -> Iterator[Image.Image]:
     rows = easy_vqa()
-    for name in _questioned_pictures():
+    for name in _questioned_images():
         yield rows[_first_questions()[name]]["image"]
 
 
@@ -208,8 +208,8 @@ def _images(rows: datasets.Dataset) -> Iterator[Image.Image]:
         yield row["image"]
 
 
-_EMOJI = ("emoji-1", 1, lambda: _images(emoji_pictures()))
-_PICTURES: dict[str, tuple[str, int, Callable[[], Iterator[Image.Image]]]] = {
+_EMOJI = ("emoji-1", 1, lambda: _images(emoji_images()))
+_IMAGES: dict[str, tuple[str, int, Callable[[], Iterator[Image.Image]]]] = {
     "names": _EMOJI,
     "keywords": _EMOJI,
     "sentences": ("photos-1", 1, lambda: _images(photos())),
@@ -219,14 +219,14 @@ _PICTURES: dict[str, tuple[str, int, Callable[[], Iterator[Image.Image]]]] = {
 
 
 @torch.inference_mode()
-def seen(pictures: list[Image.Image], batch_size: int = 64) -> Tensor:
-    """The states (pictures, 37, 384) of all tokens."""
+def seen(images: list[Image.Image], batch_size: int = 64) -> Tensor:
+    """The states (images, 37, 384) of all tokens."""
     model, processor, states = AutoModel.from_pretrained(dinov2_small()).eval(), image_processor(), []
-    for start in track(range(0, len(pictures), batch_size), "Encoding pictures", console=CONSOLE, transient=True):
-        found = [small(picture) for picture in pictures[start : start + batch_size]]
+    for start in track(range(0, len(images), batch_size), "Encoding images", console=CONSOLE, transient=True):
+        found = [small(image) for image in images[start : start + batch_size]]
         states.append(model(**processor(found, return_tensors="pt")).last_hidden_state)
     return torch.cat(states)
 
 
-def small(picture: Image.Image) -> Image.Image:
-    return picture.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+def small(image: Image.Image) -> Image.Image:
+    return image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)

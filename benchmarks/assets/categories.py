@@ -1,18 +1,18 @@
-"""Pictures of few, coarse classes: what few-shot classification is tried on.
+"""Images of few, coarse classes: what few-shot classification is tried on.
 
-`categories("emoji")` and `categories("photos")` have one row per picture:
+`categories("emoji")` and `categories("photos")` have one row per image:
 
 | column | content |
 | --- | --- |
-| `image` | RGB picture on white |
+| `image` | RGB image on white |
 | `label` | the class's place in `CLASSES[data]` |
 | `style` | emoji: `google`, `twitter` or `fluent`; photos: `photo` or `drawing` |
-| `concept` | what the picture shows: pictures of one concept in several styles have it in common |
+| `concept` | what the image shows: images of one concept in several styles have it in common |
 | `split` | `train`, `validation` or `test` |
 
-A class is made of folders of the source, small ones together, so that at least 16 pictures of it train. Concepts of one
-family lie in one split. Emoji keep the split of `emoji_pictures()`; photos have one of their own: of each class, shuffled
-families train until half of its pictures and 16 at least do, 30 % of the rest validate.
+A class is made of folders of the source, small ones together, so that at least 16 images of it train. Concepts of one
+family lie in one split. Emoji keep the split of `emoji_images()`; photos have one of their own: of each class, shuffled
+families train until half of its images and 16 at least do, 30 % of the rest validate.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from functools import cache
 
 import datasets
 
+from .images import emoji_images
 from .photos import photos
-from .pictures import emoji_pictures
 
 SHOTS, SPLIT_SEED, VALIDATION_SHARE = 16, 0, 0.3
 CLASSES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -91,7 +91,7 @@ def class_of(folder: str, classes: dict[str, tuple[str, ...]]) -> int | None:
 
 
 def split_class(families: Sequence[str], seed: int = SPLIT_SEED) -> list[str]:
-    """The splits of one class's pictures, of which `families` names one for each; see the module's docstring."""
+    """The splits of one class's images, of which `families` names one for each; see the module's docstring."""
     order = sorted(set(families))
     random.Random(seed).shuffle(order)
     total, placed, found = len(families), 0, {}
@@ -104,7 +104,7 @@ def split_class(families: Sequence[str], seed: int = SPLIT_SEED) -> list[str]:
 
 
 def _emoji() -> datasets.Dataset:
-    rows = emoji_pictures()
+    rows = emoji_images()
     place = {group: label for label, entries in enumerate(CLASSES["emoji"].values()) for group in entries}
     rows = rows.select([i for i, group in enumerate(rows["subgroup"]) if group in place])
     labels = [place[group] for group in rows["subgroup"]]

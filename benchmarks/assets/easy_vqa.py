@@ -1,13 +1,13 @@
-"""easy-VQA: questions about pictures of one coloured shape.
+"""easy-VQA: questions about images of one coloured shape.
 
 `easy_vqa()` has one row per question:
 
 | column | content |
 | --- | --- |
-| `image` | 64 x 64 RGB picture |
-| `image_id` | `train-17`; the questions about one picture share it |
+| `image` | 64 x 64 RGB image |
+| `image_id` | `train-17`; the questions about one image share it |
 | `question`, `answer` | English, 13 answers: yes, no, three shapes and eight colours |
-| `split` | `train` and `test` as the package has them, `validation` a tenth of the training pictures |
+| `split` | `train` and `test` as the package has them, `validation` a tenth of the training images |
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FEATURES = datasets.Features(
 
 
 def easy_vqa() -> datasets.Dataset:
-    """Questions about pictures of one shape; columns as in the module's docstring."""
+    """Questions about images of one shape; columns as in the module's docstring."""
     return datasets.load_from_disk(str(build_once("easy-vqa-1", _build)), keep_in_memory=True)
 
 
@@ -47,15 +47,15 @@ def _build(folder: Path) -> None:
     columns: dict[str, list] = {name: [] for name in FEATURES}
     for part in ("train", "test"):
         questions = json.loads((data / part / "questions.json").read_text("utf-8"))
-        pictures = sorted({picture for _, _, picture in questions})
+        images = sorted({image for _, _, image in questions})
         held_out: set[int] = set()
         if part == "train":
-            held_out.update(random.Random(SPLIT_SEED).sample(pictures, round(VALIDATION_SHARE * len(pictures))))
-        files = {picture: (data / part / "images" / f"{picture}.png").read_bytes() for picture in pictures}
-        for question, answer, picture in questions:
-            columns["image"].append({"bytes": files[picture], "path": None})
-            columns["image_id"].append(f"{part}-{picture}")
+            held_out.update(random.Random(SPLIT_SEED).sample(images, round(VALIDATION_SHARE * len(images))))
+        files = {image: (data / part / "images" / f"{image}.png").read_bytes() for image in images}
+        for question, answer, image in questions:
+            columns["image"].append({"bytes": files[image], "path": None})
+            columns["image_id"].append(f"{part}-{image}")
             columns["question"].append(question)
             columns["answer"].append(answer)
-            columns["split"].append("validation" if picture in held_out else part)
+            columns["split"].append("validation" if image in held_out else part)
     datasets.Dataset.from_dict(columns, features=FEATURES).save_to_disk(str(folder))

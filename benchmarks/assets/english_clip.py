@@ -1,9 +1,9 @@
 """The English CLIP: frozen DINOv2-S and MiniLM, joined by projections that are fitted here.
 
 No package ships a CLIP, so `english_clip()` assembles one: a `VisionTextDualEncoderModel` with its
-`VisionTextDualEncoderProcessor` (84-pixel pictures, English tokenizer) in one folder. Both towers stay as they came,
+`VisionTextDualEncoderProcessor` (84-pixel images, English tokenizer) in one folder. Both towers stay as they came,
 MiniLM's pooler included. The two projections are a shrunken canonical correlation analysis of the towers' outputs on
-the training families' pictures in the old styles, captioned with names and keywords; with a thousand concepts it finds
+the training families' images in the old styles, captioned with names and keywords; with a thousand concepts it finds
 unseen ones better than contrastive training of the same projections, it takes a second, and it has no learning rate.
 The logit scale is the one that suits the validation families best. The new style and the test families are never seen.
 `assembly.json` beside the weights holds the settings and the recalls.
@@ -39,7 +39,7 @@ from transformers import (
 from peft_multimodal.evaluation import retrieval_recall
 
 from .fetch import CONSOLE, build_once
-from .pictures import OLD_STYLES, SIZE, STYLES, emoji_pictures
+from .images import OLD_STYLES, SIZE, STYLES, emoji_images
 from .towers import dinov2_small, minilm
 
 Recalls = dict[str, dict[str, dict[str, float]]]
@@ -51,12 +51,12 @@ class Settings:
     """How the projections are fitted."""
 
     projection_dim: int = 256
-    picture_shrinkage: float = 0.1
-    """Ridge of the pictures' covariance, in units of its mean eigenvalue."""
+    image_shrinkage: float = 0.1
+    """Ridge of the images' covariance, in units of its mean eigenvalue."""
     text_shrinkage: float = 1.0
     """The same for the texts."""
     views: int = 3
-    """Shrunken, shifted, sometimes grey views of each picture, beside the picture itself."""
+    """Shrunken, shifted, sometimes grey views of each image, beside the image itself."""
     captions: int = 8
     """Captions sampled from a concept's name and keywords, beside the name itself."""
     name_weight: int = 4
@@ -71,7 +71,7 @@ def english_clip() -> Path:
 
 def _build(folder: Path, settings: Settings) -> None:
     started = time.perf_counter()
-    pictures = emoji_pictures()
+    emoji = emoji_images()
     rng = random.Random(settings.seed)
     processor = VisionTextDualEncoderProcessor(image_processor(), AutoTokenizer.from_pretrained(minilm()))
     vision_model, text_model = AutoModel.from_pretrained(dinov2_small()), AutoModel.from_pretrained(minilm())
@@ -80,34 +80,34 @@ def _build(folder: Path, settings: Settings) -> None:
     )
     model = VisionTextDualEncoderModel(config, vision_model, text_model).eval()
 
-    train = [rows_of(pictures, "train", style) for style in OLD_STYLES]
+    train = [rows_of(emoji, "train", style) for style in OLD_STYLES]
     captions = captions_of(train[0], settings, rng)
     views = views_of(train, settings, rng)
     model.visual_projection.weight.data, model.text_projection.weight.data = canonical_projections(
-        torch.stack([encode_pictures(model, processor, view) for view in track(views, "Encoding", console=CONSOLE)]),
+        torch.stack([encode_images(model, processor, view) for view in track(views, "Encoding", console=CONSOLE)]),
         torch.stack([encode_texts(model, processor, texts) for texts in captions]),
         settings,
     )
-    galleries = [embed(model, processor, rows_of(pictures, "validation", style)) for style in OLD_STYLES]
+    galleries = [embed(model, processor, rows_of(emoji, "validation", style)) for style in OLD_STYLES]
     model.logit_scale.data.fill_(best_logit_scale([texts @ images.T for images, texts in galleries]))
 
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    recalls = {split: evaluate(model, processor, pictures, split) for split in ("validation", "test")}
+    recalls = {split: evaluate(model, processor, emoji, split) for split in ("validation", "test")}
     report = report_of(settings, recalls, started)
     (folder / "assembly.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     means = {split: {style: row["mean_recall"] for style, row in styles.items()} for split, styles in recalls.items()}
     CONSOLE.print(f"English CLIP assembled in {report['build_seconds']:.0f} s; mean recall in per cent:", means)
 
 
-def rows_of(pictures: datasets.Dataset, split: str, style: str) -> datasets.Dataset:
+def rows_of(images: datasets.Dataset, split: str, style: str) -> datasets.Dataset:
     """The rows of one split in one style; the concepts come in the same order for every style."""
-    wanted = zip(pictures["split"], pictures["style"], strict=True)
-    return pictures.select([row for row, is_in in enumerate(wanted) if is_in == (split, style)])
+    wanted = zip(images["split"], images["style"], strict=True)
+    return images.select([row for row, is_in in enumerate(wanted) if is_in == (split, style)])
 
 
 def image_processor() -> BitImageProcessorPil:
-    """DINOv2's preprocessing at the pictures' own size."""
+    """DINOv2's preprocessing at the images' own size."""
     return BitImageProcessorPil(
         size={"shortest_edge": SIZE},
         crop_size={"height": SIZE, "width": SIZE},
@@ -124,17 +124,17 @@ def captions_of(rows: datasets.Dataset, settings: Settings, rng: random.Random) 
 
 
 def views_of(styles: Sequence[datasets.Dataset], settings: Settings, rng: random.Random) -> list[list[Image.Image]]:
-    """Every style's pictures as they are, and `settings.views` augmented views of each."""
+    """Every style's images as they are, and `settings.views` augmented views of each."""
     views = [list(rows["image"]) for rows in styles]
-    return views + [[augmented(picture, rng) for picture in view] for view in views for _ in range(settings.views)]
+    return views + [[augmented(image, rng) for image in view] for view in views for _ in range(settings.views)]
 
 
-def augmented(picture: Image.Image, rng: random.Random) -> Image.Image:
-    """The picture at 70-100 % of its size somewhere on white, in three of ten cases without colour."""
+def augmented(image: Image.Image, rng: random.Random) -> Image.Image:
+    """The image at 70-100 % of its size somewhere on white, in three of ten cases without colour."""
     side = round(SIZE * rng.uniform(0.7, 1.0))
     ground = Image.new("RGB", (SIZE, SIZE), "white")
     corner = rng.randint(0, SIZE - side), rng.randint(0, SIZE - side)
-    ground.paste(picture.resize((side, side), Image.Resampling.BICUBIC), corner)
+    ground.paste(image.resize((side, side), Image.Resampling.BICUBIC), corner)
     return ImageOps.grayscale(ground).convert("RGB") if rng.random() < 0.3 else ground
 
 
@@ -145,13 +145,13 @@ def caption(label: str, tags: Sequence[str], rng: random.Random) -> str:
 
 
 @torch.inference_mode()
-def encode_pictures(
-    model: VisionTextDualEncoderModel, processor: VisionTextDualEncoderProcessor, pictures: Sequence[Image.Image]
+def encode_images(
+    model: VisionTextDualEncoderModel, processor: VisionTextDualEncoderProcessor, images: Sequence[Image.Image]
 ) -> torch.Tensor:
-    """The vision tower's pooled outputs, before the projection: `(pictures, width)`."""
+    """The vision tower's pooled outputs, before the projection: `(images, width)`."""
     outputs = []
-    for start in range(0, len(pictures), 64):
-        batch = processor.image_processor(images=list(pictures[start : start + 64]), return_tensors="pt")
+    for start in range(0, len(images), 64):
+        batch = processor.image_processor(images=list(images[start : start + 64]), return_tensors="pt")
         outputs.append(model.vision_model(**batch).pooler_output)
     return torch.cat(outputs)
 
@@ -169,7 +169,7 @@ def encode_texts(
 
 
 def canonical_projections(
-    pictures: torch.Tensor, texts: torch.Tensor, settings: Settings
+    images: torch.Tensor, texts: torch.Tensor, settings: Settings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The projections `(dim, width)` of both towers whose outputs correlate most, weighted by how much they do.
 
@@ -178,7 +178,7 @@ def canonical_projections(
     instead of subtracting the means they leave out the means' directions.
 
     Args:
-        pictures: `(views, concepts, width)`, every view of a concept's picture.
+        images: `(views, concepts, width)`, every view of a concept's image.
         texts: `(captions, concepts, width)`, every caption of the same concepts.
         settings: The dimension and the ridges.
     """
@@ -191,14 +191,14 @@ def canonical_projections(
         scale = (values.clamp_min(0) + ridge * values.mean()).rsqrt()
         return (vectors * scale) @ vectors.T @ without_mean
 
-    pictures, texts = pictures.double(), texts.double()
-    whiten_picture = whitener(pictures, settings.picture_shrinkage)
+    images, texts = images.double(), texts.double()
+    whiten_image = whitener(images, settings.image_shrinkage)
     whiten_text = whitener(texts, settings.text_shrinkage)
-    between = pictures.mean(dim=0).T @ texts.mean(dim=0) / pictures.shape[1]
-    left, correlations, right = torch.linalg.svd(whiten_picture @ between @ whiten_text.T)
+    between = images.mean(dim=0).T @ texts.mean(dim=0) / images.shape[1]
+    left, correlations, right = torch.linalg.svd(whiten_image @ between @ whiten_text.T)
     kept = slice(settings.projection_dim)
     strength = correlations[kept, None]
-    weights = strength * (left[:, kept].T @ whiten_picture), strength * (right[kept] @ whiten_text)
+    weights = strength * (left[:, kept].T @ whiten_image), strength * (right[kept] @ whiten_text)
     # Only directions count; the size is that of a fresh nn.Linear, which optimizers' step sizes are made for.
     visual, text = (weight / weight.std() / (3 * weight.shape[1]) ** 0.5 for weight in weights)
     return visual.float().contiguous(), text.float().contiguous()
@@ -208,8 +208,8 @@ def canonical_projections(
 def embed(
     model: VisionTextDualEncoderModel, processor: VisionTextDualEncoderProcessor, rows: datasets.Dataset
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows' pictures and their English names, projected and of unit length: `(rows, dim)` each."""
-    images = model.visual_projection(encode_pictures(model, processor, list(rows["image"])))
+    """The rows' images and their English names, projected and of unit length: `(rows, dim)` each."""
+    images = model.visual_projection(encode_images(model, processor, list(rows["image"])))
     texts = model.text_projection(encode_texts(model, processor, list(rows["label_en"])))
     return F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
 
@@ -229,10 +229,10 @@ def best_logit_scale(similarities: Sequence[torch.Tensor]) -> float:
 
 
 def evaluate(
-    model: VisionTextDualEncoderModel, processor: VisionTextDualEncoderProcessor, pictures: datasets.Dataset, split: str
+    model: VisionTextDualEncoderModel, processor: VisionTextDualEncoderProcessor, images: datasets.Dataset, split: str
 ) -> dict[str, dict[str, float]]:
-    """Recalls of the split's English names against its pictures, for each style by itself."""
-    return {style: retrieval_recall(*embed(model, processor, rows_of(pictures, split, style))) for style in STYLES}
+    """Recalls of the split's English names against its images, for each style by itself."""
+    return {style: retrieval_recall(*embed(model, processor, rows_of(images, split, style))) for style in STYLES}
 
 
 def report_of(settings: Any, recalls: Recalls, started: float) -> dict[str, Any]:

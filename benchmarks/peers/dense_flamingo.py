@@ -1,8 +1,8 @@
-"""Gated cross-attention as Flamingo's open implementations do it: all pictures, a dense mask, every token anew.
+"""Gated cross-attention as Flamingo's open implementations do it: all images, a dense mask, every token anew.
 
-Every call maps the tokens of all pictures to keys and values, scores every text token against all of them, and masks
-those of other pictures (Alayrac et al., arXiv 2204.14198; Awadalla et al., "OpenFlamingo", arXiv 2308.01390). While text
-is generated, its tokens belong to the last picture of the prompt; nothing but the resampler's output is kept.
+Every call maps the tokens of all images to keys and values, scores every text token against all of them, and masks
+those of other images (Alayrac et al., arXiv 2204.14198; Awadalla et al., "OpenFlamingo", arXiv 2308.01390). While text
+is generated, its tokens belong to the last image of the prompt; nothing but the resampler's output is kept.
 The parameters are those of `GatedBlock`, so that the outputs must be equal.
 """
 
@@ -28,15 +28,15 @@ class DenseBlock(nn.Module):
         """(B, L, d) -> (B, L, d).
 
         Args:
-            m: (B, T, R, D), the pictures' tokens.
+            m: (B, T, R, D), the images' tokens.
             times: (B, L), how many markers stand before or at a token.
         """
         block, maps = self.block, self.block.attention
-        pictures, tokens = m.shape[1:3]
+        images, tokens = m.shape[1:3]
         q = maps.queries(block.attention_norm(y)).transpose(1, 2)
         k, v = (x.transpose(1, 2) for x in maps.keys_values(m.flatten(1, 2)))
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        place = torch.arange(1, pictures + 1, device=y.device).repeat_interleave(tokens)
+        place = torch.arange(1, images + 1, device=y.device).repeat_interleave(tokens)
         own = (times[..., None] == place)[:, None]
         scores = scores.masked_fill(~own, -torch.finfo(scores.dtype).max)
         scores = scores - scores.amax(dim=-1, keepdim=True).detach()
@@ -71,14 +71,14 @@ class PeerLayer(nn.Module):
     def __init__(self, block: Any, layer: nn.Module, marker: int) -> None:
         super().__init__()
         self.block, self.layer, self.marker = block, layer, marker
-        self.pictures: Tensor | None = None
+        self.images: Tensor | None = None
         self.times: Tensor | None = None
 
-    def look(self, pictures: Tensor, ids: Tensor) -> None:
-        self.pictures, self.times = pictures, (ids == self.marker).long().cumsum(dim=1)
+    def look(self, images: Tensor, ids: Tensor) -> None:
+        self.images, self.times = images, (ids == self.marker).long().cumsum(dim=1)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         assert self.times is not None
         new = hidden_states.shape[1] == 1
         times = self.times[:, -1:] if new else self.times
-        return self.layer(self.block(hidden_states, self.pictures, times), *args, **kwargs)
+        return self.layer(self.block(hidden_states, self.images, times), *args, **kwargs)

@@ -1,6 +1,6 @@
 """Few-shot classifiers on frozen CLIP embeddings: linear probes and Tip-Adapter-F.
 
-v (n, e) are pictures' embeddings and W (C, e) class weights, both of norm 1 unless said; s is the model's logit scale.
+v (n, e) are images' embeddings and W (C, e) class weights, both of norm 1 unless said; s is the model's logit scale.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class LinearProbe(nn.Module):
     """logits = s v W^T, W being what minimises  CE(s v W^T, y) + penalty |W - W_start|^2.
 
     With W_start = 0 the probe of CLIP (Radford et al. 2021, arXiv 2103.00020); with W_start the texts' features a probe that
-    starts from the zero-shot classifier and stays as near to it as the pictures let it.
+    starts from the zero-shot classifier and stays as near to it as the images let it.
 
     Args:
         start: W_start (C, e); its rows need no norm.
@@ -46,10 +46,10 @@ class LinearProbe(nn.Module):
 class TipAdapterF(nn.Module):
     """logits = s v W^T + alpha exp(-beta (1 - v K^T)) Y, with keys K that train.
 
-    Zhang et al. 2022, arXiv 2207.09519. K (n, e) starts from the training pictures' embeddings, Y (n, C) are their labels.
+    Zhang et al. 2022, arXiv 2207.09519. K (n, e) starts from the training images' embeddings, Y (n, C) are their labels.
 
     Args:
-        v: The training pictures' embeddings (n, e).
+        v: The training images' embeddings (n, e).
         labels: (n)
         text: W, the texts' features; they stay.
         alpha, beta: How much the cache counts, and how sharply it looks. alpha is relative to s = 100, CLIP's, and scaled with s.

@@ -40,10 +40,10 @@ class TemplateClassifier(nn.Module):
 
 
 class CoCoOp(nn.Module):
-    """The context of class c's prompt for picture x is v_m + pi(v(x)): one token for the picture, added to all.
+    """The context of class c's prompt for image x is v_m + pi(v(x)): one token for the image, added to all.
 
     Zhou et al. 2022, arXiv 2203.05557: M = 4 tokens that start from "a photo of a", pi = Linear e -> e/16, ReLU,
-    Linear -> d_t. Its own code pads every text to the tower's length and goes through the pictures one by one: `padded`.
+    Linear -> d_t. Its own code pads every text to the tower's length and goes through the images one by one: `padded`.
     The towers are to be frozen by the caller.
     """
 

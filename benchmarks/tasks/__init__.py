@@ -29,7 +29,7 @@ class Task(Protocol):
         """What the choice of a setting maximises, from metrics on the validation split."""
 
     def report(self, records: Sequence[Record], plots: Path) -> str:
-        """Markdown tables of the results that exist so far; pictures go into the folder `plots`."""
+        """Markdown tables of the results that exist so far; images go into the folder `plots`."""
 
 
 def names() -> list[str]:

@@ -1,11 +1,11 @@
-"""Captioning: a language model that has read captions learns to see, and is asked about pictures of unseen concepts.
+"""Captioning: a language model that has read captions learns to see, and is asked about images of unseen concepts.
 
-The language model and its eyes, DINOv2-S, are frozen. GatedXAttn trains on pages of one to five pictures with what is
+The language model and its eyes, DINOv2-S, are frozen. GatedXAttn trains on pages of one to five images with what is
 said of them, half of the pages about one topic, every step on pages of all kinds (`assets/captions.py`). A page is
 
     <end><image>red apple<end><image>what color is the shape? red<end>...
 
-with the tokenizer's end token for `<end>`, and a prompt of k shots is a page of k training pictures and a test picture, whose caption is missing. Measured are
+with the tokenizer's end token for `<end>`, and a prompt of k shots is a page of k training images and a test image, whose caption is missing. Measured are
 
 - the nats of the right answer, the end among them;
 - accuracy among candidates, the right answer and others of its kind: those of questions by their nats, names and sentences,
@@ -14,19 +14,19 @@ with the tokenizer's end token for `<end>`, and a prompt of k shots is a page of
 - CIDEr of the names and sentences that are written, 100 times the library's score as is usual, and the share of the
   written keywords that are the concept's.
 
-Shots are drawn, or the training pictures most like the test picture (`near`). The control asks about another test
-picture. Answers to questions are generated too, behind one picture and behind two. In prompts of two pictures an answer
-belongs to the picture before it: the same text is read with its pictures in their places and swapped.
+Shots are drawn, or the training images most like the test image (`near`). The control asks about another test
+image. Answers to questions are generated too, behind one image and behind two. In prompts of two images an answer
+belongs to the image before it: the same text is read with its images in their places and swapped.
 
 | `task` setting | content |
 | --- | --- |
 | `lm` | `caption_lm`, or a Hub id or a folder of another decoder |
 | `kinds` | of captions, that are trained |
-| `pages`, `pictures`, `one_topic` | pages of each kind in a step, the most pictures on one, the share about one topic |
+| `pages`, `pictures`, `one_topic` | pages of each kind in a step, the most images on one, the share about one topic |
 | `frames` | of an animation |
-| `shown` | `own` pictures in training, or `others`' |
+| `shown` | `own` images in training, or `others`' |
 | `shots`, `near`, `others` | numbers of shots: drawn, most alike, and those for which the control is measured |
-| `written` | for which pictures texts are written: `own`, and `other` for the control |
+| `written` | for which images texts are written: `own`, and `other` for the control |
 | `things`, `candidates` | tested of each kind, at most; answers to choose from |
 | `eval_batch_size` | prompts at a time |
 """
@@ -67,10 +67,10 @@ SHOTS = 4
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture in a prompt, with what is said of it."""
+    """An image in a prompt, with what is said of it."""
 
     kind: str
-    picture: int
+    image: int
     question: str
     answer: str
     order: Order = "ordered"
@@ -81,11 +81,11 @@ class Shown:
 
 
 Prompt = list[Shown]
-"""Shots and, last, the picture that is asked about."""
+"""Shots and, last, the image that is asked about."""
 
 
 def run(experiment: Experiment, seed: int, split: Split) -> dict[str, Any]:
-    """Learn to see, then answer about the split's pictures."""
+    """Learn to see, then answer about the split's images."""
     settings = experiment.settings
     lm, tokenizer = load_lm(settings["lm"])
     processor = InterleavedProcessor(tokenizer)
@@ -144,9 +144,9 @@ class TrainingPages(torch.utils.data.IterableDataset):
                 size = rng.randint(1, settings["pictures"])  # of a batch, so that little of it is padding
                 for _ in range(settings["pages"]):
                     chosen = source.choose(rng, size)
-                    page = [Shown(kind, c.picture, c.question, c.said(rng)) for c in chosen]
+                    page = [Shown(kind, c.image, c.question, c.said(rng)) for c in chosen]
                     if settings["shown"] == "others":
-                        page = [replace(s, picture=rng.choice(source.all).picture) for s in page]
+                        page = [replace(s, image=rng.choice(source.all).image) for s in page]
                     yield page
 
 
@@ -166,7 +166,7 @@ class PageCollator:
         return {**batch, "labels": batch["input_ids"].masked_fill(ignored, -100), "vision_features": self.states(pages)}
 
     def prompts(self, pages: Sequence[Prompt], sees: bool) -> dict[str, Tensor]:
-        """Pages without their last answer, padded on the left; without pictures where nobody sees them."""
+        """Pages without their last answer, padded on the left; without images where nobody sees them."""
         marker, end = self.processor.media_token if sees else "", self.end
         texts = [
             end + "".join(s.text(marker, end) for s in page[:-1]) + page[-1].text(marker, end, answered=False)
@@ -176,18 +176,18 @@ class PageCollator:
         return {**batch, "vision_features": self.states(pages)} if sees else batch
 
     def states(self, pages: Sequence[Prompt]) -> Tensor:
-        """(B, T, F, S, D), zeros behind a page's last picture."""
+        """(B, T, F, S, D), zeros behind a page's last image."""
         found = [torch.stack([self.frames_of(shown) for shown in page]) for page in pages]
         return torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
 
     def frames_of(self, shown: Shown) -> Tensor:
-        """(F, S, D): the picture, or an animation's frames, evenly spaced."""
-        states = patch_states(shown.kind)[shown.picture]
+        """(F, S, D): the image, or an animation's frames, evenly spaced."""
+        states = patch_states(shown.kind)[shown.image]
         if len(states) == 1:
             return states
         places = [i * len(states) // self.frames for i in range(self.frames)]
         if shown.order == "shuffled":
-            random.Random(shown.picture).shuffle(places)
+            random.Random(shown.image).shuffle(places)
         return states[[places[0]] * self.frames if shown.order == "still" else places]
 
 
@@ -236,7 +236,7 @@ class Reader:
         return nats.sum(dim=1).unflatten(0, (-1, number))
 
     def bare_nats(self, kinds: Sequence[tuple[str, str]], candidates: Sequence[Sequence[str]]) -> Tensor:
-        """The same of the language model alone, which sees no pictures and has no shots; `kinds` are (kind, question)."""
+        """The same of the language model alone, which sees no images and has no shots; `kinds` are (kind, question)."""
         asked = [[Shown(kind, 0, question, "")] for kind, question in kinds]
         blind = replace(self, sees=False)
         if not self.sees:
@@ -246,7 +246,7 @@ class Reader:
 
     @torch.no_grad()
     def first_nats(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Nats of all that is said between the first and the second picture: (prompts)."""
+        """Nats of all that is said between the first and the second image: (prompts)."""
         marker, found = self.collator.processor.media_token_id, []
         for start in range(0, len(prompts), self.batch_size):
             batch = self.collator.prompts(prompts[start : start + self.batch_size], self.sees)
@@ -283,7 +283,7 @@ def places(mask: Tensor, length: int | None = None) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Exam:
-    """Pictures of a split that are asked about, each with candidate answers, the right one in `right`."""
+    """Images of a split that are asked about, each with candidate answers, the right one in `right`."""
 
     kind: str
     asked: list[Caption]
@@ -291,14 +291,14 @@ class Exam:
     right: Tensor
 
     def prompts(self, shots: int, near: bool = False, others: bool = False, order: Order = "ordered") -> list[Prompt]:
-        """Behind `shots` training pictures: drawn, the nearest last, or with the next test picture in the own's place."""
+        """Behind `shots` training images: drawn, the nearest last, or with the next test image in the own's place."""
         found = []
         for index, caption in enumerate(self.asked):
             seen = self.asked[(index + 1) % len(self.asked)] if others else caption
-            support = nearest(self.kind, caption.picture, shots) if near else drawn(self.kind, index, shots)
+            support = nearest(self.kind, caption.image, shots) if near else drawn(self.kind, index, shots)
             rng = random.Random(index)
-            shown = [Shown(self.kind, c.picture, c.question, c.said(rng)) for c in support]
-            found.append([*shown, Shown(self.kind, seen.picture, caption.question, caption.answer, order)])
+            shown = [Shown(self.kind, c.image, c.question, c.said(rng)) for c in support]
+            found.append([*shown, Shown(self.kind, seen.image, caption.question, caption.answer, order)])
         return found
 
     def usual_nats(self, reader: Reader) -> Tensor:
@@ -310,7 +310,7 @@ class Exam:
 
 @cache
 def exam(kind: str, split: str, things: int, candidates: int) -> Exam:
-    """The same in every run: different things, one picture each, spread over the split."""
+    """The same in every run: different things, one image each, spread over the split."""
     rng = random.Random(0)
     found: dict[str, Caption] = {}
     rows = [c for c in captions(kind) if c.split == split]
@@ -360,11 +360,11 @@ def _directions(kind: str) -> Tensor:
     return F.normalize(patch_states(kind).mean(dim=(1, 2)), dim=-1)
 
 
-def nearest(kind: str, picture: int, shots: int) -> list[Caption]:
-    """Training captions of different things whose pictures are most like this one, the nearest last."""
+def nearest(kind: str, image: int, shots: int) -> list[Caption]:
+    """Training captions of different things whose images are most like this one, the nearest last."""
     support = _support(kind)
     found: dict[str, Caption] = {}
-    likeness = _directions(kind)[[c.picture for c in support]] @ _directions(kind)[picture]
+    likeness = _directions(kind)[[c.image for c in support]] @ _directions(kind)[image]
     for index in likeness.argsort(descending=True).tolist():
         found.setdefault(support[index].thing, support[index])
         if len(found) == shots:
@@ -376,7 +376,7 @@ def nearest(kind: str, picture: int, shots: int) -> list[Caption]:
 
 
 def evaluate(reader: Reader, settings: Mapping[str, Any], split: str) -> tuple[dict[str, float], dict[str, Any]]:
-    """Metrics, and what became of each test picture."""
+    """Metrics, and what became of each test image."""
     metrics: dict[str, float] = {}
     items: dict[str, Any] = {}
     shots, near, others = (settings[name] for name in ("shots", "near", "others"))
@@ -421,7 +421,7 @@ def evaluate(reader: Reader, settings: Mapping[str, Any], split: str) -> tuple[d
     metrics |= accuracies(answered, exams["questions"].asked)
     items["questions_written_own"] = answered
     for kind in ("names", "questions") if reader.sees else ():
-        for place, values in two_pictures(reader, exams[kind]).items():
+        for place, values in two_images(reader, exams[kind]).items():
             metrics[f"{kind}_{place}"] = 100 * sum(values) / len(values)
             items[f"{kind}_{place}"] = values
     pairs = pairs_of(exams["questions"])
@@ -445,10 +445,10 @@ def accuracies(answered: Sequence[str], asked: Sequence[Caption]) -> dict[str, f
     return found | {"vqa_blind": 100 * best / len(asked)}
 
 
-def two_pictures(reader: Reader, exam: Exam) -> dict[str, list[int]]:
-    """Whether the first and the second answer are likelier than in the same text with its two pictures swapped."""
+def two_images(reader: Reader, exam: Exam) -> dict[str, list[int]]:
+    """Whether the first and the second answer are likelier than in the same text with its two images swapped."""
     pages = [[_shown(exam, i), _shown(exam, j)] for i, j in pairs_of(exam)]
-    swapped = [[replace(a, picture=b.picture), replace(b, picture=a.picture)] for a, b in pages]
+    swapped = [[replace(a, image=b.image), replace(b, image=a.image)] for a, b in pages]
     answers = [[page[1].answer] for page in pages]
     own, others = ((reader.first_nats(shown), reader.answer_nats(shown, answers)[:, 0]) for shown in (pages, swapped))
     return {
@@ -458,11 +458,11 @@ def two_pictures(reader: Reader, exam: Exam) -> dict[str, list[int]]:
 
 def _shown(exam: Exam, index: int) -> Shown:
     caption = exam.asked[index]
-    return Shown(exam.kind, caption.picture, caption.question, caption.answer)
+    return Shown(exam.kind, caption.image, caption.question, caption.answer)
 
 
 def pairs_of(exam: Exam) -> list[tuple[int, int]]:
-    """Pairs of pictures with different answers; of questions, of one topic and not for yes or no."""
+    """Pairs of images with different answers; of questions, of one topic and not for yes or no."""
     usable = [i for i, c in enumerate(exam.asked) if c.topic != "yes or no"]
     found = []
     for i in usable:
@@ -506,24 +506,24 @@ def report(records: Sequence[Record], plots: Path) -> str:
     chance = 100 / settings["candidates"]
     parts = [
         f"{sizes['names']} unseen emoji concepts, {sizes['sentences']} photos of unseen families, {sizes['questions']} "
-        f"questions about test pictures, {sizes['animations']} animations of unseen concepts; mean ± standard deviation "
+        f"questions about test images, {sizes['animations']} animations of unseen concepts; mean ± standard deviation "
         f"over seeds. Right: percent of {settings['candidates']} candidates (chance {chance:.0f}), by the nats that each gains "
         "over the bare language model's; of questions all 13 answers (chance 8), by their nats. Nats: of the right answer.\n"
     ]
     if main:
         parts += ["\nMore shots, names of unseen concepts.\n\n" + more_shots(groups)]
-        parts += ["\nThe same pictures, and another test picture in their place.\n\n" + controls(main)]
+        parts += ["\nThe same images, and another test image in their place.\n\n" + controls(main)]
     parts += [
         f"\nEverything at {SHOTS} shots; written without shots: answers to questions.\n\n" + _table(groups, MEASURES),
-        "\nPrompts of two pictures, each with its answer. Names and questions: percent whose first and second answer is "
-        "likelier than with the two pictures swapped (chance 50). Written: percent whose second question is answered "
-        "with the second picture's answer, and with the first's. And animations with their frames in order, shuffled, "
+        "\nPrompts of two images, each with its answer. Names and questions: percent whose first and second answer is "
+        "likelier than with the two images swapped (chance 50). Written: percent whose second question is answered "
+        "with the second image's answer, and with the first's. And animations with their frames in order, shuffled, "
         "and the first alone.\n\n" + _table(groups, BINDING),
         "\nWhat it costs.\n\n" + costs(groups),
     ]
     if main:
         parts += [
-            f"\nDifference from {main[0].label} with its 95 % interval, paired bootstrap over test pictures.\n\n"
+            f"\nDifference from {main[0].label} with its 95 % interval, paired bootstrap over test images.\n\n"
             + differences(groups, main)
         ]
     return "".join(parts)
@@ -563,7 +563,7 @@ CONTROLS = {
     "sentences: CIDEr": ("sentences_scores_own", "sentences_scores_other"),
     "keywords: right": ("keywords_scores_own", "keywords_scores_other"),
 }
-"""Head: the items of the own pictures and those of others."""
+"""Head: the items of the own images and those of others."""
 DIFFERENCES = {
     "names right": f"names_right_{SHOTS}",
     "names, nats": f"names_nats_{SHOTS}",
@@ -611,11 +611,11 @@ def controls(runs: Sequence[Record]) -> str:
         }  # fmt: skip
         found = paired(runs, runs, own, other)
         rows.append([head, *(tables.mean_spread(each[name]) for name in (own, other)), tables.difference(found)])
-    return tables.markdown([f"{runs[0].label}", "own pictures", "others’", "difference"], rows)
+    return tables.markdown([f"{runs[0].label}", "own images", "others’", "difference"], rows)
 
 
 def paired(a: Sequence[Record], b: Sequence[Record], own: str, other: str) -> PairedDifference:
-    """Bootstrap over test pictures of a's item minus b's, each the mean over seeds."""
+    """Bootstrap over test images of a's item minus b's, each the mean over seeds."""
     kind = own.partition("_")[0]
     factor = 100 if "_right_" in own else 1
     left, right = (

@@ -7,10 +7,10 @@ Two pools, each one part domain to about six parts general pairs; only the oracl
 | `photos` | cut-out photos with sentences | emoji of training concepts in the styles the CLIP was made with |
 | `style` | emoji of some training concepts in a style that it has never seen | those of other concepts in its own styles |
 
-General pairs are known ones: the CLIP finds picture and name among a style's thousand at rank 10 or better, on the mean
+General pairs are known ones: the CLIP finds image and name among a style's thousand at rank 10 or better, on the mean
 of both directions. The rest of its own styles, a fifth, is as hard to it as a new domain, and would be no general data.
 
-Measured are recall in both directions and zero-shot accuracy on unseen pictures of the domain, and recall on unseen
+Measured are recall in both directions and zero-shot accuracy on unseen images of the domain, and recall on unseen
 concepts in the CLIP's own styles: the general score, whose fall is what was forgotten.
 
 | `task` setting | content |
@@ -48,8 +48,8 @@ from peft_multimodal.training.hard_samples import hash_ids
 from .. import measure
 from .. import report as tables
 from ..assets import english_clip
+from ..assets.images import LARGEST_FAMILY, NEW_STYLE, OLD_STYLES, split_families
 from ..assets.photos import photos
-from ..assets.pictures import LARGEST_FAMILY, NEW_STYLE, OLD_STYLES, split_families
 from ..experiment import Experiment
 from ..records import RESULTS, Record, read_json, record_path
 from . import Split
@@ -63,7 +63,7 @@ from .retrieval import (
     lower_outputs,
     ranks_of,
     recalls,
-    select_pictures,
+    select_images,
     skip_lower_layers,
 )
 
@@ -207,7 +207,7 @@ def share_of(experiment: str, seed: int, pool: str) -> float:
 
 @dataclass
 class Pairs(torch.utils.data.Dataset):
-    """Pictures as the outputs of the frozen layers, with captions; who is who is for the oracle and the report."""
+    """Images as the outputs of the frozen layers, with captions; who is who is for the oracle and the report."""
 
     ids: list[str]
     states: list[Tensor]
@@ -253,7 +253,7 @@ def photo_pool(seed: int, all_there_are: bool, noise: float, layers: int) -> Pai
 
 def style_pool(seed: int, all_there_are: bool, noise: float, layers: int) -> Pairs:
     """The new style of some concepts, or of all, among the old ones of others."""
-    concepts = list(select_pictures("train", NEW_STYLE)["concept"])
+    concepts = list(select_images("train", NEW_STYLE)["concept"])
     chosen = set(sample(concepts, DOMAIN_PAIRS, seed))
     left_out = set() if all_there_are else set(concepts) - chosen
     domain = emoji((NEW_STYLE,), layers, left_out, domain=True)
@@ -275,10 +275,10 @@ def general(without: set[str], seed: int, layers: int) -> list[Pair]:
 
 
 def emoji(styles: Sequence[str], layers: int, without: set[str], domain: bool) -> list[Pair]:
-    """The training concepts' pictures in these styles, named; general ones as far as the CLIP knows them."""
+    """The training concepts' images in these styles, named; general ones as far as the CLIP knows them."""
     found = []
     for style in styles:
-        rows, states = select_pictures("train", style), kept_states("train", style, layers)
+        rows, states = select_images("train", style), kept_states("train", style, layers)
         known = [True] * len(rows) if domain else known_pairs(style, layers)
         for concept, name, state, is_known in zip(rows["concept"], rows["label_en"], states, known, strict=True):
             if concept not in without and is_known:
@@ -290,9 +290,7 @@ def emoji(styles: Sequence[str], layers: int, without: set[str], domain: bool) -
 def known_pairs(style: str, layers: int) -> list[bool]:
     """Of a style's training pairs, whether the CLIP finds the one by the other."""
     ranks = ranks_of(
-        embed(
-            open_model(layers), kept_states("train", style, layers), list(select_pictures("train", style)["label_en"])
-        )
+        embed(open_model(layers), kept_states("train", style, layers), list(select_images("train", style)["label_en"]))
     )
     return ((ranks["t2i"] + ranks["i2t"]) / 2 <= KNOWN_RANK).tolist()
 
@@ -376,7 +374,7 @@ def photo_domain(split: Split, layers: int) -> tuple[Tensor, list[str], list[int
 
 def style_domain(split: Split, layers: int) -> tuple[Tensor, list[str], list[int], list[str]]:
     """The same of unseen concepts in the new style."""
-    rows = select_pictures(split, NEW_STYLE)
+    rows = select_images(split, NEW_STYLE)
     groups = [list(GROUPS).index(group) for group in rows["group"]]
     return kept_states(split, NEW_STYLE, layers), list(rows["label_en"]), groups, list(GROUPS.values())
 
@@ -385,7 +383,7 @@ DOMAIN = {"photos": photo_domain, "style": style_domain}
 
 
 def embed(model: Any, states: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
-    """Unit embeddings of pictures and captions, row by row."""
+    """Unit embeddings of images and captions, row by row."""
     rows = [{"states": s, "label_en": c} for s, c in zip(states, captions, strict=True)]
     return compute_embeddings(model, Rows(rows), KeptStatesCollator(load_processor()), progress=False)
 
@@ -406,9 +404,7 @@ class Rows(torch.utils.data.Dataset):
 def general_ranks(model: Any, split: Split, layers: int) -> dict[str, dict[str, Tensor]]:
     """Unseen concepts' ranks in each of the styles that the CLIP was made with."""
     return {
-        style: ranks_of(
-            embed(model, kept_states(split, style, layers), list(select_pictures(split, style)["label_en"]))
-        )
+        style: ranks_of(embed(model, kept_states(split, style, layers), list(select_images(split, style)["label_en"])))
         for style in OLD_STYLES
     }
 
@@ -448,7 +444,7 @@ def report(records: Sequence[Record], plots: Path) -> str:
     noise = max(r.config["task"]["noise"] for r in records)
     text = (
         f"Pools of {DOMAIN_PAIRS} domain pairs among {GENERAL_PAIRS:,} general ones; percent. Recall is the mean of R@1, 5 "
-        "and 10 in both directions, accuracy that of naming an unseen picture's category; the general score is recall of "
+        "and 10 in both directions, accuracy that of naming an unseen image's category; the general score is recall of "
         "unseen concepts in the CLIP's own styles, and what is forgotten its fall from the frozen base's, with the adapter "
         "on and off. Domain share is that of the training batches.\n"
     )

@@ -1,16 +1,16 @@
-"""Few-shot classification: the frozen English CLIP learns classes of pictures from a few labelled ones.
+"""Few-shot classification: the frozen English CLIP learns classes of images from a few labelled ones.
 
 Two sets: emoji by subgroup, trained in the old styles and tested on unseen concepts in all three, and cut-out photos and
 drawings by category. The setting `protocol` says what is learned from:
 
-| protocol | training pictures | test |
+| protocol | training images | test |
 | --- | --- | --- |
 | `shots` | 1, 2, 4, 8, 16 a class | all classes |
 | `shares` | 12.5, 25, 50, 100 % of all | all classes |
 | `base_to_new` | 16 a class of every other class | those classes among themselves, and the others |
 
-The pictures that are drawn depend on the seed alone, so methods can be compared pair by pair. `classifier` names the
-method. The vision tower is frozen, and what it makes of the pictures is kept (`kept_pictures.py`).
+The images that are drawn depend on the seed alone, so methods can be compared pair by pair. `classifier` names the
+method. The vision tower is frozen, and what it makes of the images is kept (`kept_images.py`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .. import report as tables
 from ..assets import english_clip
 from ..assets.categories import CLASSES
 from ..experiment import Experiment
-from ..kept_pictures import LOWER, KeptPictures, as_pixels, kept_pictures, look_up, look_up_lower
+from ..kept_images import LOWER, KeptImages, as_pixels, kept_images, look_up, look_up_lower
 from ..peers.probes import LinearProbe, TipAdapterF
 from ..peers.prompts import CoCoOp, TemplateClassifier
 from ..records import Record
@@ -46,7 +46,7 @@ TEMPLATE, CONTEXT = "a photo of a {}", "a photo of a"
 
 
 def run(experiment: Experiment, seed: int, split: Split) -> dict[str, Any]:
-    """Train one classifier for each set and amount of data, and classify the split's pictures."""
+    """Train one classifier for each set and amount of data, and classify the split's images."""
     metrics: dict[str, float] = {}
     hits: dict[str, str] = {}
     costs: list[dict[str, Any]] = []
@@ -64,14 +64,14 @@ def run(experiment: Experiment, seed: int, split: Split) -> dict[str, Any]:
             accuracies.append(metrics[key])
             hits[key] = "".join("1" if hit else "0" for hit in right.tolist())
             if new := NEW.get(lesson.data):
-                styled = [lesson.pictures.styles[row] == new for row in rows.tolist()]
+                styled = [lesson.images.styles[row] == new for row in rows.tolist()]
                 metrics[f"{key}_{new}"] = percent(right[torch.tensor(styled)])
         if len(accuracies) > 1:
             metrics[f"{lesson.key}_harmonic"] = statistics.harmonic_mean(accuracies)
         means.append(statistics.harmonic_mean(accuracies))
     metrics["mean"] = statistics.fmean(means)
     concepts = {
-        data: [kept_pictures(data).concepts[row] for row in kept_pictures(data).rows(split).tolist()]
+        data: [kept_images(data).concepts[row] for row in kept_images(data).rows(split).tolist()]
         for data in experiment.settings["data"]
     }
     return {"metrics": metrics, "items": {"hits": hits, "concepts": concepts}, "cost": total(costs)}
@@ -111,7 +111,7 @@ class Lesson:
     names: list[str]
     """The classes that it learns."""
     rows: Tensor
-    """Numbers of its training pictures."""
+    """Numbers of its training images."""
     labels: Tensor
     """Their classes' places in `names`."""
     seed: int
@@ -119,15 +119,15 @@ class Lesson:
     """What is added to the key, and the classes that it is tested among."""
 
     @property
-    def pictures(self) -> KeptPictures:
-        return kept_pictures(self.data)
+    def images(self) -> KeptImages:
+        return kept_images(self.data)
 
     def test(self, split: Split, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Numbers of the split's pictures of these classes, and the classes' places in `names`."""
-        place = torch.full((len(self.pictures.names),), -1)
-        place[[self.pictures.names.index(name) for name in names]] = torch.arange(len(names))
-        rows = self.pictures.rows(split)
-        labels = place[self.pictures.labels[rows]]
+        """Numbers of the split's images of these classes, and the classes' places in `names`."""
+        place = torch.full((len(self.images.names),), -1)
+        place[[self.images.names.index(name) for name in names]] = torch.arange(len(names))
+        rows = self.images.rows(split)
+        labels = place[self.images.labels[rows]]
         return rows[labels >= 0], labels[labels >= 0]
 
 
@@ -136,27 +136,27 @@ def lessons(settings: Mapping[str, Any], seed: int, split: Split) -> Iterator[Le
     protocol = settings["protocol"]
     amounts = settings["validation_shots" if split == "validation" and protocol == "shots" else protocol]
     for data in settings["data"]:
-        pictures = kept_pictures(data)
+        images = kept_images(data)
         for amount in amounts:
-            names = pictures.names
+            names = images.names
             tests = {"": names}
             if protocol == "base_to_new":
                 tests = {"_base": names[::2], "_new": names[1::2]}
                 names = names[::2]
-            rows = draw(pictures, names, amount, protocol == "shares", seed)
-            place = {pictures.names.index(name): i for i, name in enumerate(names)}
-            labels = torch.tensor([place[label] for label in pictures.labels[rows].tolist()])
+            rows = draw(images, names, amount, protocol == "shares", seed)
+            place = {images.names.index(name): i for i, name in enumerate(names)}
+            labels = torch.tensor([place[label] for label in images.labels[rows].tolist()])
             key = f"{data}_{amount:g}%" if protocol == "shares" else f"{data}_{amount}"
             yield Lesson(data, key, list(names), rows, labels, seed, tests)
 
 
-def draw(pictures: KeptPictures, names: Sequence[str], amount: float, share: bool, seed: int) -> Tensor:
-    """So many training pictures of each class, or so many percent of them; fewer ones are among the more."""
+def draw(images: KeptImages, names: Sequence[str], amount: float, share: bool, seed: int) -> Tensor:
+    """So many training images of each class, or so many percent of them; fewer ones are among the more."""
     generator = torch.Generator().manual_seed(seed)
-    train = pictures.rows("train", OLD[pictures.data])
+    train = images.rows("train", OLD[images.data])
     drawn = []
-    for label, name in enumerate(pictures.names):
-        own = train[pictures.labels[train] == label]
+    for label, name in enumerate(images.names):
+        own = train[images.labels[train] == label]
         order = own[torch.randperm(len(own), generator=generator)]
         if name in names:
             drawn.append(order[: math.ceil(len(own) * amount / 100) if share else int(amount)])
@@ -164,7 +164,7 @@ def draw(pictures: KeptPictures, names: Sequence[str], amount: float, share: boo
 
 
 class Numbered(torch.utils.data.Dataset):
-    """A lesson's pictures for `Trainer`."""
+    """A lesson's images for `Trainer`."""
 
     def __init__(self, lesson: Lesson) -> None:
         self.lesson = lesson
@@ -177,8 +177,8 @@ class Numbered(torch.utils.data.Dataset):
 
 
 def collate(rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    pictures, labels = zip(*rows, strict=True)
-    return {"pixel_values": as_pixels(torch.stack(pictures)), "labels": torch.stack(labels)}
+    images, labels = zip(*rows, strict=True)
+    return {"pixel_values": as_pixels(torch.stack(images)), "labels": torch.stack(labels)}
 
 
 # ------------------------------------------------------------------------------------------------------- classifiers
@@ -188,7 +188,7 @@ class Learned(NamedTuple):
     """A classifier that has learned."""
 
     predict: Callable[[Tensor, Sequence[str]], Tensor]
-    """Numbers of pictures (n) and names of classes (C) to logits (n, C)."""
+    """Numbers of images (n) and names of classes (C) to logits (n, C)."""
     cost: dict[str, Any]
     traits: dict[str, float]
     """What else there is to say of it."""
@@ -213,7 +213,7 @@ def zero_shot(experiment: Experiment, lesson: Lesson) -> Learned:
     """The template; nothing trains."""
 
     def predict(rows: Tensor, names: Sequence[str]) -> Tensor:
-        return lesson.pictures.embeds[rows] @ text_features(names)[0].T
+        return lesson.images.embeds[rows] @ text_features(names)[0].T
 
     return Learned(predict, {"trainable_parameters": 0, "adapter_bytes": 0}, {})
 
@@ -228,53 +228,53 @@ def probe(experiment: Experiment, lesson: Lesson) -> Learned:
 def tip_adapter(experiment: Experiment, lesson: Lesson) -> Learned:
     """Tip-Adapter-F."""
     text, scale = text_features(lesson.names)
-    embeds = lesson.pictures.embeds[lesson.rows]
+    embeds = lesson.images.embeds[lesson.rows]
     settings = experiment.settings
     adapter = TipAdapterF(embeds, lesson.labels, text, scale, settings["alpha"], settings["beta"])
     return on_embeddings(adapter, experiment, lesson)
 
 
 def on_embeddings(model: Any, experiment: Experiment, lesson: Lesson) -> Learned:
-    """Fit what reads pictures' embeddings."""
+    """Fit what reads images' embeddings."""
     measure.prepare(model, experiment)
     started = time.process_time()
-    model.fit(lesson.pictures.embeds[lesson.rows], lesson.labels)
+    model.fit(lesson.images.embeds[lesson.rows], lesson.labels)
     cost = measure.footprint(model) | {"train_processor_seconds": time.process_time() - started}
 
     @torch.no_grad()
     def predict(rows: Tensor, names: Sequence[str]) -> Tensor:
         if list(names) != lesson.names:
             raise ValueError("A probe knows the classes that it was trained for.")
-        return model(lesson.pictures.embeds[rows])
+        return model(lesson.images.embeds[rows])
 
     return Learned(predict, cost, {})
 
 
 def template(experiment: Experiment, lesson: Lesson) -> Learned:
-    """The template's text and the pictures through towers that the experiment's adapter trains."""
+    """The template's text and the images through towers that the experiment's adapter trains."""
     model, tokenizer = load_clip()
-    classifier = TemplateClassifier(look_up_lower(model, lesson.pictures, LOWER), tokenizer, TEMPLATE)
+    classifier = TemplateClassifier(look_up_lower(model, lesson.images, LOWER), tokenizer, TEMPLATE)
     return by_gradient(measure.prepare(classifier, experiment), classifier.set_classes, experiment, lesson)
 
 
 def cocoop(experiment: Experiment, lesson: Lesson) -> Learned:
-    """CoCoOp, trimmed and with pictures side by side."""
+    """CoCoOp, trimmed and with images side by side."""
     model, tokenizer = load_clip()
-    classifier = CoCoOp(look_up(model, lesson.pictures), tokenizer, CONTEXT)
+    classifier = CoCoOp(look_up(model, lesson.images), tokenizer, CONTEXT)
     return by_gradient(measure.prepare(classifier, experiment), classifier.set_classes, experiment, lesson)
 
 
 def prompt(experiment: Experiment, lesson: Lesson) -> Learned:
     """The package's prompts: CoOp as their general part alone, and the structured ones.
 
-    For the first `static_share` of the steps every picture's instance part is Q, so that a step reads one text a class and
-    has `static_batch_size` pictures; the other steps have `instance_learning_rate`, for g starts from 0. `shuffled`: the instance part looks at another picture.
+    For the first `static_share` of the steps every image's instance part is Q, so that a step reads one text a class and
+    has `static_batch_size` images; the other steps have `instance_learning_rate`, for g starts from 0. `shuffled`: the instance part looks at another image.
     """
     settings, peft, training = experiment.settings, dict(experiment.peft or {}), experiment.training
     if peft.get("domain") == "per_class":
         peft["num_domains"] = len(lesson.names)
     model, tokenizer = load_clip()
-    look_up(model, lesson.pictures, another_picture(lesson) if settings["shuffled"] else None)
+    look_up(model, lesson.images, another_image(lesson) if settings["shuffled"] else None)
     wrapped: Any = measure.prepare(model, replace(experiment, peft=peft))
 
     def set_classes(names: Sequence[str]) -> None:
@@ -296,19 +296,19 @@ def prompt(experiment: Experiment, lesson: Lesson) -> Learned:
     return learned._replace(traits=traits(wrapped, lesson))
 
 
-def another_picture(lesson: Lesson) -> Tensor:
-    """For each picture another one of its split."""
+def another_image(lesson: Lesson) -> Tensor:
+    """For each image another one of its split."""
     generator = torch.Generator().manual_seed(lesson.seed)
-    partner = torch.arange(len(lesson.pictures.labels))
+    partner = torch.arange(len(lesson.images.labels))
     for split in ("train", "validation", "test"):
-        rows = lesson.pictures.rows(split)
+        rows = lesson.images.rows(split)
         cycle = rows[torch.randperm(len(rows), generator=generator)]
         partner[cycle] = cycle.roll(1)
     return partner
 
 
 class StaticPrompts(nn.Module):
-    """The structured prompts with I(x) = Q: what they say of no picture in particular."""
+    """The structured prompts with I(x) = Q: what they say of no image in particular."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -345,16 +345,16 @@ def by_gradient(
 
 
 @torch.no_grad()
-def traits(model: Any, lesson: Lesson, pictures: int = 16, listed: int = 48) -> dict[str, float]:
-    """Of an instance part, on test pictures: how it looks, how far it is open, and what it changes.
+def traits(model: Any, lesson: Lesson, images: int = 16, listed: int = 48) -> dict[str, float]:
+    """Of an instance part, on test images: how it looks, how far it is open, and what it changes.
 
     Returns:
         gate: g.
-        seen: |g MHA| relative to |Q + g MHA|, what the picture adds to the instance context (or to the class features).
+        seen: |g MHA| relative to |Q + g MHA|, what the image adds to the instance context (or to the class features).
         entropy: Of the attention, relative to that of looking at all patches alike.
-        swap: Mean distance 1 - cos between a class's features for one picture and for another, and
-        apart: between two classes' features for one picture, to compare with.
-        recall: With a shortlist, the share of pictures in percent whose winner is on it.
+        swap: Mean distance 1 - cos between a class's features for one image and for another, and
+        apart: between two classes' features for one image, to compare with.
+        recall: With a shortlist, the share of images in percent whose winner is on it.
     """
     part = model.base_model.classifier()
     (adapter_name,) = part.live_adapters()
@@ -363,11 +363,11 @@ def traits(model: Any, lesson: Lesson, pictures: int = 16, listed: int = 48) -> 
         return {}
     model.eval()
     generator = torch.Generator().manual_seed(0)
-    rows = lesson.pictures.rows("test")
+    rows = lesson.images.rows("test")
     rows = rows[torch.randperm(len(rows), generator=generator)]
-    weights = model.instance_attention(as_pixels(rows[:pictures]))
+    weights = model.instance_attention(as_pixels(rows[:images]))
     entropy = -(weights * weights.clamp_min(1e-12).log()).sum(dim=-1).mean() / math.log(weights.shape[-1])
-    Z = part.look(as_pixels(rows[:pictures])).Z
+    Z = part.look(as_pixels(rows[:images])).Z
     prompts = part.prompts(adapter_name)
     feature = config.mode == "feature"
     static = part.static(adapter_name) if feature else context.instance
@@ -412,9 +412,9 @@ AGAINST = (
 DRAWN = ("zero_shot/shots", "probe_from_text/shots", "coop/shots", "structured_prompt/shuffled", OURS)
 TRAITS = {
     "gate": "gate",
-    "seen": "of the instance context, seen in the picture",
+    "seen": "of the instance context, seen in the image",
     "entropy": "attention entropy / uniform",
-    "swap": "features' distance, another picture",
+    "swap": "features' distance, another image",
     "apart": "another class",
     "recall": "winner on the shortlist, %",
 }
@@ -440,14 +440,14 @@ def report(records: Sequence[Record], plots: Path) -> str:
     if shares := by_protocol["shares"]:
         keys = [f"{share:g}%" for share in next(iter(shares.values()))[0].config["task"]["shares"]]
         text += (
-            "\nBy the share of the training pictures that is learned from, mean ± standard deviation over seeds:\n\n"
+            "\nBy the share of the training images that is learned from, mean ± standard deviation over seeds:\n\n"
             + amounts_table(shares, keys)
             + "\nDifferences with the 95 % interval, paired bootstrap over test concepts, each one's mean over seeds:\n\n"
             + shares_differences(shares)
         )
     if new := by_protocol["base_to_new"]:
         text += (
-            "\nBase to new: 16 pictures of every other class train; accuracy among those classes, among the others, and "
+            "\nBase to new: 16 images of every other class train; accuracy among those classes, among the others, and "
             "the harmonic mean.\n\n"
             + amounts_table(new, [f"16_{part}" for part in ("base", "new", "harmonic")], mean=False)
         )
@@ -463,7 +463,7 @@ def shots_report(groups: Groups) -> str:
     longest = max((runs[0].config["task"]["shots"] for runs in groups.values()), key=len)
     sizes = {data: len(found) for data, found in concepts_of(groups).items()}
     text = (
-        "Accuracy in percent by training pictures a class, mean ± standard deviation over seeds. Test pictures: "
+        "Accuracy in percent by training images a class, mean ± standard deviation over seeds. Test images: "
         + ", ".join(f"{size} {data}" for data, size in sizes.items())
         + f"; classes: {', '.join(f'{len(CLASSES[data])} {data}' for data in sizes)}.\n\n"
         + amounts_table(groups, [str(k) for k in longest])
@@ -498,9 +498,9 @@ def shots_report(groups: Groups) -> str:
     ]
     if rows:
         text += (
-            "\nThe instance part after the most pictures. Entropy is that of the attention relative to looking at all "
-            "patches alike; distances are 1 - cos between a class's features for two pictures, and between two classes' "
-            "for one picture.\n\n" + tables.markdown(["", *TRAITS.values()], rows)
+            "\nThe instance part after the most images. Entropy is that of the attention relative to looking at all "
+            "patches alike; distances are 1 - cos between a class's features for two images, and between two classes' "
+            "for one image.\n\n" + tables.markdown(["", *TRAITS.values()], rows)
         )
     return text + "\n![Accuracy against shots](results/few_shot_accuracy.png)\n"
 
@@ -530,7 +530,7 @@ def amounts_table(groups: Groups, keys: Sequence[str], sets: Sequence[str] | Non
 
 
 def accuracy(record: Record, data: str, amount: str) -> float | None:
-    """The metric, that of no pictures where nothing is learned."""
+    """The metric, that of no images where nothing is learned."""
     none = "_".join(["0", *amount.split("_")[1:]])
     return record.metrics.get(f"{data}_{amount}", record.metrics.get(f"{data}_{none}"))
 
@@ -564,7 +564,7 @@ def hits_difference(
 
 
 def shares_differences(groups: Groups) -> str:
-    """What the instance part adds with all of the training pictures, and half of them against a probe with all."""
+    """What the instance part adds with all of the training images, and half of them against a probe with all."""
     rows = []
     for name in ("structured_prompt/shares", "structured_prompt/feature_shares"):
         for data in groups[name][0].config["task"]["data"] if name in groups else ():
@@ -580,7 +580,7 @@ def shares_differences(groups: Groups) -> str:
                 keys = [f"{data}_{share}"], [f"{data}_100%"]
                 row.append(hits_difference(groups[name], found, data, *keys) if found else "")
             rows.append(row)
-    heads = ["all − no instance part", "all − shuffled pictures", "all − probe, all", "half − probe, all"]
+    heads = ["all − no instance part", "all − shuffled images", "all − probe, all", "half − probe, all"]
     return tables.markdown(["", *heads, "half − probe from text, all"], rows)
 
 
@@ -631,7 +631,7 @@ def draw_shots(groups: Groups, plots: Path) -> None:
         panel.set_xscale("log", base=2)
         panel.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
         panel.set_title(data)
-        panel.set_xlabel("training pictures a class")
+        panel.set_xlabel("training images a class")
         panel.set_ylabel("accuracy, %")
     panels[0][0].legend(fontsize=8)
     plots.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
-"""Retrieval with a fusion encoder: BLIP learns a new style of pictures from some concepts and is tested on others.
+"""Retrieval with a fusion encoder: BLIP learns a new style of images from some concepts and is tested on others.
 
-It trains on the training concepts' pictures in the new style, captioned with their English names, with the contrastive
+It trains on the training concepts' images in the new style, captioned with their English names, with the contrastive
 and the matching loss (ITC + ITM) of `ImageTextRetrievalTrainer`. Measured on unseen concepts: recall by the contrastive
 embeddings, in the new style and the old ones; recall after the matching head has re-ranked the nearest candidates; and
-the matching head's AUC, each picture's own name against that of another concept, any one or one of its own subgroup.
+the matching head's AUC, each image's own name against that of another concept, any one or one of its own subgroup.
 
-The lower vision layers are frozen in every experiment, so their outputs are computed once per picture and kept.
+The lower vision layers are frozen in every experiment, so their outputs are computed once per image and kept.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..assets.blip_retrieval import blip_retrieval, match_logits, tokens
 from ..experiment import Experiment
 from ..records import Record
 from . import Split
-from .retrieval import DIRECTIONS, KS, as_lists, ranks_of, recalls, select_pictures
+from .retrieval import DIRECTIONS, KS, as_lists, ranks_of, recalls, select_images
 
 NEGATIVES = ("any", "subgroup")
 
@@ -75,7 +75,7 @@ def run(experiment: Experiment, seed: int, split: Split) -> dict[str, Any]:
         metrics[f"auc_{kind}"] = auc(own, other)
         margins[kind] = (own - other).tolist()
     items = {
-        "concepts": list(select_pictures(split, new)["concept"]),
+        "concepts": list(select_images(split, new)["concept"]),
         "ranks": {style: as_lists(found) for style, found in ranks.items()},
         "margins": {kind: [round(x, 4) for x in values] for kind, values in margins.items()},
     }
@@ -97,11 +97,11 @@ def load_blip() -> tuple[Any, Any]:
 
 
 class KeptStates(torch.utils.data.Dataset):
-    """A split's pictures in one style as the outputs of the first frozen vision layers, with their names."""
+    """A split's images in one style as the outputs of the first frozen vision layers, with their names."""
 
     def __init__(self, split: str, style: str, layers: int):
         self.states = kept_states(split, style, layers)
-        self.names = list(select_pictures(split, style)["label_en"])
+        self.names = list(select_images(split, style)["label_en"])
 
     def __len__(self) -> int:
         return len(self.names)
@@ -126,12 +126,12 @@ class KeptStatesCollator:
 @cache
 @torch.inference_mode()
 def kept_states(split: str, style: str, layers: int, batch_size: int = 64) -> Tensor:
-    """Outputs `(pictures, tokens, width)` of the frozen model's first vision layers, kept while the process lives."""
+    """Outputs `(images, tokens, width)` of the frozen model's first vision layers, kept while the process lives."""
     model, processor = load_blip()
     vision = model.eval().vision_model
-    pictures, states = list(select_pictures(split, style)["image"]), []
-    for start in track(range(0, len(pictures), batch_size), f"Lower layers, {split} {style}", transient=True):
-        batch = processor.image_processor(pictures[start : start + batch_size], return_tensors="pt")
+    images, states = list(select_images(split, style)["image"]), []
+    for start in track(range(0, len(images), batch_size), f"Lower layers, {split} {style}", transient=True):
+        batch = processor.image_processor(images[start : start + batch_size], return_tensors="pt")
         found = vision.embeddings(batch["pixel_values"])
         for layer in vision.encoder.layers[:layers]:
             found = layer(found)
@@ -153,7 +153,7 @@ def _pass_on(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 @cache
 def negatives(split: str, style: str, kind: str) -> Tensor:
     """For each concept another one, the same in every run: any, or of its subgroup (its group where it is alone)."""
-    rows, rng = select_pictures(split, style), random.Random(0)
+    rows, rng = select_images(split, style), random.Random(0)
     columns = [list(rows["subgroup"]), list(rows["group"])] if kind == "subgroup" else []
     chosen = []
     for index in range(len(rows)):
@@ -166,7 +166,7 @@ def negatives(split: str, style: str, kind: str) -> Tensor:
 
 
 class Matcher:
-    """The matching head's log-odds of pictures and names, given by their rows; every picture is encoded once."""
+    """The matching head's log-odds of images and names, given by their rows; every image is encoded once."""
 
     def __init__(self, model: Any, collator: KeptStatesCollator, rows: KeptStates, batch_size: int):
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,8 +1,8 @@
 """Language: the English CLIP learns to read other languages from translation pairs alone.
 
 The text tower's place is taken by the frozen encoder e5-small under a small head, which is distilled on translation
-pairs to what the English tower makes of the translation; no picture is needed, and pictures' embeddings stay as they
-are. Measured on the pictures of concepts whose names no training pair holds, in the styles that the CLIP was made with:
+pairs to what the English tower makes of the translation; no image is needed, and images' embeddings stay as they
+are. Measured on the images of concepts whose names no training pair holds, in the styles that the CLIP was made with:
 retrieval by the names in the language, and zero-shot classification into the emoji's groups. Both are compared with
 English names in the English CLIP.
 
@@ -54,7 +54,7 @@ from ..assets.languages import LANGUAGES, emoji_labels, translation_pairs
 from ..experiment import Experiment
 from ..records import Record
 from . import Split
-from .retrieval import DIRECTIONS, KS, as_lists, load_model, load_processor, ranks_of, recalls, select_pictures
+from .retrieval import DIRECTIONS, KS, as_lists, load_model, load_processor, ranks_of, recalls, select_images
 
 STYLES = ("google", "twitter")
 NAME = "language"
@@ -86,7 +86,7 @@ def run(experiment: Experiment, seed: int, split: Split) -> dict[str, Any]:
     metrics: dict[str, float] = {}
     items: dict[str, Any] = {
         "base": english_clip().name,
-        "concepts": list(select_pictures(split, STYLES[0])["concept"]),
+        "concepts": list(select_images(split, STYLES[0])["concept"]),
     }
     for language in experiment.settings["languages"]:
         found, items[language] = evaluate(read, language, split)
@@ -107,11 +107,11 @@ def score(metrics: Mapping[str, float]) -> float:
 def evaluate(read: Read, language: str, split: str) -> tuple[dict[str, float], dict[str, Any]]:
     """Means over the styles of the recalls and of zero-shot accuracy, in percent, and each item's outcome."""
     names = labels(language)
-    texts = read([names[concept] for concept in select_pictures(split, STYLES[0])["concept"]])
+    texts = read([names[concept] for concept in select_images(split, STYLES[0])["concept"]])
     groups = nn.functional.normalize(read(GROUP_NAMES[language]), dim=-1)
     ranks, right = {}, {}
     for style in STYLES:
-        images, truth = embedded_pictures(split, style)
+        images, truth = embedded_images(split, style)
         ranks[style] = ranks_of({"image_embeds": images, "text_embeds": texts})
         right[style] = ((images @ groups.T).argmax(dim=1) == truth).int()
     by_style = [recalls(ranks[s]) | {"zero_shot": 100 * right[s].double().mean().item()} for s in STYLES]
@@ -126,15 +126,15 @@ def labels(language: str) -> dict[str, str]:
     """The concepts' names."""
     if language != "en":
         return emoji_labels(language)
-    rows = [select_pictures(split, STYLES[0]) for split in ("train", "validation", "test")]
+    rows = [select_images(split, STYLES[0]) for split in ("train", "validation", "test")]
     return {c: name for part in rows for c, name in zip(part["concept"], part["label_en"], strict=True)}
 
 
 @cache
 @torch.inference_mode()
-def embedded_pictures(split: str, style: str) -> tuple[Tensor, Tensor]:
-    """The frozen pictures' embeddings (pictures, d), in the order of `select_pictures`, and their groups' indices."""
-    model, processor, rows = load_model().eval(), load_processor().image_processor, select_pictures(split, style)
+def embedded_images(split: str, style: str) -> tuple[Tensor, Tensor]:
+    """The frozen images' embeddings (images, d), in the order of `select_images`, and their groups' indices."""
+    model, processor, rows = load_model().eval(), load_processor().image_processor, select_images(split, style)
     images = list(rows["image"])
     batches = [processor(images[i : i + 64], return_tensors="pt") for i in range(0, len(images), 64)]
     found = [model.get_image_features(**batch).pooler_output for batch in batches]
@@ -434,7 +434,7 @@ def concept_recalls(language: str, record: Record) -> tuple[list[float], list[Ha
 
 
 def concept_accuracies(language: str, record: Record) -> tuple[list[float], list[Hashable]]:
-    """The share of each concept's pictures that are in the right group, in percent, and the concepts."""
+    """The share of each concept's images that are in the right group, in percent, and the concepts."""
     right = torch.tensor([record.items[language]["right"][s] for s in STYLES]).double()
     return (100 * right.mean(dim=0)).tolist(), record.items["concepts"]
 

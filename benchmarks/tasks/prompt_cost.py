@@ -1,8 +1,8 @@
-"""What prompts that look at the picture cost beside CoOp, at the shape of CLIP-base's text tower.
+"""What prompts that look at the image cost beside CoOp, at the shape of CLIP-base's text tower.
 
 Times are medians of paired ratios, interleaved in one process with one thread, relative to CoOp with trimmed sequences,
-which reads C texts where a prompt for each picture makes B C. Memory is what a forward pass keeps for backward, and the
-highest resident memory of a whole step in a process of its own. Weights are random, pictures are given patches, and every
+which reads C texts where a prompt for each image makes B C. Memory is what a forward pass keeps for backward, and the
+highest resident memory of a whole step in a process of its own. Weights are random, images are given patches, and every
 context is moved off its start first.
 """
 
@@ -33,7 +33,7 @@ from ..records import Record
 from . import Split
 from .speed import cell, interleaved, ratios, saved_bytes
 
-PICTURES, PATCHES, NAME_TOKENS = 4, 49, 3
+IMAGES, PATCHES, NAME_TOKENS = 4, 49, 3
 PREFIX = {"general_init": None, "num_general": 4, "num_domain": 2, "num_instance": 4}
 METHODS = {
     "CoOp, trimmed": PREFIX | {"num_instance": 0},
@@ -61,7 +61,7 @@ def clip_with_given_patches(layers: int = 12) -> CLIPModel:
     torch.manual_seed(0)
     vision = CLIPVisionConfig(num_hidden_layers=1)
     model = CLIPModel(CLIPConfig(text_config=CLIPTextConfig(num_hidden_layers=layers), vision_config=vision))
-    states = torch.randn(PICTURES, 1 + PATCHES, vision.hidden_size)
+    states = torch.randn(IMAGES, 1 + PATCHES, vision.hidden_size)
 
     def forward(pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         seen = states[: len(pixel_values)]
@@ -94,7 +94,7 @@ def classifier(method: str, classes: int, chunk_size: int | None = None, layers:
 
 
 def batch() -> dict[str, Tensor]:
-    return {"pixel_values": torch.zeros(PICTURES, 3, 224, 224), "labels": torch.arange(PICTURES)}
+    return {"pixel_values": torch.zeros(IMAGES, 3, 224, 224), "labels": torch.arange(IMAGES)}
 
 
 def train_step(model: nn.Module) -> None:
@@ -149,7 +149,7 @@ def peak(classes: int, chunk_size: int) -> int:
 def peak_here(classes: int, chunk_size: int) -> int:
     torch.set_num_threads(1)
     model = classifier(GDI, classes, chunk_size).train()
-    train_step(classifier(GDI, PICTURES, 1).train())  # what the first step of a process takes for good
+    train_step(classifier(GDI, IMAGES, 1).train())  # what the first step of a process takes for good
     gc.collect()  # the first model is gone before the step, and not in its midst
     Path("/proc/self/clear_refs").write_text("5")  # the highest is what there is now
     before = highest()
@@ -218,7 +218,7 @@ def report(records: Sequence[Record], plots: Path) -> str:
     ]
     peaks = items["peak"]
     return (
-        f"{PICTURES} pictures a batch, names of {NAME_TOKENS} tokens, 4 general, 2 domain and 4 instance tokens, all classes "
+        f"{IMAGES} images a batch, names of {NAME_TOKENS} tokens, 4 general, 2 domain and 4 instance tokens, all classes "
         "at once. Medians of paired ratios [quartiles]. The naive row's memory at many classes is computed from that of ten.\n\n"
         + tables.markdown(["", *heads], rows)
         + f"\nWith chunk_size={chunk} a whole training step (GDI) adds {peaks[str(many)] / 2**30:.2f} GiB of resident memory "

@@ -1,10 +1,10 @@
-"""Retrieval: the English CLIP learns a new style of pictures from some concepts and is tested on others.
+"""Retrieval: the English CLIP learns a new style of images from some concepts and is tested on others.
 
-The model has seen the old styles only. It trains on the training concepts' pictures in the new style, captioned with
+The model has seen the old styles only. It trains on the training concepts' images in the new style, captioned with
 their English names, by `transformers.Trainer` and the model's own contrastive loss. Measured are text-to-image and
 image-to-text recall on unseen concepts in the new style, and in the old ones (forgetting).
 
-The lower vision layers are frozen in every experiment, so their outputs are computed once per picture and kept: exact,
+The lower vision layers are frozen in every experiment, so their outputs are computed once per image and kept: exact,
 and less work a step. An adapter that was trained so fits the whole model.
 """
 
@@ -26,7 +26,7 @@ from peft_multimodal.evaluation import compute_embeddings, embedding_ranks, rete
 
 from .. import measure, summary
 from .. import report as tables
-from ..assets import emoji_pictures, english_clip
+from ..assets import emoji_images, english_clip
 from ..experiment import Experiment
 from ..records import Record
 from . import Split
@@ -54,7 +54,7 @@ def run(experiment: Experiment, seed: int, split: Split) -> dict[str, Any]:
     towers = (p.numel() for name, p in model.named_parameters() if p.requires_grad and not PROJECTIONS.search(name))
     cost["tower_parameters"] = sum(towers)
     ranks = {style: ranks_of(compute_embeddings(model, rows, collator, progress=False)) for style, rows in test.items()}
-    concepts = list(select_pictures(split, new)["concept"])
+    concepts = list(select_images(split, new)["concept"])
     return {
         "metrics": metrics(ranks, new, old),
         "items": {
@@ -89,23 +89,23 @@ def load_clip() -> tuple[Any, Any]:
     return load_model(), load_processor()
 
 
-def select_pictures(split: str, style: str) -> datasets.Dataset:
-    """The pictures of one split in one style, a row a concept, always in the same order."""
-    return _pictures().filter(lambda s, t: s == split and t == style, input_columns=["split", "style"])
+def select_images(split: str, style: str) -> datasets.Dataset:
+    """The images of one split in one style, a row a concept, always in the same order."""
+    return _images().filter(lambda s, t: s == split and t == style, input_columns=["split", "style"])
 
 
 @lru_cache(maxsize=1)
-def _pictures() -> datasets.Dataset:
+def _images() -> datasets.Dataset:
     datasets.disable_progress_bars()
-    return emoji_pictures()
+    return emoji_images()
 
 
 class KeptStates(torch.utils.data.Dataset):
-    """A split's pictures in one style as the outputs of the first frozen vision layers, with their names."""
+    """A split's images in one style as the outputs of the first frozen vision layers, with their names."""
 
     def __init__(self, split: str, style: str, layers: int):
         self.states = kept_states(split, style, layers)
-        self.names = list(select_pictures(split, style)["label_en"])
+        self.names = list(select_images(split, style)["label_en"])
 
     def __len__(self) -> int:
         return len(self.names)
@@ -127,13 +127,13 @@ class KeptStatesCollator:
 
 @cache
 def kept_states(split: str, style: str, layers: int) -> Tensor:
-    """`lower_outputs` of a split's pictures in one style, kept while the process lives."""
-    return lower_outputs(list(select_pictures(split, style)["image"]), layers, f"{split} {style}")
+    """`lower_outputs` of a split's images in one style, kept while the process lives."""
+    return lower_outputs(list(select_images(split, style)["image"]), layers, f"{split} {style}")
 
 
 @torch.inference_mode()
 def lower_outputs(images: Sequence[Any], layers: int, title: str, batch_size: int = 64) -> Tensor:
-    """Outputs `(pictures, tokens, width)` of the frozen model's first vision layers."""
+    """Outputs `(images, tokens, width)` of the frozen model's first vision layers."""
     model, processor = load_model(), load_processor()
     encoder = model.eval().vision_model.encoder
     seen: list[Tensor] = []
@@ -155,7 +155,7 @@ def skip_lower_layers(model: nn.Module, layers: int) -> None:
 
 
 def run_lower_layers(model: nn.Module, layers: int) -> None:
-    """Undo `skip_lower_layers`: the model takes pictures again."""
+    """Undo `skip_lower_layers`: the model takes images again."""
     vision: Any = model.vision_model
     for module in (vision.embeddings, *vision.encoder.layer[:layers]):
         del module.forward

@@ -315,7 +315,7 @@ def report(records: Sequence[Record], plots: Path) -> str:
         "Medians of paired ratios [quartiles], interleaved in one process with one thread. The floor is the frozen model, "
         "forward and activation gradients.\n\nq, k, v and o of one layer, forward and backward, 16 rows:\n\n"
         + tables.markdown(["", "d 768 / floor", "/ LoRA r=64", "d 512 / floor", "/ LoRA r=64"], layers)
-        + "\nA training step of CLIP ViT-B/32 (random weights of that shape, 16 pictures, captions of 16 tokens, 96 matrices), "
+        + "\nA training step of CLIP ViT-B/32 (random weights of that shape, 16 images, captions of 16 tokens, 96 matrices), "
         "AdamW included:\n\n"
         + tables.markdown(["", "trained", "FLOPs", "kept for backward beyond the floor, MiB", "time / floor"], steps)
         + "\nThe adapter's file, and the time to save and load it:\n\n"

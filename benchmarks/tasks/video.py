@@ -1,7 +1,7 @@
 """Video: the English CLIP learns short animations from some concepts and is tested on others.
 
-A picture tower sees an animation as one picture: evenly spaced frames tiled in reading order, each a whole number of
-patches wide, so that a frame's place in time is its place in the picture, which the position embeddings tell. It trains
+An image tower sees an animation as one image: evenly spaced frames tiled in reading order, each a whole number of
+patches wide, so that a frame's place in time is its place in the image, which the position embeddings tell. It trains
 on the training concepts' animations, captioned with their English names, by the model's own contrastive loss.
 
 Order is controlled for: every model also meets the test animations with their frames shuffled, and with the first frame
@@ -112,8 +112,8 @@ def kept_states(
     rows = select_animations(split)
     for start in track(range(0, len(rows), batch_size), f"Lower layers, {split} {order}", transient=True):
         chosen = rows.select(range(start, min(start + batch_size, len(rows))))["frames"]
-        pictures = [tiled(arranged(evenly(found, frames), order, rng), side) for found in chosen]
-        batch = processor.image_processor(pictures, do_resize=False, do_center_crop=False, return_tensors="pt")
+        images = [tiled(arranged(evenly(found, frames), order, rng), side) for found in chosen]
+        batch = processor.image_processor(images, do_resize=False, do_center_crop=False, return_tensors="pt")
         model.vision_model(**batch)
     return torch.cat(seen)
 
@@ -138,11 +138,11 @@ def tiled(frames: Sequence[Image.Image], side: int) -> Image.Image:
     columns = math.isqrt(len(frames))
     if columns * columns != len(frames):
         raise ValueError(f"{len(frames)} frames don't fill a square grid.")
-    picture = Image.new("RGB", (columns * side, columns * side))
+    image = Image.new("RGB", (columns * side, columns * side))
     for index, frame in enumerate(frames):
         corner = index % columns * side, index // columns * side
-        picture.paste(frame.convert("RGB").resize((side, side), Image.Resampling.BICUBIC), corner)
-    return picture
+        image.paste(frame.convert("RGB").resize((side, side), Image.Resampling.BICUBIC), corner)
+    return image
 
 
 # ------------------------------------------------------------------------------------------------------------ report

@@ -1,10 +1,10 @@
-"""VQA: a BLIP question answerer learns new colours and is tested on other pictures of them, and of the old ones.
+"""VQA: a BLIP question answerer learns new colours and is tested on other images of them, and of the old ones.
 
-The base knows the questions, the shapes and the old colours. It trains on questions about pictures of the new colours,
+The base knows the questions, the shapes and the old colours. It trains on questions about images of the new colours,
 by `transformers.Trainer` and the model's own answer loss. Questions for the colour and for the shape are balanced, and
 so are their answers, so that always giving the best answer of a kind reaches the `blind` accuracy. Answers are generated greedily, and ranked: of all
 answers of the data set the one of least negative log-likelihood. As the control, the questions about the new colours
-are asked of each other's pictures.
+are asked of each other's images.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def run(experiment: Experiment, seed: int, split: Split) -> dict[str, Any]:
     said = {part: answer(model, processor, asking, rows, settings["eval_batch_size"]) for part, rows in tests.items()}
     found = metrics(said, tests)
     if split == "test":
-        shuffled = other_pictures(tests["new"])
+        shuffled = other_images(tests["new"])
         control = answer(model, processor, asking, shuffled, settings["eval_batch_size"])
         found["shuffled_generated"] = vqa_accuracy(control["generated"], shuffled["answer"])
     return {
@@ -100,8 +100,8 @@ def test_questions(split: str, part: str, size: int) -> datasets.Dataset:
     return balanced(questions(split, part), size, random.Random(0))
 
 
-def other_pictures(rows: datasets.Dataset) -> datasets.Dataset:
-    """The same questions and answers, each with the picture of the next row."""
+def other_images(rows: datasets.Dataset) -> datasets.Dataset:
+    """The same questions and answers, each with the image of the next row."""
     moved = rows.select([*range(1, len(rows)), 0]).select_columns(["image"])
     return datasets.concatenate_datasets([rows.remove_columns("image"), moved], axis=1)
 
@@ -182,19 +182,19 @@ def report(records: Sequence[Record], plots: Path) -> str:
     count = len(records[0].items["pictures"]["new"])
     totals = {f"{part}_{way}": f"{part}, {way}" for part in PARTS for way in WAYS}
     return (
-        f"{count} questions about test pictures of each part of the colours; accuracy in percent, mean ± standard "
+        f"{count} questions about test images of each part of the colours; accuracy in percent, mean ± standard "
         f"deviation over seeds. Answering blindly with the commonest answer of each kind of question gives {blind}; the "
-        "last column asks the questions about the new colours of other pictures.\n\n"
-        + summary.quality(groups, totals | {"shuffled_generated": "new, pictures shuffled"})
+        "last column asks the questions about the new colours of other images.\n\n"
+        + summary.quality(groups, totals | {"shuffled_generated": "new, images shuffled"})
         + "\nGenerated answers by the kind of question.\n\n"
         + summary.quality(groups, {f"{part}_generated_{kind}": f"{part}: {kind}" for part in PARTS for kind in KINDS})
         + "\nWhat it costs.\n\n"
         + summary.costs(groups)
-        + "\nDifference in the generated answers' accuracy with its 95 % interval, paired bootstrap over test pictures.\n\n"
+        + "\nDifference in the generated answers' accuracy with its 95 % interval, paired bootstrap over test images.\n\n"
         + summary.differences(groups, {part: lambda r, part=part: question_scores(r, part) for part in PARTS})  # type: ignore[misc]
     )
 
 
 def question_scores(record: Record, part: str) -> tuple[list[float], list[Hashable]]:
-    """Each question's accuracy in percent by its generated answer, and its picture."""
+    """Each question's accuracy in percent by its generated answer, and its image."""
     return [100 * x for x in record.items["right"][part]["generated"]], record.items["pictures"][part]

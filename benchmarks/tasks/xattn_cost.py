@@ -1,7 +1,7 @@
-"""What gated cross-attention costs beside its peers, with many pictures in one text: decoding, training, memory.
+"""What gated cross-attention costs beside its peers, with many images in one text: decoding, training, memory.
 
 Ratios in one process, interleaved, one thread, medians of paired ratios with their quartiles. All ways have the same
-shape (d = D = 512, 8 heads of 64, 64 tokens a picture, FFW 4 d, of Idefics's gated MLP 8/3 d) and random weights, gates
+shape (d = D = 512, 8 heads of 64, 64 tokens an image, FFW 4 d, of Idefics's gated MLP 8/3 d) and random weights, gates
 moved off zero; the dense way has the very weights of ours, and is checked to give the same outputs. The floor is our
 block without the attention's core: norms, maps and FFW alone.
 """
@@ -71,10 +71,10 @@ def open_gates(model: nn.Module) -> None:
             nn.init.constant_(parameter, 0.5)
 
 
-def spread_markers(rows: int, length: int, pictures: int) -> Tensor:
-    """(rows, length) random ids with the pictures' markers evenly spread, the first at the first place."""
+def spread_markers(rows: int, length: int, images: int) -> Tensor:
+    """(rows, length) random ids with the images' markers evenly spread, the first at the first place."""
     ids = torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(0))
-    ids[:, [i * length // pictures for i in range(pictures)]] = VOCABULARY
+    ids[:, [i * length // images for i in range(images)]] = VOCABULARY
     return ids
 
 
@@ -82,7 +82,7 @@ def spread_markers(rows: int, length: int, pictures: int) -> Tensor:
 
 
 def train_step(rounds: int, rows: int = 2, length: int = 512) -> dict[str, Any]:
-    """Forward and backward of one block on 16 pictures a row: seconds relative to the dense way, MiB kept for backward."""
+    """Forward and backward of one block on 16 images a row: seconds relative to the dense way, MiB kept for backward."""
     torch.manual_seed(0)
     block: Any = make_block(block_config(), WIDTH)
     open_gates(block)
@@ -175,7 +175,7 @@ def language_model() -> Any:
 
 
 def decode(rounds: int, tokens: int = 10) -> dict[str, Any]:
-    """Seconds a token at 1 and at 16 pictures, in a prompt of one length, relative to ours at 1 and at 16."""
+    """Seconds a token at 1 and at 16 images, in a prompt of one length, relative to ours at 1 and at 16."""
     model: Any = get_peft_model(language_model(), block_config()).eval()
     open_gates(model)
     reader, bare = model.base_model.reader(), language_model()
@@ -192,7 +192,7 @@ def decode(rounds: int, tokens: int = 10) -> dict[str, Any]:
         )
         peer.eval()
     given = {n: spread_markers(1, PROMPT, n) for n in (1, MANY)}
-    pictures = {n: torch.randn(1, n, 1, 16, WIDTH, generator=torch.Generator().manual_seed(1)) for n in given}
+    images = {n: torch.randn(1, n, 1, 16, WIDTH, generator=torch.Generator().manual_seed(1)) for n in given}
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens}
     seconds: dict[str, list[float]] = {}
     written: dict[str, list[int]] = {}
@@ -203,9 +203,9 @@ def decode(rounds: int, tokens: int = 10) -> dict[str, Any]:
         if name == BARE:
             out = bare.generate(**inputs | {"input_ids": ids.clamp_max(VOCABULARY - 1)})
         elif name == OURS:
-            out = model.generate(**inputs, vision_features=pictures[number])
+            out = model.generate(**inputs, vision_features=images[number])
         else:
-            latents = reader.tokens("default", pictures[number][0])[None]
+            latents = reader.tokens("default", images[number][0])[None]
             for layer in peers[name].model.layers:
                 layer.look(latents, ids)
             out = peers[name].generate(**inputs)
@@ -274,9 +274,9 @@ def report(records: Sequence[Record], plots: Path) -> str:
     ]
     return (
         "Medians of paired ratios [quartiles], interleaved in one process with one thread; d = D = 512, 8 heads of 64, 64 "
-        "tokens a picture. Dense: all pictures' keys and values anew in every call, under a mask, with the same weights "
+        "tokens an image. Dense: all images' keys and values anew in every call, under a mask, with the same weights "
         f"and the same outputs. Decoding: {LAYERS} layers, a prompt of {PROMPT} tokens, seconds a token.\n\n"
-        + tables.markdown(["", f"{MANY} pictures / 1", "1 picture / ours", f"{MANY} pictures / ours"], decoding)
-        + f"\nA training step of one block, 2 rows of 512 tokens and {MANY} pictures. Floor: without the attention's core.\n\n"
+        + tables.markdown(["", f"{MANY} images / 1", "1 image / ours", f"{MANY} images / ours"], decoding)
+        + f"\nA training step of one block, 2 rows of 512 tokens and {MANY} images. Floor: without the attention's core.\n\n"
         + tables.markdown(["", "time / dense", "kept for backward, MiB"], training)
     )

@@ -1,4 +1,4 @@
-"""Pictures by their numbers: what the English CLIP's frozen vision tower makes of them is computed once and kept.
+"""Images by their numbers: what the English CLIP's frozen vision tower makes of them is computed once and kept.
 
 A model whose vision tower was replaced by `look_up` or `look_up_lower` takes as `pixel_values` what `as_pixels` gives, and
 reads the kept outputs in their place. That is exact as long as nothing trains in the layers that are skipped.
@@ -23,15 +23,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from .assets import english_clip
 from .assets.categories import CLASSES, categories
 from .assets.fetch import build_once
-from .assets.pictures import SIZE
+from .assets.images import SIZE
 
 LOWER = 9
 """Vision layers of twelve whose output is kept for `look_up_lower`."""
 
 
 @dataclass(frozen=True)
-class KeptPictures:
-    """One of the two sets of `categories`; row i of every field is picture i."""
+class KeptImages:
+    """One of the two sets of `categories`; row i of every field is image i."""
 
     data: str
     states: Tensor
@@ -51,18 +51,18 @@ class KeptPictures:
         return list(CLASSES[self.data])
 
     def rows(self, split: str, styles: Sequence[str] | None = None) -> Tensor:
-        """The numbers of the split's pictures, in these styles where they are given."""
+        """The numbers of the split's images, in these styles where they are given."""
         both = zip(self.splits, self.styles, strict=True)
         return torch.tensor([i for i, (s, t) in enumerate(both) if s == split and (styles is None or t in styles)])
 
 
 @cache
-def kept_pictures(data: str) -> KeptPictures:
-    """The pictures of `categories(data)`; what the tower makes of them is kept in the cache folder."""
+def kept_images(data: str) -> KeptImages:
+    """The images of `categories(data)`; what the tower makes of them is kept in the cache folder."""
     folder = build_once(f"few-shot-outputs/{data}-{english_clip().name}", lambda folder: _build(data, folder))
     table = categories(data)
     kept = load_file(folder / "outputs.safetensors")
-    return KeptPictures(
+    return KeptImages(
         data=data,
         labels=torch.tensor(table["label"]),
         styles=list(table["style"]),
@@ -88,7 +88,7 @@ def _build(data: str, folder: Path, batch_size: int = 32) -> None:
 
 
 def as_pixels(rows: Tensor) -> Tensor:
-    """Stands for pictures (B, 3, SIZE, SIZE): every pixel is the picture's number."""
+    """Stands for images (B, 3, SIZE, SIZE): every pixel is the image's number."""
     return rows.float().view(-1, 1, 1, 1).expand(-1, 3, SIZE, SIZE)
 
 
@@ -97,13 +97,13 @@ def numbers(pixel_values: Tensor) -> Tensor:
     return pixel_values[:, 0, 0, 0].long()
 
 
-def look_up(model: Any, pictures: KeptPictures, patches_of: Tensor | None = None) -> Any:
+def look_up(model: Any, images: KeptImages, patches_of: Tensor | None = None) -> Any:
     """The model with kept outputs for its vision tower.
 
     Args:
-        patches_of: (n), picture i has the patches of picture `patches_of[i]`; its embedding stays its own.
+        patches_of: (n), image i has the patches of image `patches_of[i]`; its embedding stays its own.
     """
-    states = pictures.states
+    states = images.states
 
     def forward(pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         rows = numbers(pixel_values)
@@ -114,10 +114,10 @@ def look_up(model: Any, pictures: KeptPictures, patches_of: Tensor | None = None
     return model
 
 
-def look_up_lower(model: Any, pictures: KeptPictures, layers: int = LOWER) -> Any:
+def look_up_lower(model: Any, images: KeptImages, layers: int = LOWER) -> Any:
     """The model with kept states for the lower `layers` layers of its vision tower."""
     vision = model.vision_model
-    vision.embeddings.forward = lambda pixel_values, **kwargs: pictures.lower[numbers(pixel_values)]
+    vision.embeddings.forward = lambda pixel_values, **kwargs: images.lower[numbers(pixel_values)]
     for layer in vision.encoder.layer[:layers]:
         layer.forward = lambda states, *args, **kwargs: states
     return model

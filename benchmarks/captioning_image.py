@@ -1,6 +1,6 @@
-"""Prompts with pictures and what the model wrote behind them: `docs/captioning.png`, from a result of the captioning task.
+"""Prompts with images and what the model wrote behind them: `docs/captioning.png`, from a result of the captioning task.
 
-    python -m benchmarks.captioning_picture
+    python -m benchmarks.captioning_image
 
 The prompts are the first of each kind of the test's, not chosen by what became of them.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from . import experiment as experiments
-from .assets.captions import picture
+from .assets.captions import image
 from .records import RESULTS, Record, read_records
 from .tasks import captioning
 
@@ -24,7 +24,7 @@ CONSOLE = Console()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.captioning_picture", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.captioning_image", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--to", type=Path, default=DOCS)
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def draw(record: Record, path: Path) -> None:
-    """A row a prompt: the shots with their captions, and the picture that was asked about with what was written.
+    """A row a prompt: the shots with their captions, and the image that was asked about with what was written.
 
     Questions have no shots and share the last row.
     """
@@ -55,7 +55,7 @@ def draw(record: Record, path: Path) -> None:
     for kind, number in EACH.items():
         exam = captioning.exam(kind, "test", settings["things"], settings["candidates"])
         if [c.thing for c in exam.asked] != record.items["asked"][kind]:
-            raise ValueError("The result is of other test pictures than the assets have now: run the task again.")
+            raise ValueError("The result is of other test images than the assets have now: run the task again.")
         prompts, written = exam.prompts(captioning.SHOTS), record.items[f"{kind}_written_own"]
         chosen = [i * (len(prompts) // number) for i in range(number)]
         asked: list[tuple[captioning.Shown, str | None]] = [(prompts[i][-1], written[i]) for i in chosen]
@@ -69,7 +69,7 @@ def draw(record: Record, path: Path) -> None:
         axes.set_axis_off()
     for line, row in zip(grid, rows, strict=True):
         for axes, (shown, answer) in zip(line, row, strict=True):
-            axes.imshow(picture(shown.kind, shown.picture))
+            axes.imshow(image(shown.kind, shown.image))
             said = shown.answer if answer is None else f"{shown.question} {answer}".strip()
             color = "black" if answer is None else "tab:red"
             axes.set_title(_wrapped(said), fontsize=8, color=color, y=-0.02, va="top")

@@ -1,13 +1,13 @@
-"""Emoji pictures in three styles with English and Chinese labels, split by concept family.
+"""Emoji images in three styles with English and Chinese labels, split by concept family.
 
-`emoji_pictures()` has one row per concept and style:
+`emoji_images()` has one row per concept and style:
 
 | column | content |
 | --- | --- |
 | `concept` | the emoji's code points, `1F34E` |
 | `family` | concepts that show the same thing in another variant share it, see `family_of` |
 | `style` | `google`, `twitter`, or `fluent`, the style that the English CLIP has never seen |
-| `image` | 84 x 84 RGB picture on white |
+| `image` | 84 x 84 RGB image on white |
 | `label_en`, `label_zh` | the name, unique among the concepts |
 | `tags_en`, `tags_zh` | lists of keywords, some empty |
 | `group`, `subgroup` | `food-drink`, `food-fruit` |
@@ -33,7 +33,7 @@ from rich.progress import track
 from .fetch import CONSOLE, Package, build_once, fetch
 
 SIZE = 84
-"""Pixels a side of the stored pictures: 6 x 6 patches of 14."""
+"""Pixels a side of the stored images: 6 x 6 patches of 14."""
 STYLES = ("google", "twitter", "fluent")
 OLD_STYLES, NEW_STYLE = ("google", "twitter"), "fluent"
 SPLIT_SEED, TEST_CONCEPTS, VALIDATION_CONCEPTS, LARGEST_FAMILY = 0, 380, 180, 10
@@ -47,14 +47,14 @@ LABELS = Package(
     licence="MIT",
     keep=("package/en/", "package/zh/", "package/LICENSE"),
 )
-PICTURES = {
+IMAGES = {
     "google": Package(
         "npm",
         "emoji-datasource-google",
         "16.0.0",
         "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
         megabytes=74,
-        licence="MIT, pictures Apache-2.0",
+        licence="MIT, images Apache-2.0",
         keep=("package/img/google/64/",),
     ),
     "twitter": Package(
@@ -63,7 +63,7 @@ PICTURES = {
         "16.0.0",
         "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
         megabytes=62,
-        licence="MIT, pictures CC-BY-4.0",
+        licence="MIT, images CC-BY-4.0",
         keep=("package/img/twitter/64/",),
     ),
     "fluent": Package(
@@ -94,7 +94,7 @@ FEATURES = datasets.Features(
 )
 
 # What a label says about the variant rather than the thing. After a colon CLDR names the variant itself (a skin tone,
-# hair, a keycap's digit, a family's members); text in capitals, quotes or parentheses is written on the picture.
+# hair, a keycap's digit, a family's members); text in capitals, quotes or parentheses is written on the image.
 QUALIFIER = re.compile(r":.*|“[^”]*”|\([^)]*\)|\bshowing .*")
 CLOCK_FACE = re.compile(r"\w+(?: o’clock|-thirty)")
 SAME_THING = {"merman": "mer", "mermaid": "mer", "merperson": "mer", "prince": "crown", "princess": "crown"}
@@ -146,14 +146,14 @@ def split_families(families: Iterable[str], test: int, validation: int, largest:
     return dealt
 
 
-def emoji_pictures() -> datasets.Dataset:
+def emoji_images() -> datasets.Dataset:
     """Emoji in three styles with English and Chinese labels; columns as in the module's docstring."""
-    return datasets.load_from_disk(str(build_once("emoji-pictures-1", _build_pictures)), keep_in_memory=True)
+    return datasets.load_from_disk(str(build_once("emoji-pictures-1", _build_images)), keep_in_memory=True)
 
 
-def _build_pictures(folder: Path) -> None:
+def _build_images(folder: Path) -> None:
     labels = fetch(LABELS) / "package"
-    files = {style: pictures_by_code(fetch(PICTURES[style])) for style in STYLES}
+    files = {style: images_by_code(fetch(IMAGES[style])) for style in STYLES}
     names = json.loads((labels / "en/messages.json").read_text("utf-8"))
     groups, subgroups = ({item["order"]: item["key"] for item in names[kind]} for kind in ("groups", "subgroups"))
     english, chinese = (
@@ -174,7 +174,7 @@ def _build_pictures(folder: Path) -> None:
     split = split_families(family.values(), TEST_CONCEPTS, VALIDATION_CONCEPTS, LARGEST_FAMILY, SPLIT_SEED)
 
     columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
-    for code in track(concepts, "Drawing pictures", console=CONSOLE):
+    for code in track(concepts, "Drawing images", console=CONSOLE):
         entry = english[code]
         for style in STYLES:
             row = {
@@ -200,21 +200,21 @@ def bare(code: str) -> str:
     return code.upper().replace("-FE0F", "")
 
 
-def pictures_by_code(folder: Path) -> dict[str, Path]:
-    """The picture files below `folder` by `bare` code points."""
+def images_by_code(folder: Path) -> dict[str, Path]:
+    """The image files below `folder` by `bare` code points."""
     return {bare(path.stem): path for path in folder.rglob("*") if path.suffix in {".png", ".webp"}}
 
 
-def on_white(picture: Image.Image) -> Image.Image:
-    """The picture on a white ground, `SIZE` pixels a side."""
-    picture = picture.convert("RGBA")
-    ground = Image.new("RGBA", picture.size, "white")
-    ground.alpha_composite(picture)
+def on_white(image: Image.Image) -> Image.Image:
+    """The image on a white ground, `SIZE` pixels a side."""
+    image = image.convert("RGBA")
+    ground = Image.new("RGBA", image.size, "white")
+    ground.alpha_composite(image)
     return ground.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
 
 
-def as_png(picture: Image.Image) -> bytes:
-    """The picture's PNG file."""
+def as_png(image: Image.Image) -> bytes:
+    """The image's PNG file."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
