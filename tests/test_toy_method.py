@@ -50,19 +50,12 @@ class ToyConfig(TargetedConfig):
         self.check_number("r", 1, integer=True)
 
 
-class ToyLayer(nn.Module, AttachedPart, MultimodalLayer):
+class ToyLayer(AttachedPart, MultimodalLayer):
     adapter_layer_names = ("toy_down", "toy_up")
 
     def __init__(self, network, role):
-        nn.Module.__init__(self)
-        AttachedPart.__init__(self)
-        self.role = role
-        self.toy_down, self.toy_up = nn.ModuleDict(), nn.ModuleDict()
-        self._network = (network,)
+        super().__init__(network, role)
         self.hooks = [network.register_forward_hook(self.residual)]
-
-    def host(self):
-        return self._network[0]
 
     def add(self, adapter_name, width, r):
         self.toy_down[adapter_name] = nn.Linear(width, r)

@@ -248,9 +248,9 @@ class MultimodalLayer(BaseTunerLayer):
 class HostedLayer(MultimodalLayer):
     """A layer whose adapters follow the device and dtype of another module, its host."""
 
-    def host(self) -> nn.Module | None:
+    def host(self) -> nn.Module:
         """The module whose device and dtype the adapters follow."""
-        return None
+        raise NotImplementedError
 
     def settle(self, adapter_name: str) -> None:
         """Bring a new adapter to the host's device and dtype (which PEFT then raises to float32 unless told not to)."""
@@ -261,9 +261,9 @@ class HostedLayer(MultimodalLayer):
 
     def _move(self, adapter_name: str, device: torch.device | None, cast: bool) -> None:
         host = self.host()
-        reference = next((p for p in host.parameters() if p.is_floating_point()), None) if host is not None else None
-        device = anatomy.device_of(host) if device is None and host is not None else device
-        if reference is None or device is None or device.type == "meta":
+        reference = next((p for p in host.parameters() if p.is_floating_point()), None)
+        device = anatomy.device_of(host) if device is None else device
+        if reference is None or device.type == "meta":
             return
         for name in self.adapter_layer_names:
             container: Any = getattr(self, name)
@@ -278,10 +278,12 @@ class Wrapper(nn.Module, HostedLayer):
     """Stands in a frozen module's place. What is asked of it beside a call is answered by the module."""
 
     def __init__(self, base_layer: nn.Module, role: str) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         self.base_layer = base_layer
         self.merged_adapters: list[str] = []
         self.role = role
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict())
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -295,12 +297,23 @@ class Wrapper(nn.Module, HostedLayer):
         return self.base_layer
 
 
-class AttachedPart(HostedLayer):
-    """A part that hangs below a module as a child of its own, acting through hooks or as a store, wrapping nothing."""
+class AttachedPart(nn.Module, HostedLayer):
+    """A part that hangs below a module as a child of its own, acting through hooks or as a store, wrapping nothing.
 
-    def __init__(self) -> None:
+    `hooks` are taken out with it: hooks' handles, stand-ins, and whatever else can `remove()` itself.
+    """
+
+    def __init__(self, host: nn.Module, role: str = "") -> None:
+        super().__init__()
+        self.role = role
         self.hooks: list[Any] = []
         self.merged_adapters: list[str] = []
+        self._host = (host,)  # a tuple is not registered
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict())
+
+    def host(self) -> nn.Module:
+        return self._host[0]
 
     # PEFT's layers answer for the module that they wrap, and would ask themselves here without end.
 

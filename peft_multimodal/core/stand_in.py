@@ -66,6 +66,8 @@ class StandIn:
             self._taken.remove(self)
             self._taken = None
 
+    remove = give_back  # as hooks' handles call it
+
 
 class Taken:
     """What a module's instance holds under the name of a method that is answered by others."""

@@ -245,3 +245,5 @@ class PrefixAttention:
             if config._attn_implementation == NAME:
                 config._attn_implementation = name
         self.before = []
+
+    remove = give_back  # as hooks' handles call it

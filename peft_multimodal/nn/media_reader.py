@@ -22,7 +22,7 @@ from .media import MediaCache, Reading
 from .media_inputs import NAMES, MediaInputs, Seeing
 
 
-class MediaReader(nn.Module, AttachedPart):
+class MediaReader(AttachedPart):
     """Hangs below a language model: takes the images out of each call's inputs and holds what reads them.
 
     A call's state is a `Reading` in a scope of the thread, which ends with the call. A method's reader says by `resample`
@@ -33,17 +33,15 @@ class MediaReader(nn.Module, AttachedPart):
         stack: The module in it whose forward runs the decoder's layers.
     """
 
-    role = ""
     method: str  # what messages call it
 
     def __init__(self, model: nn.Module, stack: nn.Module) -> None:
-        nn.Module.__init__(self)
-        AttachedPart.__init__(self)
+        super().__init__(stack)
         self.encoders = nn.ModuleDict()
         self.encoder_of: dict[str, str] = {}
         self.sights: dict[str, Seeing] = {}
         self.scope = CallScope()
-        self._model, self._stack = (model,), (stack,)  # tuples are not registered
+        self._model = (model,)  # a tuple is not registered
         names = list(inspect.signature(model.forward).parameters)
         self._ids_argument = names.index("input_ids") if "input_ids" in names else None
         self.own_inputs = frozenset(names)  # a vision-language model's pixel_values are its own
@@ -52,24 +50,16 @@ class MediaReader(nn.Module, AttachedPart):
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
             stack.register_forward_pre_hook(self._before_stack, with_kwargs=True),
+            # Trainer passes on the columns that the signature of `forward` names; the images are taken out by the hooks.
+            StandIn(model, "forward", takes=self._inputs),
         ]
-        # Trainer passes on the columns that the signature of `forward` names; the images are taken out by the hooks.
-        self.stand_ins = [StandIn(model, "forward", takes=self._inputs)]
         if hasattr(model, "generate"):
             generation = Generation(model, self)
-            self.stand_ins += [
+            self.hooks += [
                 generation.generate_of,
                 FitLogitsProcessors(model, generation.fit),
                 BeforeCandidates(model, generation.refuse_assistants),
             ]
-
-    def host(self) -> nn.Module:
-        return self._stack[0]
-
-    def remove_hooks(self) -> None:
-        super().remove_hooks()
-        for stand_in in self.stand_ins:
-            stand_in.give_back()
 
     def see_by(
         self, adapter_name: str, seeing: Seeing, encoder: nn.Module | None = None, place: Place | None = None

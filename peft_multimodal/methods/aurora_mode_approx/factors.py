@@ -17,11 +17,10 @@ class AuroraModeApproxLayer(MultimodalLayer):
     """Base of everything that this method puts into a model."""
 
 
-class SharedFactors(nn.Module, AttachedPart, AuroraModeApproxLayer):
+class SharedFactors(AttachedPart, AuroraModeApproxLayer):
     """U, V and lambda (or the Tucker core) of every adapter and group. It hangs below the model, is visited by PEFT as
     a layer, and is the one place of these parameters: layers look them up at each call."""
 
-    role = ""
     adapter_layer_names = (
         "aurora_mode_approx_U",
         "aurora_mode_approx_V",
@@ -33,16 +32,6 @@ class SharedFactors(nn.Module, AttachedPart, AuroraModeApproxLayer):
     aurora_mode_approx_V: Any
     aurora_mode_approx_lambda_norm: Any
     aurora_mode_approx_core: Any
-
-    def __init__(self, model: nn.Module) -> None:
-        nn.Module.__init__(self)
-        AttachedPart.__init__(self)
-        self._model = (model,)  # a tuple is not registered as a child
-        for name in self.adapter_layer_names:
-            self.add_module(name, nn.ModuleDict())
-
-    def host(self) -> nn.Module:
-        return self._model[0]
 
     def add(self, adapter_name: str, r: int, core: str, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Create the factors of an adapter of rank r; `shapes` is {group: (d_in, d_out)}."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ...core.private import InsideCheckpoint
 from .factors import AuroraModeApproxLayer
 
 
-class GatedQueryTransformation(nn.Module, AttachedPart, AuroraModeApproxLayer):
+class GatedQueryTransformation(AttachedPart, AuroraModeApproxLayer):
     """y' = y + tanh(g) ((1 + s_q) q + b_q), q the output of the layer's self-attention block (B x L x d).
 
     Acts on the positions that the layer's cross-attention saw, where it ran at all. 2 d + 1 parameters a branch.
@@ -32,28 +33,17 @@ class GatedQueryTransformation(nn.Module, AttachedPart, AuroraModeApproxLayer):
     aurora_mode_approx_gqt: Any  # {adapter: {name: Parameter}}
 
     def __init__(self, layer: nn.Module, path: str, attentions: list[str], role: str) -> None:
-        nn.Module.__init__(self)
-        AttachedPart.__init__(self)
-        self.role = role
-        self.aurora_mode_approx_gqt = nn.ModuleDict()
+        super().__init__(layer, role)
         self.scope = CallScope()
-        self._layer = (layer,)
         blocks = {is_cross(a): a.removeprefix(path + ".").partition(".")[0] for a in attentions}
         self.hooks = [
             layer.register_forward_pre_hook(self.scope.open),
-            layer.get_submodule(blocks[False]).register_forward_hook(self._keep_query),
-            layer.get_submodule(blocks[True]).register_forward_hook(self._keep_cross),
+            layer.get_submodule(blocks[False]).register_forward_hook(partial(self._keep, "query")),
+            layer.get_submodule(blocks[True]).register_forward_hook(partial(self._keep, "cross")),
             layer.register_forward_hook(self._inject),
             layer.register_forward_hook(self.scope.close, always_call=True),
+            InsideCheckpoint(layer, self.scope, finish=self._inject),
         ]
-        self.inside = InsideCheckpoint(layer, self.scope, finish=self._inject)
-
-    def host(self) -> nn.Module:
-        return self._layer[0]
-
-    def remove_hooks(self) -> None:
-        super().remove_hooks()
-        self.inside.remove()
 
     def add(self, adapter_name: str, branches: list[str], width: int) -> None:
         parameters = {}
@@ -63,13 +53,7 @@ class GatedQueryTransformation(nn.Module, AttachedPart, AuroraModeApproxLayer):
             parameters[f"{branch}_shift_norm"] = torch.zeros(width)
         self.aurora_mode_approx_gqt[adapter_name] = nn.ParameterDict(parameters)
 
-    def _keep_query(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._keep("query", output)
-
-    def _keep_cross(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._keep("cross", output)
-
-    def _keep(self, name: str, output: Any) -> None:
+    def _keep(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         if self.scope.is_open:
             self.scope.values[name] = output[0] if isinstance(output, tuple) else output
 
@@ -122,7 +106,7 @@ class ContextBank(nn.Module):
         )
 
 
-class InformativeContext(nn.Module, AttachedPart, AuroraModeApproxLayer):
+class InformativeContext(AttachedPart, AuroraModeApproxLayer):
     """F' = F + gamma softmax(F T^T / sqrt(d)) T on every fused token of a text encoder.
 
     In training, calls of the encoder without an image fill the bank with their first tokens' states (detached);
@@ -133,16 +117,9 @@ class InformativeContext(nn.Module, AttachedPart, AuroraModeApproxLayer):
     aurora_mode_approx_ice: Any  # {adapter: ContextBank}
 
     def __init__(self, encoder: nn.Module, role: str) -> None:
-        nn.Module.__init__(self)
-        AttachedPart.__init__(self)
-        self.role = role
-        self.aurora_mode_approx_ice = nn.ModuleDict()
-        self._encoder = (encoder,)
+        super().__init__(encoder, role)
         self._position = list(inspect.signature(encoder.forward).parameters).index("encoder_hidden_states")
         self.hooks = [encoder.register_forward_hook(self._enhance, with_kwargs=True)]
-
-    def host(self) -> nn.Module:
-        return self._encoder[0]
 
     def add(self, adapter_name: str, size: int, width: int) -> None:
         self.aurora_mode_approx_ice[adapter_name] = ContextBank(size, width)

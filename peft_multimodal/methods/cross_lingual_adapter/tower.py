@@ -30,20 +30,17 @@ class CrossLingualAdapterLayer(MultimodalLayer):
     """Base of everything that this method puts into a model."""
 
 
-class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer, MultilingualTower):
+class LanguageTower(AttachedPart, CrossLingualAdapterLayer, MultilingualTower):
     """Hangs below the text tower and takes its `forward` over: the adapters and the encoders that they share.
 
     A language is an adapter. With the adapters disabled, and for rows named `__base__`, the tower runs as it is.
     """
 
-    role = "text"
     adapter_layer_names = ("cross_lingual_adapter_language",)
     cross_lingual_adapter_language: Any  # {adapter: LanguageAdapter}
 
     def __init__(self, model: nn.Module, tower: nn.Module, level: str) -> None:
-        nn.Module.__init__(self)
-        AttachedPart.__init__(self)
-        self.cross_lingual_adapter_language = nn.ModuleDict()
+        super().__init__(tower, "text")
         self.encoders = nn.ModuleDict()
         self.encoder_of: dict[str, str] = {}
         self.tokenizers: dict[str, Any] = {}
@@ -51,20 +48,13 @@ class LanguageTower(nn.Module, AttachedPart, CrossLingualAdapterLayer, Multiling
         self.reads_padding = reads_padding(tower)
         self.level = level
         self.scope = CallScope()  # `adapter_names` of a call
-        self._model, self._tower = (model,), (tower,)  # tuples are not registered
+        self._model = (model,)
         self.stand_in = StandIn(tower, "forward", self.forward)
+        self.hooks = [self.stand_in]
         self.features_of: StandIn | None = None
         if hasattr(type(model), "get_text_features"):
             self.features_of = StandIn(model, "get_text_features", self.get_text_features, takes=["adapter_names"])
-
-    def host(self) -> nn.Module:
-        return self._tower[0]
-
-    def remove_hooks(self) -> None:
-        super().remove_hooks()
-        self.stand_in.give_back()
-        if self.features_of is not None:
-            self.features_of.give_back()
+            self.hooks.append(self.features_of)
 
     def add(self, adapter_name: str, adapter: nn.Module, language: LanguageEncoder, place: Place | None) -> None:
         """Add a language: its adapter, and the encoder that was read at `place` (None: given as a module)."""

@@ -114,11 +114,6 @@ class GatedXAttnReader(MediaReader, GatedXAttnLayer):
     gated_xattn_resampler: Any  # {adapter: Resampler}
     gated_xattn_shared: Any  # {adapter: GatedBlock}, of adapters with share_blocks
 
-    def __init__(self, model: nn.Module, stack: nn.Module) -> None:
-        super().__init__(model, stack)
-        self.gated_xattn_resampler = nn.ModuleDict()
-        self.gated_xattn_shared = nn.ModuleDict()
-
     def add(
         self,
         adapter_name: str,
@@ -156,7 +151,6 @@ class SeeingLayer(Wrapper, GatedXAttnLayer):
 
     def __init__(self, base_layer: nn.Module, reader: GatedXAttnReader, role: str) -> None:
         super().__init__(base_layer, role)
-        self.gated_xattn_block = nn.ModuleDict()
         self.sharing: set[str] = set()
         self._reader = (reader,)
 

@@ -31,13 +31,7 @@ from peft import NoMatchingPeftModuleError
 from peft.utils import PeftType
 from torch import nn
 
-from ...core.anatomy import (
-    TOWERS,
-    Anatomy,
-    Site,
-    own_modules,
-    stack_of,
-)
+from ...core.anatomy import TOWERS, Anatomy, Site, own_modules, stack_of
 from ...core.config import TargetedConfig, check_bottleneck
 from ...core.parts import rows_in
 from ...core.registry import Promises, Use, method
@@ -175,7 +169,7 @@ class HardSampleDomainAdapterModel(MultimodalTuner):
     def add(self, injection: Injection, site: Site, part: DomainPart) -> None:
         c = injection.config
         shape = (c.bottleneck_dim, c.num_layers, c.num_heads, c.ff_mult, c.dropout)
-        part.add(injection.adapter_name, DomainBranch(site.d_in, site.d_out, *shape))
+        part.hard_sample_domain_adapter_branch[injection.adapter_name] = DomainBranch(site.d_in, site.d_out, *shape)
 
     # --- rows of a batch ---
 

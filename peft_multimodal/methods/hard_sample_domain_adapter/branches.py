@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ...core.anatomy import (
-    own_modules,
-)
+from ...core.anatomy import own_modules
 from ...core.parts import AttachedPart, CallScope, MultimodalLayer, rows_of
 from ...core.sites import arguments_of
 from ...core.stand_in import StandIn
@@ -56,36 +54,23 @@ class HardSampleDomainAdapterLayer(MultimodalLayer):
     """Base of everything that this method puts into a model."""
 
 
-class DomainPart(nn.Module, AttachedPart, HardSampleDomainAdapterLayer):
+class DomainPart(AttachedPart, HardSampleDomainAdapterLayer):
     """Hangs below a frozen module and takes its `forward` over: the branches of all adapters at this place."""
 
     adapter_layer_names = ("hard_sample_domain_adapter_branch",)
     hard_sample_domain_adapter_branch: Any  # {adapter: DomainBranch}
 
     def __init__(self, host: nn.Module, role: str) -> None:
-        nn.Module.__init__(self)
-        AttachedPart.__init__(self)
-        self.role = role
-        self.hard_sample_domain_adapter_branch = nn.ModuleDict()
+        super().__init__(host, role)
         self.scope = CallScope()  # `adapter_names` of a call
-        self._host = (host,)  # a tuple is not registered
         self._positions = {name: i for i, name in enumerate(arguments_of(host))}
         self.stand_in = StandIn(host, "forward", self.forward)
-
-    def host(self) -> nn.Module:
-        return self._host[0]
-
-    def remove_hooks(self) -> None:
-        super().remove_hooks()
-        self.stand_in.give_back()
+        self.hooks = [self.stand_in]
 
     def argument(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         """An argument of the host's call, by name or position; None where it is missing."""
         position = self._positions.get(name, len(args))
         return args[position] if position < len(args) else kwargs.get(name)
-
-    def add(self, adapter_name: str, branch: DomainBranch) -> None:
-        self.hard_sample_domain_adapter_branch[adapter_name] = branch
 
     def branch_output(self, branch: DomainBranch, h: Tensor, mask: Tensor | None) -> Tensor:
         """What one branch makes of states h (B, L, d), in its own dtype."""

@@ -50,43 +50,35 @@ class StructuredPromptLayer(MultimodalLayer):
     """Base of what this method puts into a model."""
 
 
-class PromptedClassifier(nn.Module, AttachedPart, StructuredPromptLayer):
+class PromptedClassifier(AttachedPart, StructuredPromptLayer):
     """Hangs below the text tower and takes the model's `forward` over: images in, class logits out.
 
     With the adapters disabled the model is as it was. The class list belongs to the model, not to an adapter, and is
     never saved.
     """
 
-    role = "text"
     adapter_layer_names = ("structured_prompt_context",)
     structured_prompt_context: Any  # {adapter: StructuredContext}
 
     def __init__(self, model: Any, tower: nn.Module, embedding: nn.Embedding) -> None:
-        nn.Module.__init__(self)
-        AttachedPart.__init__(self)
-        self.structured_prompt_context = nn.ModuleDict()
+        super().__init__(tower, "text")
         self.settings: dict[str, Settings] = {}
         self.unread: set[str] = set()  # adapters whose words wait for a tokenizer
         self.reader = PromptReader(model, tower, embedding)
         self.keeper = Keeper(model, embedding)
-        self.hooks = [embedding.register_forward_hook(self.reader.replace)]
         self.tokenizer: Any = None
         self.texts: Texts | None = None
-        self._model, self._tower = (model,), (tower,)  # tuples are not registered
+        self._model = (model,)  # a tuple is not registered
         self._convolutions = tuple(model.get_submodule(path) for path in pixel_readers(model))
         self._image_inputs = frozenset(inspect.signature(model.get_image_features).parameters)
         self.stand_in = StandIn(model, "forward", self.forward, signature=inspect.signature(self.forward))
+        self.hooks = [embedding.register_forward_hook(self.reader.replace), self.reader.attention, self.stand_in]
         # Trainer would pass on the count of labels to a forward with **kwargs; the loss is a mean over its own batch.
         self._accepted = {name: value for name, value in vars(model).items() if name == "accepts_loss_kwargs"}
         model.accepts_loss_kwargs = False
 
-    def host(self) -> nn.Module:
-        return self._tower[0]
-
     def remove_hooks(self) -> None:
         super().remove_hooks()
-        self.reader.attention.give_back()
-        self.stand_in.give_back()
         del self._model[0].accepts_loss_kwargs
         vars(self._model[0]).update(self._accepted)
 

@@ -181,11 +181,11 @@ class UniAdapterModel(MultimodalTuner):
         config, name, m = injection.config, injection.adapter_name, injection.config.bottleneck_dim
         down = Down(site.d_in, m, config.activation, config.norm)
         if isinstance(part, SharedSite):
-            part.add(name, down if config.share == "down" else identity(m))
+            part.uni_adapter_shared[name] = down if config.share == "down" else identity(m)
             return
         number = injection.prepared.shared.get(site.module)
         store = None if number is None else self.model.get_submodule(f"{self.prefix}site_{number}")
-        branch = Branch(
+        part.uni_adapter_branch[name] = Branch(
             site.d_in,
             m,
             config.scale,
@@ -194,7 +194,6 @@ class UniAdapterModel(MultimodalTuner):
             reads_query=config.query_residual and site.kind == "layer",
             normed=config.cross_norm and site.kind == "fusion",
         )
-        part.add(name, branch)
 
     # --- rows of a batch ---
 

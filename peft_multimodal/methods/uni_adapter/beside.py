@@ -22,47 +22,25 @@ class UniAdapterLayer(MultimodalLayer):
     """Base of everything that this method puts into a model."""
 
 
-class SharedSite(nn.Module, AttachedPart, UniAdapterLayer):
+class SharedSite(AttachedPart, UniAdapterLayer):
     """What the n-th layers of all stacks share, once and below the model: D, or the map M."""
 
     adapter_layer_names = ("uni_adapter_shared",)
     uni_adapter_shared: Any  # {adapter: Down, or Linear}
 
-    def __init__(self, model: nn.Module, role: str) -> None:
-        nn.Module.__init__(self)
-        AttachedPart.__init__(self)
-        self.role = role
-        self.uni_adapter_shared = nn.ModuleDict()
-        self._host = (model,)  # a tuple is not registered
 
-    def host(self) -> nn.Module:
-        return self._host[0]
-
-    def add(self, adapter_name: str, module: nn.Module) -> None:
-        self.uni_adapter_shared[adapter_name] = module
-
-
-class UniAdapterBranch(nn.Module, AttachedPart, UniAdapterLayer):
+class UniAdapterBranch(AttachedPart, UniAdapterLayer):
     """The branches of all adapters of one kind at one layer. It hangs below the layer; `Beside` lets it act."""
 
     adapter_layer_names = ("uni_adapter_branch",)
     uni_adapter_branch: Any  # {adapter: Branch}
 
     def __init__(self, beside: Beside, role: str) -> None:
-        nn.Module.__init__(self)
-        AttachedPart.__init__(self)
-        self.role = role
-        self.uni_adapter_branch = nn.ModuleDict()
+        super().__init__(beside.layer, role)
         self.beside = beside
-
-    def host(self) -> nn.Module:
-        return self.beside.layer
 
     def remove_hooks(self) -> None:
         self.beside.leave(self)
-
-    def add(self, adapter_name: str, branch: Branch) -> None:
-        self.uni_adapter_branch[adapter_name] = branch
 
 
 class Beside:
