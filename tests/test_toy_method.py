@@ -85,8 +85,8 @@ class ToyModel(MultimodalTuner):
     not_mergeable = "The toy is no weight update."
 
     @classmethod
-    def candidates(cls, config, model, found):
-        return ends(model, found)
+    def candidates(cls, config, model, anatomy):
+        return ends(model, anatomy)
 
     @classmethod
     def default_targets(cls, config, candidates):

@@ -149,7 +149,7 @@ def fusion_layers(modules: dict[str, nn.Module]) -> list[str]:
     return [layer for layer, found in kinds.items() if found == {True, False}]
 
 
-def unread_layers(model: Any, found: Anatomy) -> list[str]:
+def unread_layers(model: Any, anatomy: Anatomy) -> list[str]:
     """Paths of the vision tower's last layers, where the model takes its image features from an earlier one.
 
     LLaVA and its like run layers behind `vision_feature_layer` (-2) in vain: they get no gradient. Where the config names
@@ -163,7 +163,7 @@ def unread_layers(model: Any, found: Anatomy) -> list[str]:
         if not hasattr(config, "vision_config") or fields or not all(isinstance(i, int) for i in chosen):
             continue
         stacks: dict[str, list[str]] = defaultdict(list)
-        for matrix in found.matrices:
+        for matrix in anatomy.matrices:
             layer = layer_of(matrix.module)
             if matrix.tower == "vision" and layer and layer not in stacks[stack_of(matrix.module)]:
                 stacks[stack_of(matrix.module)].append(layer)

@@ -9,8 +9,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from . import anatomy
-from .anatomy import Anatomy, Site
+from .anatomy import Anatomy, Site, is_below, unread_layers, unwrapped
 from .storage import check_around
 from .switching import SwitchingTuner, tuner_of
 
@@ -35,7 +34,7 @@ def check_adapter_name(name: str) -> None:
 
 def check_bare(model: nn.Module) -> None:
     """Refuse a model that something is wrapped around, which would go on running what was there before."""
-    if (bare := anatomy.unwrapped(model)) is not model:
+    if (bare := unwrapped(model)) is not model:
         kind, name = type(model).__name__, type(bare).__name__
         wrap = "torch.compile" if kind == "OptimizedModule" else kind
         raise ValueError(
@@ -85,12 +84,12 @@ def check_whole_modules(tuner: SwitchingTuner, config: Any) -> None:
             )
 
 
-def warn_of_unread(model: nn.Module, sites: list[Site], found: Anatomy) -> None:
+def warn_of_unread(model: nn.Module, sites: list[Site], anatomy: Anatomy) -> None:
     """Say which layers of the vision tower get no gradient, as the model reads an earlier one."""
-    unread = anatomy.unread_layers(model, found)
+    unread = unread_layers(model, anatomy)
     if not unread or not any(site.tower == "vision" for site in sites):
         return
-    adapted = [path for path in unread if any(anatomy.is_below(site.module, path) for site in sites)]
+    adapted = [path for path in unread if any(is_below(site.module, path) for site in sites)]
     names = ", ".join(adapted or unread)
     what = (
         f"The adapter has parts there that won't train; target_modules=None leaves {'them' if len(unread) > 1 else 'it'} out."
@@ -98,7 +97,7 @@ def warn_of_unread(model: nn.Module, sites: list[Site], found: Anatomy) -> None:
         else "The adapter has nothing there."
     )
     warnings.warn(
-        f"{found.model_class} reads its image features from an earlier layer of the vision tower (vision_feature_layer in "
+        f"{anatomy.model_class} reads its image features from an earlier layer of the vision tower (vision_feature_layer in "
         f"its config): {names} gets no gradient. {what}",
         stacklevel=2,
     )

@@ -11,8 +11,7 @@ from peft import NoMatchingPeftModuleError, PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from . import anatomy
-from .anatomy import Anatomy, Matrix, Site
+from .anatomy import Anatomy, Matrix, Site, base_model, describe, layer_of, table, unread_layers
 from .config import MultimodalConfig, TargetedConfig
 from .registry import method_of
 
@@ -43,7 +42,7 @@ class MatchTable:
         ]
         matrices = all(isinstance(s, Matrix) for s in self.sites)
         count = f"{len(rows)} {'matrices' if matrices else 'places'}"
-        return anatomy.table(("module", "kind", "shape", "rows", "tower", "role"), rows) + f"\n{count}"
+        return table(("module", "kind", "shape", "rows", "tower", "role"), rows) + f"\n{count}"
 
     __repr__ = __str__
 
@@ -57,7 +56,7 @@ def matched_modules(model: nn.Module, config: MultimodalConfig) -> MatchTable:
     method = method_of(config) if isinstance(config, PeftConfig) else None
     if method is None:
         raise TypeError(f"matched_modules takes a config of this package, got {type(config).__name__}")
-    return MatchTable(method.model.sites(config, anatomy.base_model(model), anatomy.describe(model)))
+    return MatchTable(method.model.sites(config, base_model(model), describe(model)))
 
 
 # --- which sites a config means --------------------------------------------------------------------------------------
@@ -66,7 +65,7 @@ def matched_modules(model: nn.Module, config: MultimodalConfig) -> MatchTable:
 def choose(
     config: TargetedConfig,
     model: nn.Module,
-    found: Anatomy,
+    anatomy: Anatomy,
     candidates: list[Site],
     defaults: Callable[[Any, list[Any]], list[Any]],
     places: str,
@@ -85,8 +84,8 @@ def choose(
         return [s for s in candidates if is_among(s, roles)]  # names may have changed since, roles have not
     targets = config.target_modules
     if targets is None:
-        unread = () if config.layers_to_transform is not None else anatomy.unread_layers(model, found)
-        sites = defaults(config, [s for s in candidates if anatomy.layer_of(s.module) not in unread])
+        unread = () if config.layers_to_transform is not None else unread_layers(model, anatomy)
+        sites = defaults(config, [s for s in candidates if layer_of(s.module) not in unread])
     elif isinstance(targets, str) and targets.lower() == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
         heads = {path for path, module in model.named_modules() if head is not None and module is head}
@@ -96,7 +95,7 @@ def choose(
     sites = [s for s in sites if not config.towers or s.tower in config.towers]
     sites = [s for s in sites if not left_out(config, s.module) and in_layers(config, s.module)]
     if not sites:
-        raise NoMatchingPeftModuleError(nothing_matched(config, found, candidates, places))
+        raise NoMatchingPeftModuleError(nothing_matched(config, anatomy, candidates, places))
     return sites
 
 
@@ -125,14 +124,14 @@ def _named(names: list[str] | str | None, path: str) -> bool:
     return any(path == n or path.endswith(f".{n}") for n in names)
 
 
-def nothing_matched(config: Any, found: Anatomy, candidates: list[Site], places: str) -> str:
+def nothing_matched(config: Any, anatomy: Anatomy, candidates: list[Site], places: str) -> str:
     """The message; `places` says where a method puts its adapters at all."""
     if not candidates:
         towers = (
-            ", ".join(f"{t.name} ({t.attentions} attentions)" for t in found.towers)
+            ", ".join(f"{t.name} ({t.attentions} attentions)" for t in anatomy.towers)
             or "none that reads pixels or tokens"
         )
-        return f"Nothing in {found.model_class} can be adapted: {places}. Its towers: {towers}."
+        return f"Nothing in {anatomy.model_class} can be adapted: {places}. Its towers: {towers}."
     counts: dict[str, dict[str, int]] = {}
     for matrix in candidates:
         parent, _, leaf = matrix.module.rpartition(".")
@@ -144,7 +143,7 @@ def nothing_matched(config: Any, found: Anatomy, candidates: list[Site], places:
     )
     asked = "the default targets" if config.target_modules is None else f"target_modules={config.target_modules!r}"
     return (
-        f"No module of {found.model_class} matches {asked} in towers={config.towers or 'all'}. What can be adapted, by "
+        f"No module of {anatomy.model_class} matches {asked} in towers={config.towers or 'all'}. What can be adapted, by "
         f"tower: {exists or 'nothing'}. print(peft_multimodal.describe(model)) shows the towers."
     )
 
@@ -152,10 +151,10 @@ def nothing_matched(config: Any, found: Anatomy, candidates: list[Site], places:
 # --- an adapter's signature of its base ------------------------------------------------------------------------------
 
 
-def check_same_base(config: MultimodalConfig, found: Anatomy) -> None:
+def check_same_base(config: MultimodalConfig, anatomy: Anatomy) -> None:
     """Refuse a base whose towers differ from those that the adapter was trained on."""
     trained = config.base_signature or {}
-    theirs, ours = trained.get("towers") or {}, found.signature()
+    theirs, ours = trained.get("towers") or {}, anatomy.signature()
     differing = {t: (theirs[t], ours.get(t)) for t in theirs if ours.get(t) != theirs[t]}
     if differing:
         details = "; ".join(
@@ -165,7 +164,7 @@ def check_same_base(config: MultimodalConfig, found: Anatomy) -> None:
         )
         raise ValueError(
             f"This adapter belongs to another base: it was trained on {trained.get('model_class')} "
-            f"({config.base_model_name_or_path or 'unnamed'}), this is {found.model_class}. {details}. Load the base "
+            f"({config.base_model_name_or_path or 'unnamed'}), this is {anatomy.model_class}. {details}. Load the base "
             f"that the adapter's adapter_config.json names.{_one_tower(theirs, ours)}"
         )
 

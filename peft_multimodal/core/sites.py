@@ -43,17 +43,17 @@ class FFN(Site):
     hidden: int  # width between the first and the last
 
 
-def ffns(model: nn.Module, found: Anatomy | None = None) -> list[FFN]:
+def ffns(model: nn.Module, anatomy: Anatomy | None = None) -> list[FFN]:
     """The feed-forward networks of all layers, in the model's order.
 
     Of the linear maps outside attentions, an FFN's first ones widen the stream of their layer, d -> D, and its last one
     narrows it again, D -> d; a first one may hold two in one, d -> 2 D. Mixtures of experts are left out: which of them
     reads a token is decided inside.
     """
-    found = found or describe(model)
-    attentions = set(_attentions(found))
+    anatomy = anatomy or describe(model)
+    attentions = set(_attentions(anatomy))
     layers: dict[str, list[Matrix]] = defaultdict(list)
-    for matrix in found.matrices:
+    for matrix in anatomy.matrices:
         layer = layer_of(matrix.module)
         if layer and not any(is_below(matrix.module, a) for a in attentions):
             layers[layer].append(matrix)
@@ -61,7 +61,7 @@ def ffns(model: nn.Module, found: Anatomy | None = None) -> list[FFN]:
     ordinals: Counter[str] = Counter()
     sites = []
     for layer, matrices in layers.items():
-        if _inner_list(layer) in mixtures or (d := _stream_width(layer, found)) is None:
+        if _inner_list(layer) in mixtures or (d := _stream_width(layer, anatomy)) is None:
             continue
         first: list[Matrix] = []  # those since the last FFN of this layer
         for matrix in matrices:
@@ -77,17 +77,17 @@ def ffns(model: nn.Module, found: Anatomy | None = None) -> list[FFN]:
     return sites
 
 
-def ends(model: nn.Module, found: Anatomy | None = None) -> list[Site]:
+def ends(model: nn.Module, anatomy: Anatomy | None = None) -> list[Site]:
     """The last linear map of every sub-layer: of attentions, of those that read another sequence, and of FFNs.
 
     An `nn.MultiheadAttention` reads its last map instead of calling it, and has no end.
     """
-    found = found or describe(model)
-    networks = {ffn.module for ffn in ffns(model, found)}
-    attention_of = dict(_attention_ends(found, networks))
+    anatomy = anatomy or describe(model)
+    networks = {ffn.module for ffn in ffns(model, anatomy)}
+    attention_of = dict(_attention_ends(anatomy, networks))
     ordinals: Counter[tuple[str, str]] = Counter()
     sites: list[Site] = []
-    for matrix in found.matrices:
+    for matrix in anatomy.matrices:
         tower, kind = matrix.tower, "ffn"
         if matrix.module in attention_of:
             query = attention_of[matrix.module]
@@ -157,7 +157,7 @@ def text_configs(model: Any) -> list[Any]:
 
 def layers(
     model: nn.Module,
-    found: Anatomy | None = None,
+    anatomy: Anatomy | None = None,
     towers: Collection[str] = TOWERS,
     fits: Callable[[nn.Module], bool] = lambda layer: True,
 ) -> list[Site]:
@@ -169,10 +169,10 @@ def layers(
         towers: Those to look in.
         fits: Which layers a method can use; roles count these alone.
     """
-    found = found or describe(model)
-    networks = [ffn.module for ffn in ffns(model, found)]
+    anatomy = anatomy or describe(model)
+    networks = [ffn.module for ffn in ffns(model, anatomy)]
     queries: dict[str, Matrix] = {}
-    for matrix in found.matrices:
+    for matrix in anatomy.matrices:
         path = _whole_layer(matrix.module, networks)
         if path and matrix.letter == "q" and matrix.tower in towers and not is_cross(matrix.module):
             queries.setdefault(path, matrix)
@@ -196,11 +196,11 @@ def _whole_layer(path: str, networks: list[str]) -> str | None:
     return outer if outer and holds[outer] and not holds[inner or ""] else inner
 
 
-def towers(model: nn.Module, found: Anatomy | None = None) -> list[Site]:
+def towers(model: nn.Module, anatomy: Anatomy | None = None) -> list[Site]:
     """The vision and text towers, d_in the width of their tokens' states and d_out of what they pool, both measured."""
-    found = found or describe(model)
+    anatomy = anatomy or describe(model)
     sites: list[Site] = []
-    for tower in found.towers:
+    for tower in anatomy.towers:
         if tower.name in ("vision", "text") and tower.attentions and tower.path:
             width, pooled = _pooled_widths(model.get_submodule(tower.path), tower.name)
             ordinal = sum(site.tower == tower.name for site in sites)
@@ -227,23 +227,25 @@ def arguments_of(module: nn.Module) -> list[str]:
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
-def _attentions(found: Anatomy) -> dict[str, Matrix]:
+def _attentions(anatomy: Anatomy) -> dict[str, Matrix]:
     """{path of an attention: its query}."""
-    queries = [m for m in found.matrices if m.letter in ("q", "qkv")]
-    fused = Counter(m.module for m in found.matrices)  # nn.MultiheadAttention is a module of three matrices itself
+    queries = [m for m in anatomy.matrices if m.letter in ("q", "qkv")]
+    fused = Counter(m.module for m in anatomy.matrices)  # nn.MultiheadAttention is a module of three matrices itself
     modules = {
-        m.module for m in found.matrices if LETTER.get(m.module.rpartition(".")[2]) is None and fused[m.module] > 1
+        m.module for m in anatomy.matrices if LETTER.get(m.module.rpartition(".")[2]) is None and fused[m.module] > 1
     }
     return {m.module if m.module in modules else m.module.rpartition(".")[0]: m for m in queries}
 
 
-def _stream_width(layer: str, found: Anatomy) -> int | None:
+def _stream_width(layer: str, anatomy: Anatomy) -> int | None:
     """d of the stream in a numbered module, as the queries in it or around it read it; None where there are none."""
     parts = layer.split(".")
     for end in range(len(parts), 0, -1):
         if parts[end - 1].isdigit():
             around = ".".join(parts[:end])
-            widths = Counter(m.d_in for m in found.matrices if m.letter in ("q", "qkv") and is_below(m.module, around))
+            widths = Counter(
+                m.d_in for m in anatomy.matrices if m.letter in ("q", "qkv") and is_below(m.module, around)
+            )
             if widths:
                 return widths.most_common(1)[0][0]
     return None
@@ -256,11 +258,11 @@ def _inner_list(layer: str) -> str:
     return parent if re.search(r"\.\d+\.", parent + ".") else ""
 
 
-def _attention_ends(found: Anatomy, networks: set[str]) -> Iterator[tuple[str, Matrix]]:
+def _attention_ends(anatomy: Anatomy, networks: set[str]) -> Iterator[tuple[str, Matrix]]:
     """(last linear map of an attention, its query): inside it, or beside it (BERT's `attention.output.dense`)."""
-    attentions = _attentions(found)
-    reading = {m.module for m in found.matrices if m.letter in ("q", "k", "v", "qkv")}
-    linear = [m.module for m in found.matrices if m.module not in reading | networks]
+    attentions = _attentions(anatomy)
+    reading = {m.module for m in anatomy.matrices if m.letter in ("q", "k", "v", "qkv")}
+    linear = [m.module for m in anatomy.matrices if m.module not in reading | networks]
     for attention, query in attentions.items():
         if query.module == attention:  # nn.MultiheadAttention
             continue

@@ -11,8 +11,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import _ExcludedModule
 from torch import nn
 
-from . import anatomy
-from .anatomy import Anatomy, Matrix, Site
+from .anatomy import Anatomy, Matrix, Site, base_model, describe, pixel_readers, token_embeddings
 from .checks import (
     check_adapter_name,
     check_bare,
@@ -60,8 +59,8 @@ class MultimodalTuner(StoringTuner):
             tuner_layer_cls = ToyLayer
 
             @classmethod
-            def candidates(cls, config, model, found):  # ToyConfig is a TargetedConfig; others override `sites`
-                return ffns(model, found)
+            def candidates(cls, config, model, anatomy):  # ToyConfig is a TargetedConfig; others override `sites`
+                return ffns(model, anatomy)
 
             def make(self, injection, site, module):
                 return ToyLayer(module, site.role)
@@ -86,7 +85,7 @@ class MultimodalTuner(StoringTuner):
 
     def __init__(self, model: Any, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_bare(model)
-        outer, model = model, anatomy.base_model(model)  # a model that has adapters of another method
+        outer, model = model, base_model(model)  # a model that has adapters of another method
         present = getattr(model, "peft_config", None) or {}
         if isinstance(peft_config, PeftConfig):  # a PeftModel passes {name: config}
             if not present:
@@ -117,39 +116,39 @@ class MultimodalTuner(StoringTuner):
     # --- what a method says ------------------------------------------------------------------------------------------
 
     @classmethod
-    def sites(cls, config: Any, model: nn.Module, found: Anatomy) -> list[Site]:
+    def sites(cls, config: Any, model: nn.Module, anatomy: Anatomy) -> list[Site]:
         """Where the adapter goes, in the model's order: by default those of `candidates` that a `TargetedConfig` means.
 
         Raises:
             NoMatchingPeftModuleError: there is no such place; the message says what to do.
         """
-        candidates = cls.candidates(config, model, found)
-        return choose(config, model, found, candidates, cls.default_targets, cls.places)
+        candidates = cls.candidates(config, model, anatomy)
+        return choose(config, model, anatomy, candidates, cls.default_targets, cls.places)
 
     @classmethod
-    def candidates(cls, config: Any, model: nn.Module, found: Anatomy) -> list[Any]:
+    def candidates(cls, config: Any, model: nn.Module, anatomy: Anatomy) -> list[Any]:
         """What `target_modules` chooses among: by default any matrix."""
-        return found.matrices
+        return anatomy.matrices
 
     @classmethod
     def default_targets(cls, config: Any, candidates: list[Any]) -> list[Any]:
         """What `target_modules=None` means."""
         return candidates
 
-    def check(self, config: Any, sites: list[Any], found: Anatomy) -> None:
+    def check(self, config: Any, sites: list[Any], anatomy: Anatomy) -> None:
         """Refuse what this method can't do on this model. Nothing is changed or loaded yet, nor here."""
 
-    def prepare(self, config: Any, sites: list[Any], found: Anatomy) -> Any:
+    def prepare(self, config: Any, sites: list[Any], anatomy: Anatomy) -> Any:
         """Load, measure and fill in the config's fields; what it returns is `injection.prepared`.
 
         All of an adapter's new parameters may be empty ones on the meta device (`low_cpu_mem_usage`); here they are real.
         """
 
-    def signature(self, sites: list[Any], found: Anatomy) -> dict[str, Any]:
+    def signature(self, sites: list[Any], anatomy: Anatomy) -> dict[str, Any]:
         """What the adapter's file says of its base: checked when it is loaded."""
         towers = {site.tower for site in sites}
-        sizes = {name: size for name, size in found.signature().items() if name in towers}
-        return {"model_class": found.model_class, "towers": sizes, "roles": fold(sites)}
+        sizes = {name: size for name, size in anatomy.signature().items() if name in towers}
+        return {"model_class": anatomy.model_class, "towers": sizes, "roles": fold(sites)}
 
     def stores(self, injection: Injection) -> Iterable[Site]:
         """Sites of what the parts share or need beside them; path "" is the model itself. Made before the others."""
@@ -182,7 +181,7 @@ class MultimodalTuner(StoringTuner):
             if config.target_modules != targets:  # PEFT writes "all-linear" out into names, which a rename would break
                 config.target_modules = targets
         self.targeted_module_names = list(dict.fromkeys(listed + injection.modules))
-        for path in [*anatomy.token_embeddings(model), *anatomy.pixel_readers(model)]:
+        for path in [*token_embeddings(model), *pixel_readers(model)]:
             reader = model.get_submodule(path)
             if not any(isinstance(hook, InputGradients) for hook in reader._forward_hooks.values()):
                 reader.register_forward_hook(InputGradients(model))
@@ -190,20 +189,20 @@ class MultimodalTuner(StoringTuner):
     def _planned(self, adapter_name: str, config: Any) -> Injection:
         """Check everything, then load what the adapter brings along."""
         check_file_has_modules(self.model, config)
-        found = anatomy.describe(self.model)
+        anatomy = describe(self.model)
         if config.is_loaded:
-            check_same_base(config, found)
+            check_same_base(config, anatomy)
         check_modules_to_save(self.model, config)
-        sites = self.sites(config, self.model, found)
+        sites = self.sites(config, self.model, anatomy)
         check_reach(self, sites, self.wraps)
         check_whole_modules(self, config)
-        self.check(config, sites, found)
-        injection = Injection(adapter_name, config, found, sites, self.prepare(config, sites, found))
+        self.check(config, sites, anatomy)
+        injection = Injection(adapter_name, config, anatomy, sites, self.prepare(config, sites, anatomy))
         if not config.is_loaded:
-            warn_of_unread(self.model, sites, found)
+            warn_of_unread(self.model, sites, anatomy)
         base = config.base_model_name_or_path or getattr(self.model, "name_or_path", None)
         record_of(config).local_base = None if is_hub_id(base) else base
-        config.base_signature = self.signature(sites, found)
+        config.base_signature = self.signature(sites, anatomy)
         return injection
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:

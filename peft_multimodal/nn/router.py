@@ -69,16 +69,16 @@ class ModalityRouter:
     Args:
         model: A Hugging Face model. The first question for the modalities of a single stream runs it on tiny inputs, for
             which it needs its weights: ask while it is wrapped. Other models are never run.
-        found: The model's anatomy.
+        anatomy: Of the model.
     """
 
-    def __init__(self, model: nn.Module, found: Anatomy | None = None) -> None:
+    def __init__(self, model: nn.Module, anatomy: Anatomy | None = None) -> None:
         self._model = (model,)
         self.scope = CallScope()
-        found = found or describe(model)
+        anatomy = anatomy or describe(model)
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
-        self._media_tokens = {i: _OF_TOKEN[name.partition("_")[0]] for name, i in found.media_tokens.items()}
-        self.streams: dict[str, Stream | None] = dict(self._streams(found))
+        self._media_tokens = {i: _OF_TOKEN[name.partition("_")[0]] for name, i in anatomy.media_tokens.items()}
+        self.streams: dict[str, Stream | None] = dict(self._streams(anatomy))
         self.hooks: list[Any] = []
         if any(stream is None or len(stream.modalities) > 1 for stream in self.streams.values()):
             self.hooks += [
@@ -219,16 +219,16 @@ class ModalityRouter:
 
     # --- how it is known ---
 
-    def _streams(self, found: Anatomy) -> Iterator[tuple[str, Stream | None]]:
+    def _streams(self, anatomy: Anatomy) -> Iterator[tuple[str, Stream | None]]:
         """(stack, its stream), None where that has to be measured."""
         towers: dict[str, set[str]] = {}
-        crossing = {stack_of(m.module) for m in found.matrices if is_cross(m.module)}
-        crossing = crossing or self._behind_an_encoder(found)
-        for matrix in found.matrices:
+        crossing = {stack_of(m.module) for m in anatomy.matrices if is_cross(m.module)}
+        crossing = crossing or self._behind_an_encoder(anatomy)
+        for matrix in anatomy.matrices:
             towers.setdefault(stack_of(matrix.module), set()).add(matrix.tower)
-        sees = any(t.name == "vision" for t in found.towers)
+        sees = any(t.name == "vision" for t in anatomy.towers)
         takes = any(_MEDIA.search(name) for name in self._names)
-        attending = {stack_of(m.module) for m in found.matrices if m.letter in ("q", "qkv")}
+        attending = {stack_of(m.module) for m in anatomy.matrices if m.letter in ("q", "qkv")}
         for stack, names in towers.items():
             if "vision" in names:
                 yield stack, Stream((IMAGE,))
@@ -242,7 +242,7 @@ class ModalityRouter:
             else:
                 yield stack, Stream((TEXT,)) if sees or not takes else None
 
-    def _behind_an_encoder(self, found: Anatomy) -> set[str]:
+    def _behind_an_encoder(self, anatomy: Anatomy) -> set[str]:
         """The stacks of an encoder-decoder's decoder. T5Gemma2's has one attention for both sequences."""
         model: Any = self._model[0]
         if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(
@@ -251,7 +251,7 @@ class ModalityRouter:
             return set()
         inner = model.get_decoder()
         decoders = [path for path, module in model.named_modules() if module is inner and path]
-        return {stack_of(m.module) for m in found.matrices if any(is_below(m.module, path) for path in decoders)}
+        return {stack_of(m.module) for m in anatomy.matrices if any(is_below(m.module, path) for path in decoders)}
 
 
 def grown(prompt: Tensor, rows: int, length: int) -> Tensor:

@@ -146,17 +146,17 @@ class AuroraModeApproxModel(MultimodalTuner):
     def default_targets(cls, config: AuroraModeApproxConfig, candidates: list[Matrix]) -> list[Matrix]:
         return [m for m in candidates if m.letter in ("q", "k", "v", "qkv")]
 
-    def check(self, config: AuroraModeApproxConfig, sites: list[Matrix], found: Anatomy) -> None:
-        if config.use_gqt and not gqt_sites(found, config.towers):
+    def check(self, config: AuroraModeApproxConfig, sites: list[Matrix], anatomy: Anatomy) -> None:
+        if config.use_gqt and not gqt_sites(anatomy, config.towers):
             raise ValueError(
                 f"use_gqt=True needs layers with a self- and a cross-attention (a fusion encoder such as BLIP's or a "
-                f"Q-Former); {found.model_class} has none in its towers {sorted({m.tower for m in sites})}. Leave use_gqt "
+                f"Q-Former); {anatomy.model_class} has none in its towers {sorted({m.tower for m in sites})}. Leave use_gqt "
                 "off."
             )
-        if config.use_ice and not ice_sites(self.model, found):
+        if config.use_ice and not ice_sites(self.model, anatomy):
             raise ValueError(
                 "use_ice=True needs a fusion encoder that runs with and without the image, as BLIP's text encoder does; "
-                f"{found.model_class} has none. Leave use_ice off."
+                f"{anatomy.model_class} has none. Leave use_ice off."
             )
         for matrix in sites:
             module: Any = unwrap(self.model.get_submodule(matrix.module))
@@ -167,9 +167,9 @@ class AuroraModeApproxModel(MultimodalTuner):
 
     def stores(self, injection: Injection) -> list[Site]:
         """The shared factors below the model, and what repairs a fusion encoder."""
-        config, found = injection.config, injection.anatomy
-        gqt = gqt_sites(found, config.towers) if config.use_gqt else []
-        ice = ice_sites(self.model, found) if config.use_ice else []
+        config, anatomy = injection.config, injection.anatomy
+        gqt = gqt_sites(anatomy, config.towers) if config.use_gqt else []
+        ice = ice_sites(self.model, anatomy) if config.use_ice else []
         return [Site("", "shared", "other", "", 0, 0), *gqt, *ice]
 
     def make(self, injection: Injection, site: Site, module: nn.Module) -> AuroraModeApproxLayer:

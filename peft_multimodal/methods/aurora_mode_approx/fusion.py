@@ -161,11 +161,11 @@ class InformativeContext(AttachedPart, AuroraModeApproxLayer):
 # --- where they go ---------------------------------------------------------------------------------------------------
 
 
-def gqt_sites(found: Anatomy, towers: list[str] | None) -> list[Site]:
+def gqt_sites(anatomy: Anatomy, towers: list[str] | None) -> list[Site]:
     """The layers with a self- and a cross-attention, whose tower is that of the cross-attention; None means all towers."""
     sites: list[Site] = []
-    for layer in found.fusion_layers:
-        inside = [m for m in found.matrices if is_below(m.module, layer)]
+    for layer in anatomy.fusion_layers:
+        inside = [m for m in anatomy.matrices if is_below(m.module, layer)]
         tower = next(m.tower for m in inside if is_cross(m.module))
         if not towers or tower in towers:
             width = next(m.d_in for m in inside if m.letter == "q")
@@ -173,14 +173,14 @@ def gqt_sites(found: Anatomy, towers: list[str] | None) -> list[Site]:
     return sites
 
 
-def attentions_in(found: Anatomy, layer: str) -> list[str]:
+def attentions_in(anatomy: Anatomy, layer: str) -> list[str]:
     """Paths of a layer's attentions."""
-    return [m.module.rpartition(".")[0] for m in found.matrices if m.letter == "q" and is_below(m.module, layer)]
+    return [m.module.rpartition(".")[0] for m in anatomy.matrices if m.letter == "q" and is_below(m.module, layer)]
 
 
-def ice_sites(model: nn.Module, found: Anatomy) -> list[Site]:
+def ice_sites(model: nn.Module, anatomy: Anatomy) -> list[Site]:
     """The text encoder that runs with and without the image, if there is one."""
-    texts = [t for t in found.towers if t.name == "text" and reads_images(model.get_submodule(t.path))]
+    texts = [t for t in anatomy.towers if t.name == "text" and reads_images(model.get_submodule(t.path))]
     return [Site(t.path, "ice", "fusion", "fusion.ice", t.hidden_size or 0, t.hidden_size or 0) for t in texts[:1]]
 
 

@@ -195,22 +195,22 @@ class CrossLingualAdapterModel(MultimodalTuner):
     )
 
     @classmethod
-    def sites(cls, config: CrossLingualAdapterConfig, model: nn.Module, found: Anatomy) -> list[Site]:
-        path, present = text_tower(model, found), multilingual_tower(model)
+    def sites(cls, config: CrossLingualAdapterConfig, model: nn.Module, anatomy: Anatomy) -> list[Site]:
+        path, present = text_tower(model, anatomy), multilingual_tower(model)
         tower = model.get_submodule(path)
         forward = tower.forward if present is None else present.stand_in.original
-        dim = output_dim(tower, forward, config.level or level_of(model, found))
+        dim = output_dim(tower, forward, config.level or level_of(model, anatomy))
         return [Site(path, "tower", "text", "text.tower.0", config.encoder_width or 0, dim)]
 
-    def check(self, config: CrossLingualAdapterConfig, sites: list[Site], found: Anatomy) -> None:
+    def check(self, config: CrossLingualAdapterConfig, sites: list[Site], anatomy: Anatomy) -> None:
         (site,) = sites
-        level, present = config.level or level_of(self.model, found), self.language_tower()
+        level, present = config.level or level_of(self.model, anatomy), self.language_tower()
         if present is not None and present.level != level:
             raise ValueError(f"The model's adapters have level={present.level!r}; one with {level!r} can't join them.")
         if config.is_loaded and config.output_dim not in (None, site.d_out):
             raise ValueError(
                 f"This adapter belongs to another base: it gives {config.output_dim} features, the text tower of "
-                f"{found.model_class} {site.d_out}."
+                f"{anatomy.model_class} {site.d_out}."
             )
         inside = [
             f"{name!r} ({path})"
@@ -221,7 +221,7 @@ class CrossLingualAdapterModel(MultimodalTuner):
         if inside:
             raise ValueError(f"modules_to_save={inside[0]} lies in the text tower, which doesn't run: it can't train.")
 
-    def prepare(self, config: CrossLingualAdapterConfig, sites: list[Site], found: Anatomy) -> LanguageEncoder:
+    def prepare(self, config: CrossLingualAdapterConfig, sites: list[Site], anatomy: Anatomy) -> LanguageEncoder:
         """The language's encoder."""
         (site,) = sites
         tower, present = self.model.get_submodule(site.module), self.language_tower()
@@ -231,7 +231,7 @@ class CrossLingualAdapterModel(MultimodalTuner):
                 "The encoder is the model's own text tower, whose place it is to take. Pass a copy: copy.deepcopy(encoder)."
             )
         follow(loaded.module, tower, keep_dtype=given_encoder(config) is not None)
-        config.level, config.output_dim = config.level or level_of(self.model, found), site.d_out
+        config.level, config.output_dim = config.level or level_of(self.model, anatomy), site.d_out
         return loaded
 
     def make(self, injection: Injection, site: Site, module: nn.Module) -> LanguageTower:

@@ -201,14 +201,14 @@ class GatedXAttnModel(MultimodalTuner):
     owns_token_rows = True
 
     @classmethod
-    def sites(cls, config: GatedXAttnConfig, model: nn.Module, found: Anatomy) -> list[Site]:
+    def sites(cls, config: GatedXAttnConfig, model: nn.Module, anatomy: Anatomy) -> list[Site]:
         """The token embedding, and every n-th layer of the decoder."""
-        decoder = find_decoder(model, found)
+        decoder = find_decoder(model, anatomy)
         n = spacing(config, decoder)
         chosen = [(i, path) for i, path in enumerate(decoder.layers) if (i + 1) % n == 0]
         if not chosen:
             raise NoMatchingPeftModuleError(
-                f"every_n_layers={config.every_n_layers}, but the decoder of {found.model_class} has {len(decoder.layers)} "
+                f"every_n_layers={config.every_n_layers}, but the decoder of {anatomy.model_class} has {len(decoder.layers)} "
                 "layers."
             )
         embedding: Any = own_modules(model)[decoder.embedding]
@@ -217,12 +217,12 @@ class GatedXAttnModel(MultimodalTuner):
         d, d_in = decoder.width, config.vision_hidden_size or 0
         return [marker, *(Site(path, "layer", "decoder", f"decoder.layer.{i}", d_in, d) for i, path in chosen)]
 
-    def check(self, config: GatedXAttnConfig, sites: list[Site], found: Anatomy) -> None:
+    def check(self, config: GatedXAttnConfig, sites: list[Site], anatomy: Anatomy) -> None:
         present = self.reader()  # it has taken the model's forward over
         own = inspect.signature(self.model.forward).parameters if present is None else present.own_inputs
         if has_encoder(config) and "pixel_values" in own:
             raise ValueError(
-                f"{found.model_class} reads pixel_values itself, so vision_encoder= would get none. Leave it out, set "
+                f"{anatomy.model_class} reads pixel_values itself, so vision_encoder= would get none. Leave it out, set "
                 "vision_hidden_size=D and pass vision_features (B, T, F, S, D)."
             )
         if not has_encoder(config) and config.vision_hidden_size is None:
@@ -230,13 +230,13 @@ class GatedXAttnModel(MultimodalTuner):
                 "GatedXAttn needs vision_encoder=, the Hub id or folder of a frozen vision encoder, or the width "
                 "vision_hidden_size= of features that calls bring as vision_features."
             )
-        check_vocabulary(config, sites[0].d_in, found.model_class)
+        check_vocabulary(config, sites[0].d_in, anatomy.model_class)
         if not config.is_loaded:
             check_marker(config.media_token_id, self.model)
 
-    def prepare(self, config: GatedXAttnConfig, sites: list[Site], found: Anatomy) -> nn.Module | None:
+    def prepare(self, config: GatedXAttnConfig, sites: list[Site], anatomy: Anatomy) -> nn.Module | None:
         """The vision encoder."""
-        decoder, present = find_decoder(self.model, found), self.reader()
+        decoder, present = find_decoder(self.model, anatomy), self.reader()
         config.every_n_layers = spacing(config, decoder)
         encoder = load_vision_encoder(config, None if present is None else present.encoders)
         if encoder is not None:
@@ -248,8 +248,8 @@ class GatedXAttnModel(MultimodalTuner):
             warn_of_size(count_parameters(config, decoder.width, blocks), self.model, made_of)
         return encoder
 
-    def signature(self, sites: list[Site], found: Anatomy) -> dict[str, Any]:
-        return super().signature(sites, found) | {"vocabulary": sites[0].d_in}
+    def signature(self, sites: list[Site], anatomy: Anatomy) -> dict[str, Any]:
+        return super().signature(sites, anatomy) | {"vocabulary": sites[0].d_in}
 
     def stores(self, injection: Injection) -> list[Site]:
         d = injection.sites[1].d_out

@@ -141,7 +141,7 @@ class HardSampleDomainAdapterModel(MultimodalTuner):
     # --- places ---
 
     @classmethod
-    def candidates(cls, config: HardSampleDomainAdapterConfig, model: nn.Module, found: Anatomy) -> list[Site]:
+    def candidates(cls, config: HardSampleDomainAdapterConfig, model: nn.Module, anatomy: Anatomy) -> list[Site]:
         """The layers of the encoders, or with placement="top" the two towers of a dual encoder."""
         if "decoder" in (config.towers or ()):
             raise ValueError(
@@ -149,9 +149,9 @@ class HardSampleDomainAdapterModel(MultimodalTuner):
                 f"towers={list(ENCODERS)}, and a decoder with AuroraModeApprox."
             )
         if config.placement == "top":
-            check_dual(found)
-            return towers(model, found)
-        return layers(model, found, ENCODERS, has_known_mask)
+            check_dual(anatomy)
+            return towers(model, anatomy)
+        return layers(model, anatomy, ENCODERS, has_known_mask)
 
     @classmethod
     def default_targets(cls, config: HardSampleDomainAdapterConfig, candidates: list[Site]) -> list[Site]:
@@ -189,11 +189,11 @@ def has_known_mask(layer: nn.Module) -> bool:
     return reads_states and masks <= {"attention_mask", "encoder_attention_mask"} and not convolves
 
 
-def check_dual(found: Anatomy) -> None:
+def check_dual(anatomy: Anatomy) -> None:
     """Refuse a model that is no dual encoder."""
-    towers = [t for t in found.towers if t.attentions]
-    if sorted(t.name for t in towers) != ["text", "vision"] or found.fusion_layers or not all(t.path for t in towers):
+    towers = [t for t in anatomy.towers if t.attentions]
+    if sorted(t.name for t in towers) != ["text", "vision"] or anatomy.fusion_layers or not all(t.path for t in towers):
         raise NoMatchingPeftModuleError(
-            f"placement='top' joins the one vector that each tower of a dual encoder gives; {found.model_class} has the "
+            f"placement='top' joins the one vector that each tower of a dual encoder gives; {anatomy.model_class} has the "
             f"towers {[t.name for t in towers]} and reads their tokens. Use placement='layer'."
         )

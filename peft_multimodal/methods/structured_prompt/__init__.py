@@ -196,12 +196,12 @@ class StructuredPromptModel(MultimodalTuner):
     }
 
     @classmethod
-    def sites(cls, config: StructuredPromptConfig, model: nn.Module, found: Anatomy) -> list[Site]:
-        path = text_tower(model, found)
+    def sites(cls, config: StructuredPromptConfig, model: nn.Module, anatomy: Anatomy) -> list[Site]:
+        path = text_tower(model, anatomy)
         width: Any = unwrap(model.get_submodule(token_embedding(model, path))).embedding_dim
         return [Site(path, "prompt", "text", "text.prompt.0", width, config.context())]
 
-    def check(self, config: StructuredPromptConfig, sites: Sequence[Site], found: Anatomy) -> None:
+    def check(self, config: StructuredPromptConfig, sites: Sequence[Site], anatomy: Anatomy) -> None:
         tokens = token_embedding(self.model, sites[0].module)
         parts = tokens.split(".")
         paths = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
@@ -213,14 +213,14 @@ class StructuredPromptModel(MultimodalTuner):
                 "prompts, which take the place of what it gives, would be passed over. Leave it as it is."
             )
 
-    def prepare(self, config: StructuredPromptConfig, sites: Sequence[Site], found: Anatomy) -> tuple[int, int, int]:
+    def prepare(self, config: StructuredPromptConfig, sites: Sequence[Site], anatomy: Anatomy) -> tuple[int, int, int]:
         """Widths of the text tower, the patches and the shared space."""
-        measured = widths(self.model, sites[0].module, found)
+        measured = widths(self.model, sites[0].module, anatomy)
         dim = measured[-1]
         if config.is_loaded and config.output_dim not in (None, dim):
             raise ValueError(
                 f"This adapter belongs to another base: there images and texts met in {config.output_dim} dimensions, "
-                f"in {found.model_class} in {dim}."
+                f"in {anatomy.model_class} in {dim}."
             )
         config.output_dim = dim
         return measured

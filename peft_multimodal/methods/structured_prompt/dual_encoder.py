@@ -26,25 +26,25 @@ class Images(NamedTuple):
     mask: Tensor | None  # (B, S), 0 at patches that fill an image up; None where there are none
 
 
-def text_tower(model: Any, found: Anatomy) -> str:
+def text_tower(model: Any, anatomy: Anatomy) -> str:
     """Path of a dual encoder's text tower.
 
     Raises:
         NoMatchingPeftModuleError: the model is no dual encoder.
     """
-    towers = [t.path for t in found.towers if t.path and any(is_below(e, t.path) for e in token_embeddings(model))]
+    towers = [t.path for t in anatomy.towers if t.path and any(is_below(e, t.path) for e in token_embeddings(model))]
     dual = all(hasattr(model, f"get_{kind}_features") for kind in ("text", "image"))
     scale = any(isinstance(getattr(model, name, None), Tensor) for name in ("logit_scale", "temperature"))
-    if not dual or not scale or len(towers) != 1 or any(t.name == "fusion" for t in found.towers):
+    if not dual or not scale or len(towers) != 1 or any(t.name == "fusion" for t in anatomy.towers):
         raise NoMatchingPeftModuleError(
-            f"{found.model_class} doesn't compare images with texts by features of their own, which is how classes are "
+            f"{anatomy.model_class} doesn't compare images with texts by features of their own, which is how classes are "
             "told apart here. Use a dual encoder (CLIP, SigLIP, ChineseCLIP, AltCLIP, VisionTextDualEncoder, ...)."
         )
     return towers[0]
 
 
 @torch.no_grad()
-def widths(model: Any, tower: str, found: Anatomy) -> tuple[int, int, int]:
+def widths(model: Any, tower: str, anatomy: Anatomy) -> tuple[int, int, int]:
     """(d_t, d_v, e): of the token embeddings, the patches and the shared space, measured."""
     embedding = model.get_submodule(next(p for p in token_embeddings(model) if is_below(p, tower)))
     ids = torch.ones(1, 2, dtype=torch.long, device=device_of(embedding))
@@ -58,7 +58,7 @@ def widths(model: Any, tower: str, found: Anatomy) -> tuple[int, int, int]:
         image = type(model).get_image_features(model, pixel_values=pixels, return_dict=True).last_hidden_state
         patch_width = patches(convolutions, pixels, image).shape[-1]
     else:
-        patch_width = next(t.hidden_size for t in found.towers if t.name == "vision") or 0
+        patch_width = next(t.hidden_size for t in anatomy.towers if t.name == "vision") or 0
     return embedding.embedding_dim, patch_width, text.pooler_output.shape[-1]
 
 

@@ -129,11 +129,11 @@ class UniAdapterModel(MultimodalTuner):
     places = "UniAdapter stands beside the FFNs of layers with an attention, and none was found"
 
     @classmethod
-    def candidates(cls, config: UniAdapterConfig, model: nn.Module, found: Anatomy) -> list[Site]:
+    def candidates(cls, config: UniAdapterConfig, model: nn.Module, anatomy: Anatomy) -> list[Site]:
         """Every branch that there can be: of a layer, of the images in it, of the fusion in it."""
         sites, numbers = [], Counter[str]()
-        router = ModalityRouter(base_model(model), found)
-        for layer in ffn_layers(base_model(model), found):
+        router = ModalityRouter(base_model(model), anatomy)
+        for layer in ffn_layers(base_model(model), anatomy):
             branches = [("layer", layer.tower, f"{layer.tower}.layer")]
             if reads_texts_and_images(router, layer.path):
                 branches.append(("image", layer.tower, f"{layer.tower}.image"))
@@ -145,8 +145,8 @@ class UniAdapterModel(MultimodalTuner):
         router.remove()
         return sites
 
-    def prepare(self, config: UniAdapterConfig, sites: list[Site], found: Anatomy) -> Plan:
-        layers = {layer.path: layer for layer in ffn_layers(self.model, found)}
+    def prepare(self, config: UniAdapterConfig, sites: list[Site], anatomy: Anatomy) -> Plan:
+        layers = {layer.path: layer for layer in ffn_layers(self.model, anatomy)}
         return Plan(layers, shared_sites(config.share, sites), self._router(sites))
 
     def _router(self, sites: list[Site]) -> ModalityRouter | None:

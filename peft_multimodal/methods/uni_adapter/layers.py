@@ -24,13 +24,13 @@ class FFNLayer:
     """The tower that its cross-attentions belong to; "" where it has none, or has no other branch than a fusion's."""
 
 
-def ffn_layers(model: nn.Module, found: Anatomy) -> list[FFNLayer]:
+def ffn_layers(model: nn.Module, anatomy: Anatomy) -> list[FFNLayer]:
     """The smallest modules that hold both an FFN and an attention, in the model's order."""
     modules = own_modules(model)
-    queries = [m for m in found.matrices if m.letter in ("q", "qkv")]
+    queries = [m for m in anatomy.matrices if m.letter in ("q", "qkv")]
     convolving = [p for p, m in modules.items() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
     inside: dict[str, list[FFN]] = {}
-    for ffn in ffns(model, found):
+    for ffn in ffns(model, anatomy):
         around = [path for path in _around(ffn.module) if any(is_below(q.module, path) for q in queries)]
         if path := next((path for path in around if not isinstance(modules[path], nn.ModuleList)), ""):
             inside.setdefault(path, []).append(ffn)
