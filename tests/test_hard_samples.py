@@ -500,7 +500,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("peft_multimodal.training.hard_samples.arrays.os.replace", fail)
+    monkeypatch.setattr("peft_multimodal.training.hard_samples.bank.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         bank.save(tmp_path)
     assert HardSampleBank.load(tmp_path).visits.tolist() == [0, 0]

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..core import companions
+from ..core.checks import COMPANIONS
 from ..core.companions import record_of
 from ..core.registry import method_of
-from .publishing import PushAdapters
 from .temperature import ScaleBounds
 
 
-class AdapterCallback(PushAdapters):
+class AdapterCallback(TrainerCallback):
     """For the stock `Trainer`; the trainers of this package bring their own.
 
         >>> Trainer(model, args, callbacks=[AdapterCallback()], ...)
@@ -56,6 +60,29 @@ class AdapterCallback(PushAdapters):
         # FSDP and DeepSpeed keep whole states, which `Trainer` finds.
         if args.load_best_model_at_end and state.best_model_checkpoint and not (args.fsdp or args.deepspeed):
             load_adapters(model, Path(state.best_model_checkpoint))
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """transformers pushes what lies in the root of a checkpoint, where PEFT keeps the adapter called "default" alone."""
+        output, checkpoint = Path(str(args.output_dir)), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if not state.is_world_process_zero or not (output / checkpoint).is_dir():
+            return
+        for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+            if (output / checkpoint / file).is_file():
+                shutil.copy(output / checkpoint / file, output)
+        for folder in (output / checkpoint).iterdir():
+            if folder.name in COMPANIONS or (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+                shutil.copytree(folder, output / folder.name, dirs_exist_ok=True)
+        renew_card(model, args)
+
+
+def renew_card(model: Any, args: TrainingArguments) -> None:
+    """Write the adapters' card into a trainer's output folder, above what is there."""
+    folder = Path(str(args.output_dir))
+    model = getattr(model, "module", model)  # of a distributed wrapper
+    if hasattr(model, "peft_config"):
+        companions.renew_card(model, folder, args.hub_model_id or folder.name)
 
 
 def load_adapters(model: Any, checkpoint: Path) -> list[str]:

@@ -10,8 +10,8 @@ l_i is InfoNCE's, or the sigmoid loss's for a model that was trained by it (see 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,6 @@ from .gathering import gather_with_gradients
 from .hard_samples import HardSampleBank, default_collator, split_keys
 from .hard_samples.trainer import RememberingTrainer
 from .losses import dual_embeddings, pair_losses, sigmoid_pair_losses
-from .parts import part_of, random_states, with_random_states
 from .temperature import logit_bias, logit_scale
 from .trainer import call_inside
 
@@ -231,3 +230,29 @@ def _first_row(*datasets: Any) -> Any:
 
 def _alone(x: Tensor) -> Tensor:
     return x
+
+
+def part_of(inputs: Mapping[str, Any], start: int, stop: int, size: int) -> dict[str, Any]:
+    """A part of a batch; what isn't a tensor or a list of the batch's rows goes with every part."""
+
+    def has_rows(value: Any) -> bool:
+        return isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)
+
+    return {
+        name: value[start:stop] if has_rows(value) and len(value) == size else value for name, value in inputs.items()
+    }
+
+
+def random_states(device: torch.device) -> list[Tensor]:
+    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_device]
+
+
+@contextmanager
+def with_random_states(states: list[Tensor], device: torch.device) -> Iterator[None]:
+    """Within it random numbers are drawn as they were before: dropout is the same in both passes."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.set_rng_state(states[0])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(states[1], device)
+        yield

@@ -17,11 +17,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from ..core.stand_in import StandIn
 from ..core.weights import WeightsDontFit
 from ..data import FiniteBatches, evaluating, without_loss
-from .callback import AdapterCallback
+from .callback import AdapterCallback, renew_card
 from .checkpoints import BATCH, BATCHES, STATE, batches_of, goes_on_exactly, rows_of_a_step, to_resume
 from .learning_rates import parameter_groups
 from .losses import LOGIT_SCALE, retrieval_loss
-from .publishing import renew_card
 
 
 class _OwnCallback(AdapterCallback):

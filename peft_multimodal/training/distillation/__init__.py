@@ -11,9 +11,16 @@ z = norm(W y) and z' = norm(W e):
 Neither tower is trained, so their outputs are computed once and kept on disk; an epoch then costs the adapter alone.
 """
 
-from .functional import functional_loss, random_images
 from .kept import KeptOutputs, frozen_outputs
-from .losses import DistillationLoss, alignment_loss, hard_alignment_loss, in_batch_contrast, soft_alignment_loss
+from .losses import (
+    DistillationLoss,
+    alignment_loss,
+    functional_loss,
+    hard_alignment_loss,
+    in_batch_contrast,
+    random_images,
+    soft_alignment_loss,
+)
 from .pairs import FullPairs, PairCollator
 from .trainer import CrossLingualTrainer
 

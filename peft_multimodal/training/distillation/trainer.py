@@ -15,9 +15,8 @@ from ...core.registry import METHODS
 from ...data import LanguageProcessor
 from ...languages import MultilingualTower, multilingual_tower
 from ..trainer import AdapterTrainer, call_inside
-from .functional import functional_loss, random_images
 from .kept import KeptOutputs, frozen_outputs
-from .losses import DistillationLoss, alignment_loss
+from .losses import DistillationLoss, alignment_loss, functional_loss, random_images
 from .pairs import FullPairs, PairCollator, full_pairs
 
 

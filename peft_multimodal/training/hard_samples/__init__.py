@@ -20,13 +20,10 @@ emphasis e_i, d_i itself ("power") or the share of pairs that are easier ("rank"
 """
 
 from ...rows import hash_ids
-from .arrays import load_arrays, save_arrays
-from .bank import FILE, HardSampleBank
-from .collate import default_collator, stack_rows
-from .difficulty import FeatureQueue, difficulties
-from .keys import SampleIds, read_ids, split_keys, unique_keys
+from .bank import FILE, HardSampleBank, load_arrays, save_arrays
+from .difficulty import FeatureQueue, HardSampling, difficulties
+from .keys import SampleIds, default_collator, read_ids, split_keys, stack_rows, unique_keys
 from .sampler import HardSampleSampler
-from .settings import HardSampling
 
 __all__ = [
     "FILE",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -11,19 +12,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ...data import evaluating, without_loss
 from ...rows import streams
-from .arrays import load_arrays, save_arrays
-from .collate import default_collator
+from .difficulty import Encode, HardSampling, mine
 from .draws import SumTree, distinct
-from .keys import SampleIds, read_ids, unique_keys
-from .mining import Encode, mine
+from .keys import SampleIds, default_collator, read_ids, unique_keys
 from .record import ARRAYS, PairRecord, parts
 from .report import write_report
-from .settings import HardSampling
 
 FILE = "hard_sample_bank.safetensors"
 FORMAT = 1
@@ -229,3 +229,28 @@ class HardSampleBank(PairRecord):
         """
         dataset = self.dataset if dataset is None else dataset
         return write_report(self, Path(path), dataset, image_column, text_column, pairs)
+
+
+def save_arrays(arrays: Mapping[str, np.ndarray], path: Path, metadata: dict[str, str] | None = None) -> Path:
+    """A safetensors file, written aside and renamed: an interrupted save leaves the old file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, aside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, aside, metadata)
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    finally:
+        Path(aside).unlink(missing_ok=True)
+    return path
+
+
+def load_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(arrays, metadata) of a safetensors file; ValueError where it is damaged."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}.")
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118  (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or truncated ({error}).") from None

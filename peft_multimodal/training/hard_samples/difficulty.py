@@ -1,13 +1,81 @@
-"""How hard a pair is among the latest pairs that training has seen."""
+"""How hard a pair is among the latest pairs that training has seen, and how hard the unadapted model finds it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
-from .settings import HardSampling
+from ...core.modes import unadapted
+from ..losses import dual_embeddings
+from ..temperature import logit_scale
+from .keys import split_keys
+
+Encode = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class HardSampling:
+    """How difficulties are measured, and what they do; the equations stand in `hard_samples`.
+
+    Args:
+        difficulty: "prob", "margin" or "loss".
+        momentum: mu; a pair without a base difficulty takes its first visit's.
+        emphasis: e, "rank" or "power".
+        alpha: Exponent of the sampling weights; 0 draws all pairs alike.
+        eta: Share of the draws that goes by weight; the others are uniform, so that each pair is visited again.
+        eps: Added to e.
+        gamma: Exponent of the loss weights; 0 weighs all pairs alike.
+        beta: Importance correction, 0 (none) to 1 (in expectation the loss of uniform sampling).
+        queue_size: K; of a data set that is smaller, its size.
+        margin, margin_width: m_0 and T of "margin", cosines.
+        guard_share: Pairs among this share of the hardest, whose difficulty hasn't fallen by `guard_fall` from its base,
+            are taken for mismatched: their e counts as the median's, and w is at most 1. 0 switches the guard off.
+        guard_fall: See there.
+        guard_visits: After how many visits at the earliest; with 0 the hardest are suspected from the start, until they
+            fall, and shuffled captions are not learned before they are found.
+    """
+
+    difficulty: str = "prob"
+    momentum: float = 0.9
+    emphasis: str = "rank"
+    alpha: float = 2.0
+    eta: float = 0.8
+    eps: float = 0.01
+    gamma: float = 0.5
+    beta: float = 0.0
+    queue_size: int = 4096
+    margin: float = 0.1
+    margin_width: float = 0.05
+    guard_share: float = 0.05
+    guard_fall: float = 0.05
+    guard_visits: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in (("difficulty", ("prob", "margin", "loss")), ("emphasis", ("rank", "power"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
+        ranges: dict[str, tuple[float, float]] = {
+            "momentum": (0, 1),
+            "eta": (0, 1),
+            "beta": (0, 1),
+            "guard_share": (0, 1),
+            "margin": (-2, 2),
+        }
+        ranges |= {"alpha": (0, 100), "gamma": (0, 100), "eps": (1e-6, 1), "margin_width": (1e-6, 100)}
+        ranges |= {"guard_fall": (-1, 1), "guard_visits": (0, 1_000_000), "queue_size": (1, 10_000_000)}
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            kinds = (int,) if name in ("guard_visits", "queue_size") else (int, float)
+            if type(value) not in kinds or not low <= value <= high:
+                raise ValueError(f"{name} must be a number from {low} to {high}, got {value!r}")
 
 
 class FeatureQueue:
@@ -77,3 +145,50 @@ def difficulties(
             return -torch.expm1(log_p).mean(0)
         negatives = (~same).sum(dim=1)
         return -log_p.mean(0) / torch.log1p(negatives.clamp_min(1))
+
+
+# --- the difficulties that a bank starts from -------------------------------------------------------------------------
+
+
+def mine(
+    model: nn.Module, loader: DataLoader, how: HardSampling, pairs: int | None, encode: Encode | None, progress: bool
+) -> tuple[np.ndarray, np.ndarray, FeatureQueue]:
+    """(keys, difficulties, the latest pairs' embeddings) of a data set, in the order of a loader whose batches have ids.
+
+    Args:
+        pairs: How many there are; None of a data set that streams.
+    """
+    queue = FeatureQueue(how.queue_size if pairs is None else min(how.queue_size, pairs))
+    keys, values = [], []
+    with unadapted(model), torch.no_grad():
+        batches = tqdm(loader, desc="Difficulties", unit="batch", disable=not progress)
+        for image, text, names in _from_a_full_queue(_embedded(batches, model, encode or dual_embeddings), queue):
+            keys.append(names["sample"].cpu().numpy())
+            values.append(difficulties(image, text, logit_scale(model), names, queue, how).cpu().numpy())
+    if not keys:
+        raise ValueError("The data set has no rows.")
+    queue.shrink()
+    return np.concatenate(keys), np.concatenate(values), queue
+
+
+def _embedded(
+    loader: Iterable[Mapping[str, Any]], model: nn.Module, encode: Encode
+) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+    device = next(model.parameters()).device
+    for batch in loader:
+        batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        inputs, keys = split_keys(batch)
+        image, text = encode(model, inputs)
+        yield F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1), keys
+
+
+def _from_a_full_queue(embedded: Iterator[tuple], queue: FeatureQueue) -> Iterator[tuple]:
+    """Every batch after it has been pushed, but none before the queue is full (or the data set ends)."""
+    waiting = []
+    for image, text, keys in embedded:
+        queue.push(image, text, keys)
+        waiting.append((image, text, keys))
+        if queue.filled == queue.size:
+            yield from waiting
+            waiting = []
+    yield from waiting

@@ -1,4 +1,4 @@
-"""Pairs known by their ids: keys of data sets, of rows and of batches."""
+"""Pairs known by their ids: keys of data sets, of rows and of batches; and the collator where a user passes none."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from ...data import evaluating
-from ...rows import hash_ids, ids_of, naming
+from ...core.anatomy import base_model
+from ...data import ImageTextCollator, evaluating
+from ...rows import hash_ids, ids_of, naming, row_name
 from ..losses import text_keys
 
 
@@ -80,3 +82,47 @@ def split_keys(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tens
     image = next(batch[name] for name in ("image_ids", "ids", "sample_ids") if name in batch)
     text = text_keys(batch["input_ids"], batch.get("attention_mask"))
     return inputs, {"sample": batch["sample_ids"], "image": image, "text": text}
+
+
+# --- the collator that is taken where a user passes none --------------------------------------------------------------
+
+
+def default_collator(model: Any, row: Any) -> Callable[[list[Any]], Mapping[str, Any]]:
+    """Stacks rows that are tensors already; else runs the processor that the model's checkpoint has."""
+    from transformers import AutoProcessor
+
+    if "input_ids" in row and "pixel_values" in row:
+        return stack_rows
+    config: Any = base_model(model).config
+    name = getattr(config, "name_or_path", "")
+    if not name:
+        raise ValueError("The model doesn't come from a checkpoint with a processor: pass a collator.")
+    return ImageTextCollator(AutoProcessor.from_pretrained(name), model=model, return_loss=False)
+
+
+def stack_rows(rows: list[Any]) -> dict[str, Tensor]:
+    """A batch of rows of tensors, arrays or lists of numbers; images, texts and single numbers are left out.
+
+    Raises:
+        ValueError: rows differ in the shape of one of them.
+    """
+    batch = {}
+    for name in [name for name, value in rows[0].items() if _is_array(value)]:
+        tensors = [torch.as_tensor(row[name]) for row in rows]
+        odd = next((i for i, tensor in enumerate(tensors) if tensor.shape != tensors[0].shape), None)
+        if odd is not None:
+            raise ValueError(
+                f"Rows can't be stacked: {name!r} has shape {tuple(tensors[0].shape)} in {row_name(rows[0], 0)} of a batch and "
+                f"{tuple(tensors[odd].shape)} in {row_name(rows[odd], odd)}. Pass a collator that pads them, such as "
+                "collator=lambda rows: tokenizer.pad(rows, return_tensors='pt') (data_collator= of a trainer)."
+            )
+        batch[name] = torch.stack(tensors)
+    return batch
+
+
+def _is_array(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        value = np.asarray(value)
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0 and value.dtype.kind in "biuf"
+    return isinstance(value, Tensor) and value.ndim > 0

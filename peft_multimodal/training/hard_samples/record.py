@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .difficulty import FeatureQueue
+from .difficulty import FeatureQueue, HardSampling
 from .draws import PART
 from .keys import read_ids, unique_keys
-from .settings import HardSampling
 
 SUSPECT = 1  # bit of a pair's flag: probably no match at all
 STEPS = 1024  # of the table that ranks are read off

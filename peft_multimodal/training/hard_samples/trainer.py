@@ -15,8 +15,7 @@ from ...rows import streams
 from ..checkpoints import rows_of_a_step
 from ..gathering import gather_with_gradients
 from ..trainer import AdapterTrainer
-from .arrays import load_arrays, save_arrays
-from .bank import FILE, HardSampleBank
+from .bank import FILE, HardSampleBank, load_arrays, save_arrays
 from .difficulty import difficulties
 from .keys import SampleIds
 from .sampler import HardSampleSampler
