@@ -25,7 +25,6 @@ from .hard_samples import HardSampleBank, default_collator, split_keys
 from .hard_samples.trainer import RememberingTrainer
 from .losses import dual_embeddings, pair_losses, sigmoid_pair_losses
 from .temperature import logit_bias, logit_scale
-from .trainer import call_inside
 
 
 class ContrastiveTrainer(RememberingTrainer):
@@ -103,11 +102,7 @@ class ContrastiveTrainer(RememberingTrainer):
     # --- the loss ---
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         inputs, keys = self._keys(inputs)
         image, text = self._embed(model, inputs)
@@ -136,9 +131,7 @@ class ContrastiveTrainer(RememberingTrainer):
         if self.encode is dual_embeddings:
             image, text = dual_embeddings(model, inputs)
         else:  # it may call parts of the model, which a wrapper around it knows nothing of
-            module = self._module(model)
-            with self.accelerator.autocast():
-                image, text = call_inside(model, module, lambda batch: self.encode(module, batch), inputs)
+            image, text = self._inside(model, self.encode, inputs)
         with torch.autocast(image.device.type, enabled=False):
             return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
 
@@ -153,7 +146,7 @@ class ContrastiveTrainer(RememberingTrainer):
     ) -> Tensor:
         """The module docstring's L as this process has it: the mean over processes is L, and its gradient L's."""
         training = model.training
-        gather = gather_with_gradients if training and self.args.world_size > 1 else _alone
+        gather: Any = gather_with_gradients if training and self.args.world_size > 1 else lambda rows: rows
         every_image, every_text = gather(image), gather(text)
         every = {name: gather(key) for name, key in keys.items()}
         first = self.args.process_index * len(image) if gather is gather_with_gradients else 0
@@ -212,24 +205,11 @@ class ContrastiveTrainer(RememberingTrainer):
                 self.accelerator.backward(surrogate)
         return share.detach()
 
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
-        if prediction_loss_only:
-            return loss.detach(), None, None
-        return loss.detach(), outputs["image_embeds"].detach(), outputs["text_embeds"].detach()
-
 
 def _first_row(*datasets: Any) -> Any:
     """Of the first data set that there is; evaluation takes a dict of them."""
     parts = [part for data in datasets for part in (data.values() if isinstance(data, dict) else [data])]
     return next((next(iter(part), None) for part in parts if part is not None), None)
-
-
-def _alone(x: Tensor) -> Tensor:
-    return x
 
 
 def part_of(inputs: Mapping[str, Any], start: int, stop: int, size: int) -> dict[str, Any]:

@@ -39,6 +39,10 @@ class AdapterTrainer(Trainer):
     """
 
     data_collator: Any
+    predicted = (
+        "image_embeds",
+        "text_embeds",
+    )  # of a loss's outputs: what `compute_metrics` gets as predictions and labels
     loss_is_scaled_for_ga = False  # a mean over its own batch
     joint_loss = False  # whether it is one loss of all processes' rows
 
@@ -91,6 +95,28 @@ class AdapterTrainer(Trainer):
             finally:
                 self.optimizer_cls_and_kwargs = chosen  # the next model of `model_init` has parameters of its own
         return super().create_optimizer(model)
+
+    # --- the loss ---
+
+    def _inside(self, model: nn.Module, function: Callable[[Any, dict[str, Any]], Any], batch: Any) -> Any:
+        """`function(module, batch)` of the bare module, inside the forward of what is wrapped around it."""
+        module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        with self.accelerator.autocast():  # accelerate's mixed precision lives in the forward that is replaced here
+            return call_inside(model, module, lambda batch: function(module, batch), batch)
+
+    def _evaluated(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """(loss, outputs), as evaluation computes them."""
+        return self.compute_loss(model, inputs, return_outputs=True)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self._evaluated(model, self._prepare_inputs(inputs))
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        predictions, labels = (outputs[name].detach() for name in self.predicted)
+        return loss.detach(), predictions, labels
 
     # --- data ---
 
@@ -273,29 +299,13 @@ class ImageTextRetrievalTrainer(AdapterTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
         generator: torch.Generator | None = None,
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        # accelerate's mixed precision lives in the forward that is replaced here.
-        with self.accelerator.autocast():
-            outputs = call_inside(
-                model, module, lambda batch: retrieval_loss(module, batch, self.logit_scale, generator), inputs
-            )
+    ) -> Any:
+        outputs = self._inside(model, lambda m, batch: retrieval_loss(m, batch, self.logit_scale, generator), inputs)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def _evaluated(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         generator = torch.Generator(device=self.args.device).manual_seed(self.args.seed)
-        with torch.no_grad():
-            inputs = self._prepare_inputs(inputs)
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True, generator=generator)
-        if prediction_loss_only:
-            return loss.detach(), None, None
-        return loss.detach(), outputs["image_embeds"], outputs["text_embeds"]
+        return self.compute_loss(model, inputs, return_outputs=True, generator=generator)
 
 
 def call_inside(wrapper: nn.Module, module: nn.Module, function: Callable[[dict[str, Any]], Any], batch: Any) -> Any:

@@ -44,16 +44,14 @@ class DistillationLoss:
     def pooled(self, y: Tensor, e: Tensor, projection: nn.Module | None) -> Tensor:
         """L_mse, L_cos and L_con, weighted, of y and e (B, d_t), in float32."""
         with _float32(y):
-            return self._pooled(y.float(), e.float(), projection)
-
-    def _pooled(self, y: Tensor, e: Tensor, projection: nn.Module | None) -> Tensor:
-        loss = self.mse * F.mse_loss(y, e)
-        if self.cosine or self.contrastive:
-            z, target = (_unit(x, projection) for x in (y, e))
-            loss = loss + self.cosine * (1 - (z * target).sum(-1)).mean()
-            if self.contrastive:
-                loss = loss + self.contrastive * in_batch_contrast(z, target, self.temperature)
-        return loss
+            y, e = y.float(), e.float()
+            loss = self.mse * F.mse_loss(y, e)
+            if self.cosine or self.contrastive:
+                z, target = (_unit(x, projection) for x in (y, e))
+                loss = loss + self.cosine * (1 - (z * target).sum(-1)).mean()
+                if self.contrastive:
+                    loss = loss + self.contrastive * in_batch_contrast(z, target, self.temperature)
+            return loss
 
 
 def _unit(x: Tensor, projection: nn.Module | None) -> Tensor:
@@ -85,16 +83,13 @@ def soft_alignment_loss(Y: Tensor, E: Tensor, mask: Tensor, target_mask: Tensor)
         E: (B, L_t, d) of the teacher, target_mask (B, L_t).
     """
     with _float32(Y):
-        return _soft_alignment(Y.float(), E.float(), mask, target_mask)
-
-
-def _soft_alignment(Y: Tensor, E: Tensor, mask: Tensor, target_mask: Tensor) -> Tensor:
-    scores = E @ Y.transpose(1, 2) / Y.shape[-1] ** 0.5  # B x L_t x L_s
-    over_student = scores.masked_fill(~mask[:, None, :], float("-inf")).softmax(dim=-1)
-    over_teacher = scores.detach().masked_fill(~target_mask[:, :, None], float("-inf")).softmax(dim=1)
-    coverage = (E - over_student @ Y).square().mean(-1)
-    precision = (Y - over_teacher.transpose(1, 2) @ E).square().mean(-1)
-    return _masked_mean(coverage, target_mask) + _masked_mean(precision, mask)
+        Y, E = Y.float(), E.float()
+        scores = E @ Y.transpose(1, 2) / Y.shape[-1] ** 0.5  # B x L_t x L_s
+        over_student = scores.masked_fill(~mask[:, None, :], float("-inf")).softmax(dim=-1)
+        over_teacher = scores.detach().masked_fill(~target_mask[:, :, None], float("-inf")).softmax(dim=1)
+        coverage = (E - over_student @ Y).square().mean(-1)
+        precision = (Y - over_teacher.transpose(1, 2) @ E).square().mean(-1)
+        return _masked_mean(coverage, target_mask) + _masked_mean(precision, mask)
 
 
 def hard_alignment_loss(

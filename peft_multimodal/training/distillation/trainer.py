@@ -14,7 +14,7 @@ from ...core.anatomy import base_model, describe
 from ...core.registry import METHODS
 from ...data import LanguageProcessor
 from ...languages import MultilingualTower, multilingual_tower
-from ..trainer import AdapterTrainer, call_inside
+from ..trainer import AdapterTrainer
 from .kept import KeptOutputs, frozen_outputs
 from .losses import DistillationLoss, alignment_loss, functional_loss, random_images
 from .pairs import FullPairs, PairCollator, full_pairs
@@ -44,6 +44,7 @@ class CrossLingualTrainer(AdapterTrainer):
     """
 
     processing_class: Any
+    predicted = ("y", "e")
 
     def __init__(
         self,
@@ -175,15 +176,9 @@ class CrossLingualTrainer(AdapterTrainer):
         return tower.teach(**{name: value.to(device) for name, value in tokens.items()}).pooled.mean(0)
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        with self.accelerator.autocast():
-            outputs = call_inside(model, module, lambda batch: self._distil(module, batch), inputs)
+        outputs = self._inside(model, self._distil, inputs)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def _distil(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -205,16 +200,10 @@ class CrossLingualTrainer(AdapterTrainer):
             loss = loss + weights.functional * functional_loss(model, Y, E, mask, target_mask, pixels)
         return {"loss": loss, "y": y, "e": e}
 
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if "inputs" in self.args.include_for_metrics:  # transformers takes them by this name
             inputs.setdefault(getattr(self.model, "main_input_name", "input_ids"), inputs["target_input_ids"])
-        with torch.no_grad():
-            loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
-        if prediction_loss_only:
-            return loss.detach(), None, None
-        return loss.detach(), outputs["y"].detach(), outputs["e"].detach()
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
 
 def language_of(adapter_name: str, processor: LanguageProcessor) -> str:
