@@ -108,35 +108,12 @@ def describe(model: nn.Module) -> Anatomy:
     modules = own_modules(model)
     roots = _tower_roots(model, modules)
     matrices = list(matrices_of(modules, roots))
-    towers = [
-        Tower(
-            name=name,
-            path=path,
-            class_name=type(unwrap(modules[path])).__name__,
-            attentions=len({m.module.rpartition(".")[0] for m in found}),
-            hidden_size=Counter(m.d_in for m in found if m.letter in "qkv").most_common(1)[0][0] if found else None,
-            parameters=_count(modules, path),
-        )
-        for path, name in roots.items()
-        for found in [[m for m in matrices if is_below(m.module, path) and m.letter in ("q", "k", "v")]]
-        if found or name in ("vision", "text", "decoder")
-    ]
-    fusion_stacks = sorted(
-        {stack_of(m.module) for m in matrices if m.tower == "fusion" and not any(is_below(m.module, r) for r in roots)}
-    )
-    towers += [
-        Tower(
-            "fusion",
-            path,
-            type(unwrap(modules[path])).__name__,
-            len({m.module.rpartition(".")[0] for m in found}),
-            Counter(m.d_in for m in found).most_common(1)[0][0],
-            _count(modules, path),
-        )
-        for path in fusion_stacks
-        for found in [[m for m in matrices if is_below(m.module, path) and m.letter == "q"]]
-        if found
-    ]
+    towers = [_tower(name, path, modules, matrices, "qkv") for path, name in roots.items()]
+    fusion_stacks = {
+        stack_of(m.module) for m in matrices if m.tower == "fusion" and not any(is_below(m.module, r) for r in roots)
+    }
+    fusions = [_tower("fusion", path, modules, matrices, "q") for path in sorted(fusion_stacks)]
+    towers += [tower for tower in fusions if tower.attentions]
     return Anatomy(type(model).__name__, towers, matrices, fusion_layers(modules), media_tokens(model))
 
 
@@ -181,6 +158,14 @@ def table(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
 
 
 # --- towers ----------------------------------------------------------------------------------------------------------
+
+
+def _tower(name: str, path: str, modules: dict[str, nn.Module], matrices: list[Matrix], letters: str) -> Tower:
+    """The tower at a path, by its matrices of these letters."""
+    inside = [m for m in matrices if is_below(m.module, path) and m.letter in tuple(letters)]
+    attentions = {m.module.rpartition(".")[0] for m in inside}
+    width = Counter(m.d_in for m in inside).most_common(1)[0][0] if inside else None
+    return Tower(name, path, type(unwrap(modules[path])).__name__, len(attentions), width, _count(modules, path))
 
 
 def _tower_roots(model: Any, modules: dict[str, nn.Module]) -> dict[str, str]:

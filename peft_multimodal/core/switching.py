@@ -11,7 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from . import anatomy
-from .parts import AttachedPart, InputGradients, MultimodalLayer
+from .parts import AttachedPart, CallScope, InputGradients, MultimodalLayer, rows_in
 from .registry import METHODS, method_of
 from .storage import without_modules_to_save
 
@@ -65,10 +65,17 @@ class SwitchingTuner(BaseTuner):
     ) -> AbstractContextManager[None]:
         """A context within which row i of a batch, of which these are inputs, has the adapter `adapter_names[i]`, and so
         have the copies of it that generation makes."""
-        raise ValueError(
-            f"{type(self).__name__} has one adapter for the whole batch: adapter_names=[...] isn't supported. Call "
-            "model.set_adapter(name) and pass the rows of each adapter separately."
-        )
+        scopes = self.row_scopes()
+        if scopes is None:
+            raise ValueError(
+                f"{type(self).__name__} has one adapter for the whole batch: adapter_names=[...] isn't supported. Call "
+                "model.set_adapter(name) and pass the rows of each adapter separately."
+            )
+        return rows_in(self.model, scopes, adapter_names, self.peft_config, inputs, copies)
+
+    def row_scopes(self) -> list[CallScope] | None:
+        """Those by which the method's parts learn the adapter of each row; None where it can't serve rows of several."""
+        return None
 
     # --- switching, deleting -----------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from torch import nn
 from transformers import AutoConfig, AutoModel
@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..core.anatomy import device_of
 from ..core.companions import record_of
+from ..core.parts import AttachedPart
 
 
 class Place(NamedTuple):
@@ -52,18 +53,42 @@ def given_encoder(config: Any) -> Any:
     return record_of(config).encoder
 
 
-def share(encoders: nn.ModuleDict, encoder: nn.Module, place: Place | None) -> str:
-    """Put an encoder among those of a model, once, and tell the name under which its adapters share it.
+class HoldsEncoders(AttachedPart):
+    """A part whose adapters bring frozen encoders along: each is there once, and goes with the last that shares it."""
 
-    Args:
-        place: None for one that was given as a module: such are numbered as they come, for names must be alike in every process.
-    """
-    for key, present in encoders.items():
-        if present is encoder:
-            return key
-    key = place.key if place is not None else next(k for n in count() if (k := f"given_{n}") not in encoders)
-    encoders[key] = encoder
-    return key
+    def __init__(self, host: nn.Module, role: str = "") -> None:
+        super().__init__(host, role)
+        self.encoders = nn.ModuleDict()
+        self.encoder_of: dict[str, str] = {}  # {adapter: the name of its encoder in there}
+
+    def encoder(self, adapter_name: str) -> Any:
+        return self.encoders[self.encoder_of[adapter_name]]
+
+    def take_encoder(self, adapter_name: str, encoder: nn.Module, place: Place | None) -> None:
+        """Put an adapter's encoder among those of the model.
+
+        Args:
+            place: None for one that was given as a module: such are numbered as they come, for names must be alike in
+                every process.
+        """
+        name = next((name for name, present in self.encoders.items() if present is encoder), None)
+        if name is None:
+            name = (
+                place.key if place is not None else next(k for n in count() if (k := f"given_{n}") not in self.encoders)
+            )
+            self.encoders[name] = encoder
+        self.encoder_of[adapter_name] = name
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.encoder_of.pop(adapter_name, None)
+        for name in set(self.encoders) - set(self.encoder_of.values()):
+            del self.encoders[name]
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.encoders.eval()  # frozen: no dropout, ever
+        return self
 
 
 def is_given(key: str) -> bool:

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, LogitsProcessorList
 
-from ..core.parts import AttachedPart, CallScope
+from ..core.parts import CallScope
 from ..core.private import BeforeCandidates, FitLogitsProcessors
 from ..core.stand_in import StandIn
-from ..encoders.frozen import Place, share
+from ..encoders.frozen import HoldsEncoders, Place
 from ..encoders.vision import frame_features
 from .marker_logits import NoMarkers, fit_to_marker
 from .media import MediaCache, Reading
 from .media_inputs import NAMES, MediaInputs, Seeing
 
 
-class MediaReader(AttachedPart):
+class MediaReader(HoldsEncoders):
     """Hangs below a language model: takes the images out of each call's inputs and holds what reads them.
 
     A call's state is a `Reading` in a scope of the thread, which ends with the call. A method's reader says by `resample`
@@ -37,8 +37,6 @@ class MediaReader(AttachedPart):
 
     def __init__(self, model: nn.Module, stack: nn.Module) -> None:
         super().__init__(stack)
-        self.encoders = nn.ModuleDict()
-        self.encoder_of: dict[str, str] = {}
         self.sights: dict[str, Seeing] = {}
         self.scope = CallScope()
         self._model = (model,)  # a tuple is not registered
@@ -70,20 +68,12 @@ class MediaReader(AttachedPart):
             encoder, place: Of its images, and where it was read.
         """
         if encoder is not None:
-            self.encoder_of[adapter_name] = share(self.encoders, encoder, place)
+            self.take_encoder(adapter_name, encoder, place)
         self.sights[adapter_name] = seeing
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self.encoder_of.pop(adapter_name, None)
         self.sights.pop(adapter_name, None)
-        for key in set(self.encoders) - set(self.encoder_of.values()):
-            del self.encoders[key]
-
-    def train(self, mode: bool = True) -> MediaReader:
-        super().train(mode)
-        self.encoders.eval()  # frozen: no dropout, ever
-        return self
 
     # --- a call of the model ---
 
@@ -151,7 +141,7 @@ class MediaReader(AttachedPart):
     def tokens(self, adapter: str, images: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         """Pixels (N, F, C, H, W) or features (N, F, S, D) of N images or videos -> tokens (N, R, D)."""
         if images.ndim == 5:
-            images = frame_features(self.encoders[self.encoder_of[adapter]], images)
+            images = frame_features(self.encoder(adapter), images)
         return self.resample(adapter, images, frame_mask)
 
     def resample(self, adapter: str, features: Tensor, frame_mask: Tensor | None) -> Tensor:

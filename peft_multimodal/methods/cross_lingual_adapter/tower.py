@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ...core.anatomy import dtype_of
-from ...core.parts import BASE, AttachedPart, CallScope, MultimodalLayer, check_rows, rows_beside
+from ...core.parts import BASE, CallScope, MultimodalLayer, check_rows, rows_beside
 from ...core.stand_in import StandIn
-from ...encoders.frozen import Place, share
+from ...encoders.frozen import HoldsEncoders, Place
 from ...encoders.language import LanguageEncoder, vocabulary_size
 from ...languages import MultilingualTower, Teaching
 from ...text_limits import longest_text, reads_padding
@@ -30,7 +30,7 @@ class CrossLingualAdapterLayer(MultimodalLayer):
     """Base of everything that this method puts into a model."""
 
 
-class LanguageTower(AttachedPart, CrossLingualAdapterLayer, MultilingualTower):
+class LanguageTower(HoldsEncoders, CrossLingualAdapterLayer, MultilingualTower):
     """Hangs below the text tower and takes its `forward` over: the adapters and the encoders that they share.
 
     A language is an adapter. With the adapters disabled, and for rows named `__base__`, the tower runs as it is.
@@ -41,8 +41,6 @@ class LanguageTower(AttachedPart, CrossLingualAdapterLayer, MultilingualTower):
 
     def __init__(self, model: nn.Module, tower: nn.Module, level: str) -> None:
         super().__init__(tower, "text")
-        self.encoders = nn.ModuleDict()
-        self.encoder_of: dict[str, str] = {}
         self.tokenizers: dict[str, Any] = {}
         self.longest: dict[str, int | None] = {}
         self.reads_padding = reads_padding(tower)
@@ -59,27 +57,16 @@ class LanguageTower(AttachedPart, CrossLingualAdapterLayer, MultilingualTower):
     def add(self, adapter_name: str, adapter: nn.Module, language: LanguageEncoder, place: Place | None) -> None:
         """Add a language: its adapter, and the encoder that was read at `place` (None: given as a module)."""
         encoder, self.tokenizers[adapter_name] = language
-        self.encoder_of[adapter_name] = share(self.encoders, encoder, place)
+        self.take_encoder(adapter_name, encoder, place)
         self.longest[adapter_name] = longest_text(encoder)
         self.cross_lingual_adapter_language[adapter_name] = adapter
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self.encoder_of.pop(adapter_name, None)
         self.tokenizers.pop(adapter_name, None)
         self.longest.pop(adapter_name, None)
-        for key in set(self.encoders) - set(self.encoder_of.values()):
-            del self.encoders[key]
-
-    def train(self, mode: bool = True) -> LanguageTower:
-        super().train(mode)
-        self.encoders.eval()  # frozen: no dropout, ever
-        return self
 
     # --- for training ---
-
-    def encoder(self, adapter_name: str) -> Any:
-        return self.encoders[self.encoder_of[adapter_name]]
 
     def widths(self, adapter_name: str) -> tuple[int, int]:
         adapter = self.cross_lingual_adapter_language[adapter_name]

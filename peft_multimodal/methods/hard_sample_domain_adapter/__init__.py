@@ -21,8 +21,6 @@ Parameters a site, at an FFN of 4 m: 2 d + (d m + m) + n (12 m^2 + 13 m) + m d +
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ from torch import nn
 
 from ...core.anatomy import TOWERS, Anatomy, Site, own_modules, stack_of
 from ...core.config import TargetedConfig, check_bottleneck
-from ...core.parts import rows_in
+from ...core.parts import CallScope
 from ...core.registry import Promises, Use, method
 from ...core.sites import arguments_of, layers, towers
 from ...core.tuner import Injection, MultimodalTuner
@@ -171,13 +169,8 @@ class HardSampleDomainAdapterModel(MultimodalTuner):
         shape = (c.bottleneck_dim, c.num_layers, c.num_heads, c.ff_mult, c.dropout)
         part.hard_sample_domain_adapter_branch[injection.adapter_name] = DomainBranch(site.d_in, site.d_out, *shape)
 
-    # --- rows of a batch ---
-
-    def rows(
-        self, adapter_names: Sequence[str], inputs: Collection[Any], copies: int = 1
-    ) -> AbstractContextManager[None]:
-        scopes = [part.scope for part in self.own_layers() if isinstance(part, DomainPart)]
-        return rows_in(self.model, scopes, adapter_names, self.peft_config, inputs, copies)
+    def row_scopes(self) -> list[CallScope]:
+        return [part.scope for part in self.own_layers() if isinstance(part, DomainPart)]
 
 
 def has_known_mask(layer: nn.Module) -> bool:

@@ -27,17 +27,16 @@ or "none" each branch has its D; "middle" has m^2 a shared map.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from peft.utils import PeftType
 from torch import nn
 
 from ...core.anatomy import Anatomy, Site, base_model, stack_of
 from ...core.config import TargetedConfig
-from ...core.parts import rows_in
+from ...core.parts import CallScope
 from ...core.registry import Promises, Use, method
 from ...core.tuner import Injection, MultimodalTuner
 from ...nn.router import ModalityRouter
@@ -195,13 +194,9 @@ class UniAdapterModel(MultimodalTuner):
             normed=config.cross_norm and site.kind == "fusion",
         )
 
-    # --- rows of a batch ---
-
-    def rows(
-        self, adapter_names: Sequence[str], inputs: Collection[Any], copies: int = 1
-    ) -> AbstractContextManager[None]:
-        scopes = {id(p.beside): p.beside.rows for p in self.own_layers() if isinstance(p, UniAdapterBranch)}
-        return rows_in(self.model, scopes.values(), adapter_names, self.peft_config, inputs, copies)
+    def row_scopes(self) -> list[CallScope]:
+        parts = [part for part in self.own_layers() if isinstance(part, UniAdapterBranch)]
+        return list({id(part.beside): part.beside.rows for part in parts}.values())
 
 
 def reads_texts_and_images(router: ModalityRouter, path: str) -> bool:
