@@ -87,8 +87,17 @@ class MultimodalConfig(PeftConfig):
     def check_choice(self, name: str, choices: Collection[str]) -> None:
         self.check(name, "one of " + ", ".join(map(repr, choices)), lambda v: isinstance(v, str) and v in choices)
 
-    def check_flag(self, name: str) -> None:
-        self.check(name, "True or False", lambda v: isinstance(v, bool))
+    def check_flags(self, *names: str) -> None:
+        for name in names:
+            self.check(name, "True or False", lambda v: isinstance(v, bool))
+
+    def check_sizes(self, *names: str) -> None:
+        for name in names:
+            self.check(name, "a positive integer or None", lambda v: v is None or (type(v) is int and v > 0))
+
+    def check_strings(self, *names: str) -> None:
+        for name in names:
+            self.check(name, "a string or None", lambda v: v is None or (isinstance(v, str) and v))
 
 
 @dataclass
@@ -170,19 +179,20 @@ def takes_no_targets(tower: str, reason: str) -> Callable[[type[Config]], type[C
 _TARGETS = TargetedConfig.__annotations__.keys()
 
 
-def heads_for(width: int) -> int:
-    """Attention heads where nobody chose them: 4, or the largest number below that divides the width."""
-    return next(n for n in (4, 3, 2, 1) if width % n == 0)
+def check_heads(config: Any, width: str) -> None:
+    """`num_heads` divides the field `width`. Where nobody chose it, it is filled in: 4, or fewer where 4 doesn't divide."""
+    size = getattr(config, width)
+    if config.num_heads is None:
+        config.num_heads = next(n for n in (4, 3, 2, 1) if size % n == 0)
+    config.check_number("num_heads", 1, integer=True)
+    config.check("num_heads", f"a divisor of {width}", lambda v: size % v == 0)
 
 
 def check_bottleneck(config: Any) -> None:
-    """Check the fields of a bottleneck with transformer layers in it; `num_heads` is filled in where nobody chose it."""
+    """Check the fields of a bottleneck with transformer layers in it."""
     for name in ("bottleneck_dim", "ff_mult"):
         config.check_number(name, 1, integer=True)
-    if config.num_heads is None:
-        config.num_heads = heads_for(config.bottleneck_dim)
-    config.check_number("num_heads", 1, integer=True)
-    config.check("num_heads", "a divisor of bottleneck_dim", lambda v: config.bottleneck_dim % v == 0)
+    check_heads(config, "bottleneck_dim")
     config.check_number("num_layers", 0, 1000, integer=True)
     config.check_number("dropout", 0, 0.999)
 

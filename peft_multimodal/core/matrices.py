@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -68,7 +69,7 @@ def attentions_of(modules: dict[str, nn.Module]) -> list[str]:
 def matrices_of(modules: dict[str, nn.Module], roots: dict[str, str]) -> Iterator[Matrix]:
     """Every linear module (and `nn.MultiheadAttention`) in the model's order, fused ones as several matrices."""
     attentions = set(attentions_of(modules))
-    ordinals: Counter[tuple[str, str]] = Counter()
+    numbers: dict[tuple[str, str], Iterator[int]] = defaultdict(count)
     hidden: list[str] = []  # paths whose children are read, never called
     for path, wrapped in modules.items():
         module = unwrap(wrapped)
@@ -93,8 +94,7 @@ def matrices_of(modules: dict[str, nn.Module], roots: dict[str, str]) -> Iterato
             continue
         tower = _tower_of(path, roots, attentions)
         for letter, rows, width in parts:
-            role = f"{tower}.{letter}.{ordinals[tower, letter]}"
-            ordinals[tower, letter] += 1
+            role = f"{tower}.{letter}.{next(numbers[tower, letter])}"
             yield Matrix(path, letter, tower, role, width, rows[1] - rows[0], rows)
 
 

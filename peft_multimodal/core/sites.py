@@ -10,6 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def ffns(model: nn.Module, anatomy: Anatomy | None = None) -> list[FFN]:
         if layer and not any(is_below(matrix.module, a) for a in attentions):
             layers[layer].append(matrix)
     mixtures = {experts for experts, n in Counter(map(_inner_list, layers)).items() if experts and n > 1}
-    ordinals: Counter[str] = Counter()
+    numbers: dict[str, Iterator[int]] = defaultdict(count)
     sites = []
     for layer, matrices in layers.items():
         if _inner_list(layer) in mixtures or (d := _stream_width(layer, anatomy)) is None:
@@ -67,8 +68,7 @@ def ffns(model: nn.Module, anatomy: Anatomy | None = None) -> list[FFN]:
         for matrix in matrices:
             widened = [m for m in first if m.d_out in (matrix.d_in, 2 * matrix.d_in)]
             if matrix.d_out == d and matrix.d_in > d and widened:
-                role = f"{matrix.tower}.ffn.{ordinals[matrix.tower]}"
-                ordinals[matrix.tower] += 1
+                role = f"{matrix.tower}.ffn.{next(numbers[matrix.tower])}"
                 paths = tuple(m.module for m in widened)
                 sites.append(FFN(matrix.module, "ffn", matrix.tower, role, d, d, paths, matrix.d_in))
                 first = []
@@ -85,7 +85,7 @@ def ends(model: nn.Module, anatomy: Anatomy | None = None) -> list[Site]:
     anatomy = anatomy or describe(model)
     networks = {ffn.module for ffn in ffns(model, anatomy)}
     attention_of = dict(_attention_ends(anatomy, networks))
-    ordinals: Counter[tuple[str, str]] = Counter()
+    numbers: dict[tuple[str, str], Iterator[int]] = defaultdict(count)
     sites: list[Site] = []
     for matrix in anatomy.matrices:
         tower, kind = matrix.tower, "ffn"
@@ -94,8 +94,7 @@ def ends(model: nn.Module, anatomy: Anatomy | None = None) -> list[Site]:
             tower, kind = query.tower, "cross" if is_cross(query.module) else "attention"
         elif matrix.module not in networks:
             continue
-        role = f"{tower}.{kind}-end.{ordinals[tower, kind]}"
-        ordinals[tower, kind] += 1
+        role = f"{tower}.{kind}-end.{next(numbers[tower, kind])}"
         sites.append(Site(matrix.module, kind, tower, role, matrix.d_in, matrix.d_out))
     return sites
 
@@ -177,13 +176,12 @@ def layers(
         if path and matrix.letter == "q" and matrix.tower in towers and not is_cross(matrix.module):
             queries.setdefault(path, matrix)
     modules = own_modules(model)
-    ordinals: Counter[str] = Counter()
+    numbers: dict[str, Iterator[int]] = defaultdict(count)
     sites = []
     for path, query in queries.items():
         inner = any(other != path and is_below(other, path) for other in queries)
         if not inner and fits(modules[path]):
-            role = f"{query.tower}.layer.{ordinals[query.tower]}"
-            ordinals[query.tower] += 1
+            role = f"{query.tower}.layer.{next(numbers[query.tower])}"
             sites.append(Site(path, "layer", query.tower, role, query.d_in, query.d_in))
     return sites
 

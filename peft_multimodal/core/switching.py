@@ -43,8 +43,11 @@ class SwitchingTuner(BaseTuner):
     def whole_modules(self, of_others: bool = False) -> list[AuxiliaryTrainingWrapper]:
         """The modules that are trained as a whole beside this method's adapters (`modules_to_save`), or beside others'."""
         own = set(self.own_adapters())
-        wrappers = (m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper))
-        return [m for m in wrappers if _is_of_others(m._get_available_adapters(), own) == of_others]
+        wrappers = {
+            m: m._get_available_adapters() for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)
+        }
+        # One that has lost its last copy is nobody's.
+        return [m for m, names in wrappers.items() if (bool(names) and names.isdisjoint(own)) == of_others]
 
     def get_input_embeddings(self) -> nn.Module | None:
         """The model's; None where transformers finds no such one (CLIP). accelerate's FSDP2 asks every model for it."""
@@ -205,7 +208,3 @@ def tuner_of(config: Any) -> type | None:
     """The class of a config's model; None for methods that are PEFT's own."""
     method = method_of(config)
     return None if method is None else method.model
-
-
-def _is_of_others(adapters: set[str], own: set[str]) -> bool:
-    return bool(adapters) and adapters.isdisjoint(own)  # one that has lost its last copy is nobody's

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from ..core.anatomy import device_of
+from ..core.anatomy import device_of, dtype_of
 from ..core.companions import record_of
 from ..core.parts import AttachedPart
 
@@ -202,6 +202,5 @@ def real_parameters() -> Iterator[None]:
 
 def follow(encoder: nn.Module, host: nn.Module, keep_dtype: bool) -> None:
     """Move the encoder to the device of a part of the model, and unless it was given as a module to its dtype."""
-    reference = next(p for p in host.parameters() if p.is_floating_point())
     if (device := device_of(host)).type != "meta":
-        encoder.to(device=device, dtype=None if keep_dtype else reference.dtype)
+        encoder.to(device=device, dtype=None if keep_dtype else dtype_of(host))

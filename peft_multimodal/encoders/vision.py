@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..core.anatomy import describe
+from ..core.anatomy import describe, device_of, dtype_of
 from .frozen import Place, check_same_encoder, find_encoder, given_encoder, read_encoder
 
 KIND, FIELD = "vision encoder", "vision_encoder"
@@ -82,8 +82,7 @@ def frame_features(encoder: nn.Module, pixels: Tensor) -> Tensor:
     Returns:
         (N, F, S, D).
     """
-    reference = next(p for p in encoder.parameters() if p.is_floating_point())
-    states = encoder(pixel_values=pixels.flatten(0, 1).to(reference.device, reference.dtype)).last_hidden_state
+    states = encoder(pixel_values=pixels.flatten(0, 1).to(device_of(encoder), dtype_of(encoder))).last_hidden_state
     if states.ndim == 4:  # (N F, D, H', W')
         states = states.flatten(2).transpose(1, 2)
     return states.unflatten(0, pixels.shape[:2])

@@ -97,8 +97,7 @@ class AuroraModeApproxConfig(TargetedConfig):
         self.check_choice("share", SHARES)
         self.check_choice("core", ("cp", "tucker"))
         self.check_choice("init_weights", ("gauss", "ones", "inherit"))
-        self.check_flag("use_gqt")
-        self.check_flag("use_ice")
+        self.check_flags("use_gqt", "use_ice")
         self.gqt_branches = self.gqt_branches or ["query"]
         self.check("gqt_branches", "a list of 'query' and/or 'cross'", lambda v: v and set(v) <= {"query", "cross"})
         self.check_number("ice_bank_size", 1, integer=True)

@@ -87,11 +87,9 @@ class CrossLingualAdapterConfig(MultimodalConfig):
         check_bottleneck(self)
         self.check_choice("pool", ("mean", "cls", "attention"))
         self.check("level", "'pooled', 'tokens' or None", lambda v: v in (None, "pooled", "tokens"))
-        self.check_flag("save_encoder")
-        for name in ("encoder", "encoder_revision", "encoder_type", "tokenizer_hash"):
-            self.check(name, "a string or None", lambda v: v is None or (isinstance(v, str) and v))
-        for name in ("encoder_width", "encoder_vocab_size", "output_dim"):
-            self.check(name, "a positive integer or None", lambda v: v is None or (type(v) is int and v > 0))
+        self.check_flags("save_encoder")
+        self.check_strings("encoder", "encoder_revision", "encoder_type", "tokenizer_hash")
+        self.check_sizes("encoder_width", "encoder_vocab_size", "output_dim")
 
     def with_encoder(self, encoder: nn.Module, tokenizer: Any = None) -> CrossLingualAdapterConfig:
         """Take this module (and its tokenizer) for the encoder; returns the config.

@@ -101,7 +101,7 @@ class GatedXAttnConfig(MultimodalConfig):
         self.peft_type = PeftType("GATED_XATTN")
         marker = "an integer >= 0, such as InterleavedProcessor.media_token_id"
         self.check("media_token_id", marker, lambda v: type(v) is int and v >= 0)
-        for name in ("num_latents", "resampler_depth", "resampler_heads", "head_dim", "max_frames"):
+        for name in ("num_latents", "resampler_heads", "head_dim", "max_frames"):
             self.check_number(name, 1, integer=True)
         self.check_number("resampler_depth", 1, 1000, integer=True)
         self.check_number("ff_mult", 0, integer=True)
@@ -112,11 +112,9 @@ class GatedXAttnConfig(MultimodalConfig):
         self.check(
             "gate_init", "left out where gate='none'", lambda v: self.gate != "none" or v in (0, type(self).gate_init)
         )
-        self.check_flag("share_blocks")
-        for name in ("vision_encoder", "vision_encoder_revision", "vision_encoder_type"):
-            self.check(name, "a string or None", lambda v: v is None or (isinstance(v, str) and v))
-        for name in ("vision_hidden_size", "every_n_layers"):
-            self.check(name, "a positive integer or None", lambda v: v is None or (type(v) is int and v > 0))
+        self.check_flags("share_blocks")
+        self.check_strings("vision_encoder", "vision_encoder_revision", "vision_encoder_type")
+        self.check_sizes("vision_hidden_size", "every_n_layers")
 
     def with_vision_encoder(self, encoder: nn.Module) -> GatedXAttnConfig:
         """Take this module for the vision encoder; returns the config, which names where the module says it is from."""

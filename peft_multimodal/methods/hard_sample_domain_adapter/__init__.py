@@ -71,9 +71,7 @@ class HardSampleDomainAdapterConfig(TargetedConfig):
         self.peft_type = PeftType("HARD_SAMPLE_DOMAIN_ADAPTER")
         check_bottleneck(self)
         self.check_choice("placement", ("layer", "top"))
-        self.check(
-            "last_layers", "a positive integer, or None for all", lambda v: v is None or (type(v) is int and v > 0)
-        )
+        self.check_sizes("last_layers")
         self.check(
             "target_modules", "paths of layers (last_layers=None takes all)", lambda v: v is None or v != "all-linear"
         )

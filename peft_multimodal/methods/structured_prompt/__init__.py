@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from ...core.anatomy import Anatomy
 from ...core.companions import CardNotes
-from ...core.config import MultimodalConfig, heads_for, takes_no_targets
+from ...core.config import MultimodalConfig, check_heads, takes_no_targets
 from ...core.matrices import Site
 from ...core.modules import is_below, unwrap
 from ...core.readers import token_embeddings
@@ -105,10 +105,7 @@ class StructuredPromptConfig(MultimodalConfig):
             self.check_number(name, 0, integer=True)
         for name in ("num_domains", "attention_dim", "chunk_size"):
             self.check_number(name, 1, integer=True)
-        if self.num_heads is None:
-            self.num_heads = heads_for(self.attention_dim)
-        self.check_number("num_heads", 1, integer=True)
-        self.check("num_heads", "a divisor of attention_dim", lambda v: self.attention_dim % v == 0)
+        check_heads(self, "attention_dim")
         self.check_choice("order", ("GDI", "GID"))
         self.check_choice("mode", ("prompt", "feature"))
         self.check_choice("domain", ("one", "per_class"))
@@ -116,11 +113,10 @@ class StructuredPromptConfig(MultimodalConfig):
         others = self.num_domain + self.num_instance
         self.check("num_general", "above 0 where the other contexts are empty", lambda v: v + others > 0)
         self.check("general_init", "words or None", lambda v: v is None or (isinstance(v, str) and v.strip()))
-        self.check("shortlist", "a positive integer or None", lambda v: v is None or (type(v) is int and v > 0))
+        self.check_sizes("shortlist", "output_dim")
         self.check("shortlist", "None where no prompt looks at the image", lambda v: v is None or self.looks())
         self.check_number("text_anchor", 0, 1e6)
         self.check("anchor_template", "words with {} for the name", lambda v: isinstance(v, str) and "{}" in v)
-        self.check("output_dim", "a positive integer or None", lambda v: v is None or (type(v) is int and v > 0))
 
     def _refuse_what_went(self, **words: str | None) -> None:
         """Options that earlier versions had: a start alone doesn't matter any more once an adapter is trained."""

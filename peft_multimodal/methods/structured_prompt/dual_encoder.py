@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...core.anatomy import Anatomy
 from ...core.modules import device_of, is_below
-from ...core.readers import pixel_readers, token_embeddings
+from ...core.readers import image_sizes, pixel_readers, token_embeddings
 
 
 class Images(NamedTuple):
@@ -50,11 +50,9 @@ def widths(model: Any, tower: str, anatomy: Anatomy) -> tuple[int, int, int]:
     ids = torch.ones(1, 2, dtype=torch.long, device=device_of(embedding))
     mask = None if ids.is_meta else ids  # what a mask holds would be asked
     text = type(model).get_text_features(model, input_ids=ids, attention_mask=mask, return_dict=True)
-    size = getattr(getattr(model.config, "vision_config", None), "image_size", None)
-    convolutions = [model.get_submodule(path) for path in pixel_readers(model)]
-    if convolutions and isinstance(size, (int, list, tuple)):
-        shape = (size, size) if isinstance(size, int) else tuple(size)
-        pixels = torch.zeros(1, 3, *shape, dtype=convolutions[0].weight.dtype, device=device_of(convolutions[0]))
+    size, convolutions = next(image_sizes(model), None), [model.get_submodule(path) for path in pixel_readers(model)]
+    if convolutions and size:
+        pixels = torch.zeros(1, 3, *size, dtype=convolutions[0].weight.dtype, device=device_of(convolutions[0]))
         image = type(model).get_image_features(model, pixel_values=pixels, return_dict=True).last_hidden_state
         patch_width = patches(convolutions, pixels, image).shape[-1]
     else:

@@ -26,10 +26,11 @@ or "none" each branch has its D; "middle" has m^2 a shared map.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 
 from peft.utils import PeftType
 from torch import nn
@@ -81,8 +82,7 @@ class UniAdapterConfig(TargetedConfig):
         self.check("scale", "a positive number", lambda v: type(v) in (int, float) and 0 < v < float("inf"))
         self.check_choice("activation", list(ACTIVATIONS))
         self.check_choice("share", SHARES)
-        for name in ("query_residual", "cross_norm", "norm"):
-            self.check_flag(name)
+        self.check_flags("query_residual", "cross_norm", "norm")
         self.check("target_modules", "paths of layers (None takes all)", lambda v: v is None or v != "all-linear")
 
 
@@ -130,7 +130,8 @@ class UniAdapterModel(MultimodalTuner):
     @classmethod
     def candidates(cls, config: UniAdapterConfig, model: nn.Module, anatomy: Anatomy) -> list[Site]:
         """Every branch that there can be: of a layer, of the images in it, of the fusion in it."""
-        sites, numbers = [], Counter[str]()
+        sites: list[Site] = []
+        numbers: dict[str, Iterator[int]] = defaultdict(count)
         router = ModalityRouter(base_model(model), anatomy)
         for layer in ffn_layers(base_model(model), anatomy):
             branches = [("layer", layer.tower, f"{layer.tower}.layer")]
@@ -139,8 +140,7 @@ class UniAdapterModel(MultimodalTuner):
             if layer.fusion_tower:
                 branches.append(("fusion", layer.fusion_tower, "fusion.layer"))
             for kind, tower, stem in branches:
-                sites.append(Site(layer.path, kind, tower, f"{stem}.{numbers[stem]}", layer.width, layer.width))
-                numbers[stem] += 1
+                sites.append(Site(layer.path, kind, tower, f"{stem}.{next(numbers[stem])}", layer.width, layer.width))
         router.remove()
         return sites
 

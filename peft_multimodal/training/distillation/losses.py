@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.anatomy import base_model, describe
+from ...core.anatomy import base_model, describe, dtype_of, image_sizes
 from ...core.modes import eval_mode
 from ...languages import multilingual_tower
 
@@ -151,7 +151,7 @@ def functional_loss(
         pixels: (B, 3, H, W); random ones do.
     """
     tower, base = multilingual_tower(model), base_model(model)
-    dtype = next(p.dtype for p in tower.host().parameters() if p.is_floating_point())
+    dtype = dtype_of(tower.host())
     stack: Any = base.get_submodule(next(t.path for t in describe(model).towers if t.name == "fusion"))
     outputs = []
     with eval_mode(base):  # the frozen encoders have no dropout, as when the text tower teaches
@@ -172,8 +172,4 @@ def functional_loss(
 
 def random_images(model: Any, count: int, generator: torch.Generator | None = None) -> Tensor:
     """Noise of the size that the model's vision tower reads: (count, 3, H, W)."""
-    config: Any = base_model(model).config
-    config = getattr(config, "vision_config", None) or getattr(config, "image_config", None) or config
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return torch.randn(count, 3, height, width, generator=generator)
+    return torch.randn(count, 3, *next(image_sizes(base_model(model))), generator=generator)

@@ -7,32 +7,13 @@ import html
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from ...images import read_image
 from ...rows import hash_ids, streams
-
-
-class Remembered(Protocol):
-    """What the page shows of a bank: one entry a pair, in the bank's order."""
-
-    keys: np.ndarray
-    difficulty: np.ndarray
-    base_difficulty: np.ndarray
-    visits: np.ndarray
-    history: list[tuple[int, np.ndarray]]  # (step, counts of difficulties)
-    settings: Any
-    id_column: Any
-
-    @property
-    def suspects(self) -> np.ndarray: ...
-
-    def positions_in(self, dataset: Any) -> np.ndarray: ...
-
-    def __len__(self) -> int: ...
-
+from .record import PairRecord
 
 THUMBNAIL = 160  # pixels
 
@@ -46,7 +27,7 @@ small { color: #666; }
 """
 
 
-def write_report(bank: Remembered, path: Path, dataset: Any, image_column: str, text_column: str, pairs: int) -> Path:
+def write_report(bank: PairRecord, path: Path, dataset: Any, image_column: str, text_column: str, pairs: int) -> Path:
     """See `HardSampleBank.report`."""
     hardest = np.argsort(-bank.difficulty, kind="stable")[:pairs]
     suspects = np.flatnonzero(np.isin(bank.keys, bank.suspects))
@@ -79,7 +60,7 @@ open model's.</p>
     return path
 
 
-def _rows_of(bank: Remembered, dataset: Any, rows: np.ndarray) -> dict[int, Mapping[str, Any]]:
+def _rows_of(bank: PairRecord, dataset: Any, rows: np.ndarray) -> dict[int, Mapping[str, Any]]:
     """The data set's rows of some of the bank's; empty without a data set."""
     if dataset is None:
         return {}
@@ -98,7 +79,7 @@ def _rows_of(bank: Remembered, dataset: Any, rows: np.ndarray) -> dict[int, Mapp
     )
 
 
-def _figure(bank: Remembered, row: int, sample: Mapping[str, Any], image: str, text: str) -> str:
+def _figure(bank: PairRecord, row: int, sample: Mapping[str, Any], image: str, text: str) -> str:
     name = sample.get(bank.id_column, int(bank.keys[row]))
     words = sample.get(text, "")
     words = words[0] if isinstance(words, (list, tuple)) and words else words
@@ -120,7 +101,7 @@ def _thumbnail(value: Any) -> str:
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-def _histogram(bank: Remembered) -> str:
+def _histogram(bank: PairRecord) -> str:
     """A PNG in base64: one line each time that difficulties were ranked."""
     try:
         from matplotlib.figure import Figure
