@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -97,16 +97,16 @@ class Report:
                 for t in self.towers
             ]  # fmt: skip
             parts.append(f"model: {self.model}\n" + anatomy.table(header, rows))
-            parts.append("methods, with their defaults:\n" + "\n".join(map(_method_line, self.methods.items())))
+            methods = (_method_line(name, method) for name, method in self.methods.items())
+            parts.append("\n".join(["methods, with their defaults:", *methods]))
         if self.adapter:
-            parts.append("adapter:\n" + "\n".join(f"  {line}" for line in _file_lines(self.adapter)))
+            parts.append("\n  ".join(["adapter:", *_file_lines(self.adapter)]))
         parts += [_adapter_text(name, adapter) for name, adapter in self.adapters.items()]
         parts += [f"{f.level.upper()}: {f.what}" + (f"\n  {f.way_out}" if f.way_out else "") for f in self.findings]
         return "\n\n".join([*parts, "healthy" if self.healthy else "not healthy"])
 
 
-def _method_line(entry: tuple[str, dict[str, Any]]) -> str:
-    name, method = entry
+def _method_line(name: str, method: dict[str, Any]) -> str:
     places = ", ".join(f"{count} x {place}" for place, count in method["places"].items())
     return f"  {name}: {places}" if method["fits"] else f"  {name}: no. {method['reason']}"
 
@@ -123,11 +123,8 @@ def _adapter_text(name: str, adapter: dict[str, Any]) -> str:
     rows = [(tower, f"{n['parameters']:,}", f"{n['trained']:,}") for tower, n in adapter["towers"].items()]
     state = "active" if adapter["active"] else "not active"
     left = f"\nleft as they are: {', '.join(adapter['left_alone'])}" if adapter["left_alone"] else ""
-    return (
-        f"adapter {name!r} ({adapter['method']}, {state}):\n"
-        + anatomy.table(("tower", "parameters", "trained"), rows)
-        + left
-    )
+    title = f"adapter {name!r} ({adapter['method']}, {state}):\n"
+    return title + anatomy.table(("tower", "parameters", "trained"), rows) + left
 
 
 def examine(model: nn.Module | str | Path, adapter: str | Path | None = None, **kwargs: Any) -> Report:
@@ -142,27 +139,10 @@ def examine(model: nn.Module | str | Path, adapter: str | Path | None = None, **
     _versions(report)
     built = _model(report, model)
     if built is not None:
-        found = anatomy.describe(built)
-        report.model = found.model_class
-        report.towers = [
-            {
-                "name": t.name,
-                "path": t.path,
-                "attentions": t.attentions,
-                "width": t.hidden_size,
-                "parameters": t.parameters,
-                "trained": _trained(built, t),
-            }
-            for t in found.towers
-        ]
-        if not found.towers:
-            report.problem(
-                f"{found.model_class} has no tower that is known: nothing reads pixels or tokens.",
-                "Name a vision-language model, or one of its towers.",
-            )
+        _towers(report, built)
         report.methods = {method.title: _would_match(built, method) for method in METHODS.values()}
         if isinstance(anatomy.unwrapped(built), PeftModel):
-            _adapters(report, anatomy.unwrapped(built), found)
+            _adapters(report, anatomy.unwrapped(built))
     if adapter is not None:
         _adapter(report, built, adapter, kwargs)
     return report
@@ -170,9 +150,9 @@ def examine(model: nn.Module | str | Path, adapter: str | Path | None = None, **
 
 def _versions(report: Report) -> None:
     report.versions = {PACKAGE: __version__}
-    wanted = {
-        r.name: r for r in map(Requirement, _requirements()) if r.marker is None or r.marker.evaluate({"extra": ""})
-    }
+    wanted: dict[str, Requirement] = {}
+    with suppress(metadata.PackageNotFoundError):  # it runs from its sources
+        wanted = {r.name: r for r in map(Requirement, metadata.requires(PACKAGE) or ()) if r.marker is None}
     for name in CHECKED:
         try:
             report.versions[name] = metadata.version(name)
@@ -184,13 +164,6 @@ def _versions(report: Report) -> None:
             report.problem(
                 f"{name} {report.versions[name]} is installed, {needed} is needed.", f'pip install -U "{needed}"'
             )
-
-
-def _requirements() -> list[str]:
-    try:
-        return metadata.requires(PACKAGE) or []
-    except metadata.PackageNotFoundError:  # it runs from its sources
-        return []
 
 
 def _model(report: Report, model: nn.Module | str | Path) -> nn.Module | None:
@@ -207,7 +180,7 @@ def _model(report: Report, model: nn.Module | str | Path) -> nn.Module | None:
         return None
     model_class = _class_of(report, config)
     try:
-        with torch.device("meta"), _quietly():
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             if model_class is None:
                 return transformers.AutoModel.from_config(config, trust_remote_code=False)
             return model_class(config)
@@ -245,13 +218,11 @@ def _empty_twin(model: nn.Module) -> Any:
 
 
 def _would_match(model: nn.Module, method: Method) -> dict[str, Any]:
-    base = anatomy.base_model(model)
     try:
-        with _quietly():
-            matrices = list(matched_modules(base, method.smallest()))
+        with warnings.catch_warnings(action="ignore"):
+            places = Counter(f"{site.tower} {site.kind}" for site in matched_modules(model, method.smallest()))
     except ValueError as error:
         return {"fits": False, "places": {}, "reason": _one_line(error)}
-    places = Counter(f"{matrix.tower} {matrix.kind}" for matrix in matrices)
     return {"fits": True, "places": dict(places), "reason": None}
 
 
@@ -260,7 +231,7 @@ def _adapter(report: Report, model: nn.Module | None, name: str | Path, kwargs: 
         folder = find_adapter(name, **kwargs)
         written = check_files(folder)
         report.adapter = {key: written.get(key) for key in ("peft_type", "base_model_name_or_path", "peft_version")}
-        with _quietly():
+        with warnings.catch_warnings(action="ignore"):
             config = PeftConfig.from_pretrained(str(name), **kwargs)
     except AdapterError as error:
         return report.problem(error.what, error.way_out)
@@ -287,10 +258,9 @@ def _adapter(report: Report, model: nn.Module | None, name: str | Path, kwargs: 
     if model is None:
         return None
     try:
-        with _quietly():
-            loaded = PeftModel.from_pretrained(
-                _empty_twin(model), str(name), low_cpu_mem_usage=True, is_trainable=True, **kwargs
-            )
+        options: dict[str, Any] = {"low_cpu_mem_usage": True, "is_trainable": True, **kwargs}
+        with warnings.catch_warnings(action="ignore"):
+            loaded = PeftModel.from_pretrained(_empty_twin(model), str(name), **options)
     except (ValueError, OSError, *UNCLEAR) as error:
         report.adapter["fits"] = False
         base_name = report.adapter["base_model_name_or_path"]
@@ -299,21 +269,32 @@ def _adapter(report: Report, model: nn.Module | None, name: str | Path, kwargs: 
             f"It was trained on {base_name!r}." if base_name else "Load the base that it was trained on.",
         )
     report.adapter["fits"] = True
-    return _adapters(report, loaded, anatomy.describe(loaded))
+    return _adapters(report, loaded)
 
 
-def _trained(model: nn.Module, tower: anatomy.Tower) -> int:
-    """Trained parameters in a tower: its own, and those of adapters."""
-    base = anatomy.base_model(model)
-    own = {
-        p
-        for path, m in anatomy.own_modules(base).items()
-        if anatomy.is_below(path, tower.path)
-        for p in m.parameters(recurse=False)
+def _towers(report: Report, model: nn.Module) -> None:
+    """The model's towers; what is trained in one are parameters of its own and of adapters."""
+    found, base = anatomy.describe(model), anatomy.base_model(model)
+    adapters = [_by_tower(base, name) for name in getattr(anatomy.unwrapped(model), "peft_config", {})]
+    modules = anatomy.own_modules(base)
+    report.model = found.model_class
+    for t in found.towers:
+        own = {p for path, m in modules.items() if anatomy.is_below(path, t.path) for p in m.parameters(recurse=False)}
+        trained = _counts(own.union(*(towers.get(t.name, ()) for towers in adapters)))["trained"]
+        sizes = {"attentions": t.attentions, "width": t.hidden_size, "parameters": t.parameters, "trained": trained}
+        report.towers.append({"name": t.name, "path": t.path, **sizes})
+    if not found.towers:
+        report.problem(
+            f"{found.model_class} has no tower that is known: nothing reads pixels or tokens.",
+            "Name a vision-language model, or one of its towers.",
+        )
+
+
+def _counts(parameters: Collection[nn.Parameter]) -> dict[str, int]:
+    return {
+        "parameters": sum(p.numel() for p in parameters),
+        "trained": sum(p.numel() for p in parameters if p.requires_grad),
     }
-    names = getattr(anatomy.unwrapped(model), "peft_config", {})
-    adapters = {p for name in names for p in _by_tower(base, name).get(tower.name, ())}
-    return sum(p.numel() for p in own | adapters if p.requires_grad)
 
 
 def _by_tower(model: nn.Module, adapter_name: str) -> dict[str, list[nn.Parameter]]:
@@ -334,29 +315,22 @@ def _by_tower(model: nn.Module, adapter_name: str) -> dict[str, list[nn.Paramete
     return towers
 
 
-def _adapters(report: Report, model: PeftModel, found: anatomy.Anatomy) -> None:
+def _adapters(report: Report, model: PeftModel) -> None:
     """What a model's adapters hold, and towers in which one has no parameter that trains while elsewhere it has."""
-    base = anatomy.base_model(model)
+    base, attending = anatomy.base_model(model), [t.name for t in anatomy.describe(model).towers if t.attentions]
     for name, config in model.peft_config.items():
-        towers = _by_tower(base, name)
-        counts = {
-            tower: {
-                "parameters": sum(p.numel() for p in parameters),
-                "trained": sum(p.numel() for p in parameters if p.requires_grad),
-            }
-            for tower, parameters in towers.items()
-        }
+        counts = {tower: _counts(parameters) for tower, parameters in _by_tower(base, name).items()}
         method = method_of(config)
         report.adapters[name] = {
             "method": method.title if method else str(getattr(config.peft_type, "value", config.peft_type)),
             "active": name in model.active_adapters,
             "towers": counts,
-            "left_alone": [t.name for t in found.towers if t.attentions and t.name not in counts] if counts else [],
+            "left_alone": [tower for tower in attending if tower not in counts] if counts else [],
         }
-        if method is not None and (fault := fault_of_saving(model, name)):
-            report.problem(fault)
         if method is None:
             continue
+        if fault := fault_of_saving(model, name):
+            report.problem(fault)
         trains = {tower: bool(n["trained"]) for tower, n in counts.items() if tower != "shared"}
         frozen = [tower for tower, does in trains.items() if not does]
         if frozen and any(trains.values()):
@@ -386,10 +360,3 @@ def _newer(then: str | None, now: str | None) -> bool:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
