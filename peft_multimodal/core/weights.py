@@ -144,12 +144,10 @@ def fitted(
                 " None of its keys is this method's: if a Trainer resumes here, give each run an output_dir of its own."
             )
         base = config.base_model_name_or_path or "unknown"
+        listed = problems[:6] + ([f"and {len(problems) - 6} more"] if len(problems) > 6 else [])
         raise WeightsDontFit(
-            f"The weights don't fit adapter {adapter_name!r} ({config.peft_type.value}, trained on {base!r}); nothing "
-            f"was loaded. "
-            + "; ".join(problems[:6])
-            + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-            + f". Load it into the model it was trained on, with the config it was saved with.{way_out}"
+            f"The weights don't fit adapter {adapter_name!r} ({config.peft_type.value}, trained on {base!r}); nothing was "
+            f"loaded. {'; '.join(listed)}. Load it into the model it was trained on, with the config it was saved with.{way_out}"
         )
     result = {expected[key]: value for key, value in stored.items()} | _copied(model, others)
     return result | _not_missing(model, tuner.prefix, adapter_name, result)

@@ -30,8 +30,7 @@ class RetrievalRecall(evaluate.Metric):
         return evaluate.MetricInfo(
             description="Recall@k of image-to-text and text-to-image retrieval over the whole set, in percent.",
             citation="",
-            inputs_description="predictions: image embeddings; references: text embeddings; compute() takes image_ids, "
-            "text_ids and ks.",
+            inputs_description="predictions: image embeddings; references: text embeddings; and image_ids, text_ids, ks.",
             features=datasets.Features({"predictions": _VECTOR, "references": _VECTOR}),
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def stored_adapters(folder: Path) -> list[StoredAdapter]:
 
 @writes_cards
 def renew_card(model: Any, folder: Path, name: str, notes: CardNotes | None = None) -> None:
-    """Write or renew the README.md of a folder with adapters.
+    """Write or renew the README.md of a folder with adapters; what its reader has written beside our block stays.
 
     Args:
         model: The `PeftModel` that they were saved from, which knows more of them than their files.
@@ -92,21 +92,13 @@ def renew_card(model: Any, folder: Path, name: str, notes: CardNotes | None = No
     if not configs or not adapters:
         return
     known = [m.model.card_notes(model, n) for n, c in configs.items() for m in [method_of(c)] if m is not None]
-    notes = replace(notes, languages=notes.languages or [language for note in known for language in note.languages])
-    if not notes.classes:
-        notes = replace(notes, classes=known[0].classes)
+    languages = notes.languages or [language for note in known for language in note.languages]
+    notes = replace(notes, languages=languages, classes=notes.classes or known[0].classes)
+    base = adapters[0].config.get("base_model_name_or_path")
     # Seen from another folder the path of a local base may look like a Hub id.
-    write_card(folder, adapters, name, notes, {record_of(config).local_base for config in configs.values()})
-
-
-def write_card(
-    folder: Path, adapters: list[StoredAdapter], name: str, notes: CardNotes, local_bases: Collection[str | None]
-) -> None:
-    """The card itself; what is in the file beside it stays."""
+    local = not is_hub_id(base) or base in {record_of(config).local_base for config in configs.values()}
     file = folder / CARD
     card = ModelCard(file.read_text(encoding="utf-8") if file.is_file() else "", ignore_metadata_errors=True)
-    base = adapters[0].config.get("base_model_name_or_path")
-    local = base in local_bases or not is_hub_id(base)
     _set_metadata(card.data, adapters, None if local else base, notes)
     before, _, rest = card.text.partition(BEGIN)
     ours, _, after = rest.partition(END)

@@ -81,6 +81,7 @@ def _check_options(options: dict[str, Any]) -> None:
 
 
 def _save(model: PeftModel, folder: Path, name: str, notes: CardNotes | None, **kwargs: Any) -> None:
+    """As `save`; `name` is what the card calls the place."""
     folder = folder.resolve()  # a link stays, and what it leads to is replaced
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file. Name a folder for the adapter.")
@@ -239,9 +240,7 @@ def load(model: nn.Module, name_or_path: str | os.PathLike, **kwargs: Any) -> Pe
     if kwargs.get("subfolder") and (is_offline_mode() or kwargs.get("local_files_only")):
         # Here PEFT looks for the weights in subfolder/subfolder, or asks the Hub for them.
         name_or_path = folder
-        kwargs = {
-            key: value for key, value in kwargs.items() if key not in ("subfolder", "revision", "local_files_only")
-        }
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("subfolder", "revision", "local_files_only")}
     ours = issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[kind], MultimodalConfig)
     if ours and kwargs.get("autocast_adapter_dtype", True):
         kwargs.setdefault("low_cpu_mem_usage", True)
@@ -354,9 +353,7 @@ def check_files(folder: Path) -> dict[str, Any]:
             "Import the package that defines it, or upgrade peft and peft-multimodal.",
         )
     if not weights_file.is_file():
-        others = sorted(
-            file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.safetensors") for file in folder.glob(pattern)
-        )
+        others = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".safetensors"))
         raise AdapterError(
             f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; other formats are not loaded.",
             f"There is {', '.join(others)}: if you trust where it is from, load it by PEFT's PeftModel.from_pretrained and save "

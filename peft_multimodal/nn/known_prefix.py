@@ -37,11 +37,9 @@ class PrefixStates:
 
     @classmethod
     def cat(cls, parts: Sequence[PrefixStates]) -> PrefixStates:
-        layers = tuple(
-            (torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer]))
-            for layer in zip(*(part.layers for part in parts), strict=True)
-        )
-        return cls(layers, None if parts[0].mask is None else torch.cat([p.mask for p in parts if p.mask is not None]))
+        layers = zip(*(part.layers for part in parts), strict=True)
+        joined = tuple((torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer])) for layer in layers)
+        return cls(joined, None if parts[0].mask is None else torch.cat([p.mask for p in parts if p.mask is not None]))
 
     def lengths(self) -> Tensor:
         """(G)"""

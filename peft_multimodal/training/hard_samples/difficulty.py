@@ -62,14 +62,14 @@ class HardSampling:
         for name, choices in (("difficulty", ("prob", "margin", "loss")), ("emphasis", ("rank", "power"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
-        ranges: dict[str, tuple[float, float]] = {
-            "momentum": (0, 1),
-            "eta": (0, 1),
-            "beta": (0, 1),
-            "guard_share": (0, 1),
+        ranges: dict[str, tuple[float, float]] = dict.fromkeys(("momentum", "eta", "beta", "guard_share"), (0, 1))
+        ranges |= {
+            "alpha": (0, 100),
+            "gamma": (0, 100),
+            "eps": (1e-6, 1),
+            "margin_width": (1e-6, 100),
             "margin": (-2, 2),
         }
-        ranges |= {"alpha": (0, 100), "gamma": (0, 100), "eps": (1e-6, 1), "margin_width": (1e-6, 100)}
         ranges |= {"guard_fall": (-1, 1), "guard_visits": (0, 1_000_000), "queue_size": (1, 10_000_000)}
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
