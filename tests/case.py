@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from families import FAMILIES
@@ -37,6 +37,7 @@ class Case:
         merge: What `merge_and_unload` takes; None where the method doesn't merge.
         bad: (field, value) of its own fields that a config refuses.
         other: Changes of a config that give an adapter other sizes; None where `test_contract.py` has them.
+        fsdp_policy: How FSDP may take the model apart; "NO_WRAP": not at all.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Case:
     merge: dict[str, Any] | None = None
     bad: tuple[tuple[str, Any], ...] = ()
     other: dict[str, Any] | None = None
+    fsdp_policy: str = "TRANSFORMER_BASED_WRAP"
 
     @property
     def method(self) -> Method:
@@ -56,6 +58,10 @@ class Case:
     @property
     def promises(self) -> Promises:
         return self.method.promises
+
+    def has(self, field: str) -> bool:
+        """Whether the method's config has a field of this name."""
+        return field in {f.name for f in fields(self.method.config)}
 
     def families(self) -> list[str]:
         """Names of the families that it applies to."""

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from case import declared
 from families import FAMILIES
 from methods import CASES, METHODS, home, wrap
 from peft import LoraConfig, get_peft_model
@@ -91,14 +92,15 @@ def test_every_family_can_be_looked_at(name: str):
     report = examine(FAMILIES[name].build())
     assert report.healthy
     assert {tower["name"] for tower in report.towers}
-    names = {"aurora_mode_approx": "AuroraModeApprox", "cross_lingual_adapter": "CrossLingualAdapter",
-             "structured_prompt": "StructuredPrompt", "hard_sample_domain_adapter": "HardSampleDomainAdapter"}  # fmt: skip
-    for method, shown in names.items():
-        expected = (name, method) in CASES or (name, method) == (
-            "llama",
-            "aurora_mode_approx",
-        )  # a case of GatedXAttn's alone
-        assert report.methods[shown]["fits"] == expected, report.methods[shown]
+    for case in (declared()[method] for method in registry.METHODS):
+        found = report.methods[case.method.title]
+        if (name, case.name) in CASES:
+            assert found["fits"], found
+        elif (
+            "vision" in FAMILIES[name].towers and case.promises.acts_on != "decoder"
+        ):  # else some fit that are no cases
+            assert not found["fits"]
+            assert case.refusal in found["reason"]
 
 
 def test_by_the_command_line(clip: Path, adapter: Path):
@@ -234,7 +236,7 @@ def test_newer_packages_are_a_warning(clip: Path, adapter: Path):
 
 
 def test_wrong_versions(clip: Path, monkeypatch):
-    monkeypatch.setattr("peft_multimodal.doctor._requirements", lambda: ["peft>=99", "nothing-of-the-kind>=1"])
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: ["peft>=99", "nothing-of-the-kind>=1"])
     monkeypatch.setattr("peft_multimodal.doctor.CHECKED", ("peft", "nothing-of-the-kind"))
     found = examine(clip).findings
     assert [f.way_out for f in found] == ['pip install -U "peft>=99"', 'pip install "nothing-of-the-kind>=1"']

@@ -27,12 +27,13 @@ import test_trainer
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from case import Case, declared
 from families import FAMILIES
 from methods import wrap
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_contract import Rows
-from test_trainer import NAMES, TRAINERS, arguments, contrastive, stock
+from test_trainer import NAMES, TRAINERS, arguments, contrastive, stock, trained_on
 
 from peft_multimodal import HardSampleBank, last_checkpoint
 
@@ -76,10 +77,9 @@ def fsdp1(folder: Path) -> dict[str, Any]:
 
 def fsdp_options(name: str, version: int = 2) -> dict[str, Any]:
     config: dict[str, Any] = {"version": version, "state_dict_type": "FULL_STATE_DICT"}
-    config |= {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "cpu_ram_efficient_loading": False}
-    if name == "structured_prompt":
-        config["auto_wrap_policy"] = "NO_WRAP"
-    if name == "gated_xattn":  # transformers' own list for LLaVA names classes that CLIP's vision tower hasn't
+    policy = declared()[name].fsdp_policy if name in NAMES else Case.fsdp_policy
+    config |= {"auto_wrap_policy": policy, "cpu_ram_efficient_loading": False}
+    if name in NAMES and trained_on(name).name == "llava":  # its own list names classes that CLIP's vision tower hasn't
         config["transformer_layer_cls_to_wrap"] = ["LlamaDecoderLayer", "CLIPEncoderLayer"]
     if version == 1:
         config |= {"use_orig_params": True, "sync_module_states": False}

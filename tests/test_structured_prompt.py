@@ -910,6 +910,7 @@ CASES = [
         anywhere=lambda: StructuredPromptConfig(general_init=None, attention_dim=8, num_heads=2),
         whole=lambda: StructuredPromptConfig(general_init=None),
         refusal="Use a dual encoder",
+        fsdp_policy="NO_WRAP",
     )
 ]
 

@@ -17,6 +17,7 @@ import datasets
 import pytest
 import torch
 import transformers as hf
+from case import declared
 from families import FAMILIES, Family
 from methods import CASES, METHODS, adapter, language, word_tokenizer, wrap
 from test_contract import Rows
@@ -34,7 +35,6 @@ from peft_multimodal import (
 from peft_multimodal.training.trainer import AdapterTrainer
 
 NAMES = [method for method in METHODS if "-" not in method]
-DROPOUT = {"aurora_mode_approx", "cross_lingual_adapter", "hard_sample_domain_adapter"}
 PARTS = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
@@ -51,6 +51,11 @@ def trained_on(method: str) -> Family:
     return FAMILIES[next(name for name in ("clip", "llava") if (name, method) in CASES)]
 
 
+def dropout(method: str, p: float) -> dict[str, float]:
+    """Changes of a config, where it has the field."""
+    return {"dropout": p} if declared()[method].has("dropout") else {}
+
+
 def arguments(folder: Path, **options: Any) -> hf.TrainingArguments:
     return hf.TrainingArguments(
         **{
@@ -63,7 +68,7 @@ def arguments(folder: Path, **options: Any) -> hf.TrainingArguments:
 
 def stock(method: str, folder: Path, **options: Any) -> hf.Trainer:
     family = trained_on(method)
-    model = wrap(family, method, stirred=False, **({"dropout": 0.2} if method in DROPOUT else {}))
+    model = wrap(family, method, stirred=False, **dropout(method, 0.2))
     rows = Rows(family, model)
     return hf.Trainer(model, arguments(folder, **options), rows.collate, train_dataset=rows)
 
@@ -268,7 +273,7 @@ def test_gradient_accumulation_and_bf16(method: str, tmp_path: Path):
         "bf16": {"bf16": True},
     }.items():
         family = trained_on(method)
-        model = wrap(family, method, **({"dropout": 0.0} if method in DROPOUT else {}))
+        model = wrap(family, method, **dropout(method, 0.0))
         start = {n: p.detach().clone() for n, p in adapter(model).items()}
         rows = Rows(family, model, copies=1)
         rows.rows *= 2
@@ -295,7 +300,7 @@ def test_columns_that_the_model_does_not_read(method: str, tmp_path: Path):
     family = trained_on(method)
     found = []
     for kind in ("rows", "dataset", "plain"):
-        model = wrap(family, method, stirred=False, **({"dropout": 0.0} if method in DROPOUT else {}))
+        model = wrap(family, method, stirred=False, **dropout(method, 0.0))
         rows = Rows(family, model, copies=1)
         rest = rows.rest
         data: Any = rows

@@ -31,6 +31,8 @@ class AuroraMatrixLayer(nn.Module, AuroraModeApproxLayer):
 
     adapter_layer_names = ("aurora_mode_approx_P_norm",)
     other_param_names = ("slices",)
+    in_features: int  # of what the wrapped module reads and gives, as PEFT's LoRA layers name them
+    out_features: int
 
     def __init__(self, base_layer: nn.Module, factors: SharedFactors, scope: CallScope | None) -> None:
         nn.Module.__init__(self)
@@ -39,12 +41,10 @@ class AuroraMatrixLayer(nn.Module, AuroraModeApproxLayer):
         self.slices: dict[str, Slices] = {}
         self.merged_adapters: list[str] = []
         self.scope = scope
-        self.in_features, self.out_features = self.features()
+        base: Any = self.get_base_layer()
+        of_three = isinstance(base, nn.MultiheadAttention)
+        self.in_features, self.out_features = (base.embed_dim, 3 * base.embed_dim) if of_three else linear_shape(base)
         self._factors = (factors,)  # a reference: in a tuple it is not registered, so it is saved once
-
-    def features(self) -> tuple[int, int]:
-        """Widths of what the wrapped module reads and gives, as PEFT's LoRA layers name them."""
-        raise NotImplementedError
 
     @property
     def factors(self) -> SharedFactors:
@@ -181,9 +181,6 @@ class AuroraLinear(AuroraMatrixLayer):
             y = self.add_update(y, x, adapter)
         return y
 
-    def features(self) -> tuple[int, int]:
-        return linear_shape(self.get_base_layer())
-
     def base_weights(self) -> list[Tensor]:
         base: Any = self.get_base_layer()
         if not base.weight.is_floating_point() or base.weight.shape.numel() != math.prod(linear_shape(base)):
@@ -224,9 +221,8 @@ class AuroraMultiheadAttention(AuroraMatrixLayer):
             inputs = [x[None] for x in inputs]
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
         projected = self._project(inputs, sources, adapters)
-        q, k, v = (
-            x.unflatten(-1, (base.num_heads, base.head_dim)).transpose(1, 2) for x in projected
-        )  # B x h x L x d_h
+        heads = (base.num_heads, base.head_dim)
+        q, k, v = (x.unflatten(-1, heads).transpose(1, 2) for x in projected)  # B x h x L x d_h
         mask = _additive_mask(attn_mask, key_padding_mask, q)
         attention = None
         if need_weights:
@@ -257,10 +253,6 @@ class AuroraMultiheadAttention(AuroraMatrixLayer):
                     projected[i] = projected[i] + update.to(projected[i].dtype)
         return projected
 
-    def features(self) -> tuple[int, int]:
-        base: Any = self.get_base_layer()
-        return base.embed_dim, 3 * base.embed_dim
-
     def base_weights(self) -> list[Tensor]:
         base: Any = self.get_base_layer()
         if base.in_proj_weight is not None:
@@ -272,9 +264,9 @@ def _additive_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q:
     """The two masks of `nn.MultiheadAttention` (True or -inf: don't look) as one that is added to (B, h, L, S) scores."""
 
     def additive(mask: Tensor) -> Tensor:
-        return (
-            torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, float("-inf")) if mask.dtype == torch.bool else mask
-        )
+        if mask.dtype != torch.bool:
+            return mask
+        return torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, float("-inf"))
 
     total = None
     if attn_mask is not None:
