@@ -12,23 +12,11 @@ from peft.tuners.tuners_utils import _ExcludedModule
 from torch import nn
 
 from .anatomy import Anatomy, Matrix, Site, base_model, describe, pixel_readers, token_embeddings
-from .checks import (
-    check_adapter_name,
-    check_bare,
-    check_beside,
-    check_reach,
-    check_whole_modules,
-    warn_of_unread,
-)
+from .checks import check_adapter_name, check_bare, check_beside, check_reach, check_whole_modules, warn_of_unread
 from .companions import own_copy, record_of
 from .matching import check_same_base, choose, fold, left_out
 from .parts import AttachedPart, InputGradients, MultimodalLayer
-from .storage import (
-    check_below,
-    check_file_has_modules,
-    check_modules_to_save,
-    is_hub_id,
-)
+from .storage import check_below, check_file_has_modules, check_modules_to_save, is_hub_id
 from .storing import StoringTuner
 
 

@@ -33,10 +33,7 @@ class PairedDifference:
 
 
 def bootstrap_error(
-    values: Sequence[float] | np.ndarray | Tensor,
-    groups: Ids | None = None,
-    samples: int = 10_000,
-    seed: int = 0,
+    values: Sequence[float] | np.ndarray | Tensor, groups: Ids | None = None, samples: int = 10_000, seed: int = 0
 ) -> BootstrapEstimate:
     """Percentile bootstrap of the mean over test items.
 

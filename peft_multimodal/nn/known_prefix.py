@@ -134,12 +134,7 @@ def side_by_side(times: int, length: int) -> tuple[int, int]:
 
 
 def continuation_mask(
-    begun: int,
-    length: int,
-    device: torch.device,
-    together: int = 1,
-    copies: int = 1,
-    prefix_mask: Tensor | None = None,
+    begun: int, length: int, device: torch.device, together: int = 1, copies: int = 1, prefix_mask: Tensor | None = None
 ) -> Tensor:
     """What each token of continuations sees: the prefix of `begun` tokens, and its own continuation up to itself.
 
@@ -156,14 +151,7 @@ def continuation_mask(
 
 
 def continue_prefix(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    together: int,
-    scaling: float,
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, mask: Tensor, together: int, scaling: float
 ) -> Tensor:
     """h (G n, heads, L, d_h) of n continuations of each of G prefixes.
 

@@ -25,13 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.anatomy import (
-    Anatomy,
-    describe,
-    is_below,
-    is_cross,
-    stack_of,
-)
+from ..core.anatomy import Anatomy, describe, is_below, is_cross, stack_of
 from ..core.parts import CallScope
 from ..core.private import InsideCheckpoint
 from ..core.stand_in import StandIn

@@ -63,13 +63,7 @@ class StructuredContext(nn.Module):
     """
 
     def __init__(
-        self,
-        text_width: int,
-        *,
-        num_general: int,
-        num_instance: int,
-        num_domain: int,
-        num_domains: int,
+        self, text_width: int, *, num_general: int, num_instance: int, num_domain: int, num_domains: int
     ) -> None:
         super().__init__()
 
