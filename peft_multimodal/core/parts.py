@@ -115,11 +115,7 @@ def check_rows(
 
 
 def names_of_rows(adapter_names: Sequence[str], rows: int, copies: int = 1) -> list[str]:
-    """The adapter of each row of a batch, or of the `copies` of each row that generation has made (beams).
-
-    Raises:
-        ValueError: they aren't as many.
-    """
+    """The adapter of each row of a batch, or of the `copies` of each row that generation has made (beams)."""
     for times in (1, copies):
         if rows == times * len(adapter_names):
             return [name for name in adapter_names for _ in range(times)]
@@ -151,9 +147,6 @@ def rows_in(
     Args:
         known, inputs: As `check_rows` takes them.
         copies: Of each row, that generation makes.
-
-    Raises:
-        ValueError: the model trains, or the names aren't one known adapter for each row.
     """
     if model.training:
         raise ValueError("adapter_names=[...] is for inference: call model.eval(), and train one adapter at a time.")
@@ -168,11 +161,7 @@ def rows_in(
 
 
 def rows_of(scope: CallScope, rows: int, device: torch.device) -> dict[str, Tensor]:
-    """{adapter: its rows of a batch} for a part that sees so many, within `rows_in`; made once for all parts.
-
-    Raises:
-        ValueError: the part doesn't see the batch row by row.
-    """
+    """{adapter: its rows of a batch} for a part that sees so many, within `rows_in`; made once for all parts."""
     made, key = scope.values["rows"], (rows, device)
     if key not in made:
         made[key] = rows_by_name(names_of_rows(scope.values["adapter_names"], rows, scope.values["copies"]), device)
@@ -183,9 +172,6 @@ def rows_of(scope: CallScope, rows: int, device: torch.device) -> dict[str, Tens
 def rows_beside(model: nn.Module, adapter_names: Sequence[str], copies: int = 1) -> Iterator[None]:
     """Within it, in this thread, a module that is trained beside adapters (`modules_to_save`) serves row i by the copy of
     `adapter_names[i]`, or as the base model has it where that adapter brings none: as PEFT does it for LoRA.
-
-    Raises:
-        ValueError: the model has such a module that PEFT can't run row by row.
     """
     scope = CallScope()
 

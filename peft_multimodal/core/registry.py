@@ -129,11 +129,7 @@ def method_of(config: Any) -> Method | None:
 
 
 def add_peft_type(name: str) -> PeftType:
-    """Add `name` as a member to `PeftType`: iteration, `PeftType(name)`, pickle, copy and JSON treat it as any other.
-
-    Args:
-        name: The member's name and value, upper case.
-    """
+    """Add a member to `PeftType` (upper case), which iteration, `PeftType(name)`, pickle, copy and JSON treat as any other."""
     if name in PeftType.__members__:
         return PeftType[name]
     member = str.__new__(PeftType, name)

@@ -36,12 +36,7 @@ _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
 def check_below(outer: nn.Module, model: nn.Module) -> None:
-    """Refuse a PeftModel whose adapters another call of `get_peft_model` would leave behind in part.
-
-    Args:
-        outer: What is to be wrapped.
-        model: The base model in it.
-    """
+    """Refuse to wrap `outer`, a PeftModel around `model`, where that would leave its adapters behind in part."""
     if isinstance(model, PeftModel):
         raise ValueError(
             f"{_kinds(outer)} was put around a PeftModel, and its files then name modules inside of that: under another "

@@ -57,12 +57,7 @@ def checkpoint_keys(model: nn.Module, layer_cls: Any, adapter_name: str) -> dict
 def gathered(
     tuner: Any, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What an adapter's file holds.
-
-    Args:
-        tuner: The class of the method's model.
-        state_dict: The model's.
-    """
+    """What an adapter's file holds of the model's state dict; `tuner` is the class of the method's model."""
     state_dict = {_WRAPPERS.sub("", key): value for key, value in state_dict.items()}
     keys = tuner.checkpoint_keys(model, adapter_name)
     if not state_dict.keys() >= set(keys.values()):

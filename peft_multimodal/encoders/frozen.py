@@ -97,15 +97,7 @@ def is_given(key: str) -> bool:
 
 
 def find_encoder(name: str, revision: str | None, kind: str, field: str) -> Place:
-    """The place of an encoder, a Hub id's with the commit that is there now.
-
-    Args:
-        kind: What messages call it: "language encoder".
-        field: The config's field that names it.
-
-    Raises:
-        ValueError: it can't be found.
-    """
+    """The place of an encoder, a Hub id's with the commit that is there now; messages call it by its kind and field."""
     if Path(name).is_dir():
         return Place(name, revision)
     try:
@@ -117,15 +109,7 @@ def find_encoder(name: str, revision: str | None, kind: str, field: str) -> Plac
 
 
 def read_encoder(place: Place, kind: str, field: str, prefer: Any = None) -> nn.Module:
-    """The encoder as a module, with all its weights.
-
-    Args:
-        kind, field: As of `find_encoder`.
-        prefer: An auto class that is used for the models that it knows, before `AutoModel`.
-
-    Raises:
-        ValueError: it can't be read, or lacks weights.
-    """
+    """The encoder as a module, with all its weights; `prefer` is an auto class that goes before `AutoModel` where it can."""
     name, revision = place
     try:
         with real_parameters(), _without_load_report():

@@ -74,14 +74,7 @@ def _place(config: NamesVisionEncoder) -> Place:
 
 @torch.no_grad()
 def frame_features(encoder: nn.Module, pixels: Tensor) -> Tensor:
-    """The states of all tokens (or of all places of a convolutional network) of each frame.
-
-    Args:
-        pixels: (N, F, C, H, W).
-
-    Returns:
-        (N, F, S, D).
-    """
+    """The states (N, F, S, D) of all tokens, or places of a convolutional network, of frames (N, F, C, H, W)."""
     states = encoder(pixel_values=pixels.flatten(0, 1).to(device_of(encoder), dtype_of(encoder))).last_hidden_state
     if states.ndim == 4:  # (N F, D, H', W')
         states = states.flatten(2).transpose(1, 2)

@@ -151,11 +151,7 @@ def _stands_in(folder: Path) -> bool:
 
 
 def _carry_over(source: Path, target: Path) -> None:
-    """Give `target` what `source` has beside it: the same files and links, and folders like its own.
-
-    Raises:
-        OSError: it can't have them.
-    """
+    """Give `target` what `source` has beside it: the same files and links, and folders like its own; else OSError."""
     for entry in os.scandir(source):
         place = target / entry.name
         with suppress(FileNotFoundError):  # another process has taken it away

@@ -50,11 +50,7 @@ class WithoutImages(LogitsProcessor):
 def fit_to_marker(
     processors: LogitsProcessorList, marker: int, without_images: Callable[[], AbstractContextManager[None]]
 ) -> LogitsProcessorList:
-    """Those of a `generate` whose text has markers.
-
-    Args:
-        without_images: A context in which the model reads a text without images.
-    """
+    """Those of a `generate` whose text has markers; within `without_images` the model reads a text that has none."""
 
     def fit(processor: Any) -> Any:
         if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):

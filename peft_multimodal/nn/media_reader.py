@@ -15,7 +15,7 @@ from transformers import Cache, LogitsProcessorList
 from ..core.parts import CallScope
 from ..core.private import BeforeCandidates, FitLogitsProcessors
 from ..core.stand_in import StandIn
-from ..encoders.frozen import HoldsEncoders, Place
+from ..encoders.frozen import HoldsEncoders
 from ..encoders.vision import frame_features
 from .marker_logits import NoMarkers, fit_to_marker
 from .media import MediaCache, Reading
@@ -37,7 +37,7 @@ class MediaReader(HoldsEncoders):
 
     def __init__(self, model: nn.Module, stack: nn.Module) -> None:
         super().__init__(stack)
-        self.sights: dict[str, Seeing] = {}
+        self.sights: dict[str, Seeing] = {}  # of each adapter
         self.scope = CallScope()
         self._model = (model,)  # a tuple is not registered
         names = list(inspect.signature(model.forward).parameters)
@@ -58,18 +58,6 @@ class MediaReader(HoldsEncoders):
                 FitLogitsProcessors(model, generation.fit),
                 BeforeCandidates(model, generation.refuse_assistants),
             ]
-
-    def see_by(
-        self, adapter_name: str, seeing: Seeing, encoder: nn.Module | None = None, place: Place | None = None
-    ) -> None:
-        """Let an adapter read images.
-
-        Args:
-            encoder, place: Of its images, and where it was read.
-        """
-        if encoder is not None:
-            self.take_encoder(adapter_name, encoder, place)
-        self.sights[adapter_name] = seeing
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

@@ -96,10 +96,7 @@ class ModalityRouter:
     # --- what is asked ---
 
     def modalities(self, path: str) -> tuple[int, ...]:
-        """Those that the tokens of a layer can have; one alone is the modality of all.
-
-        Args:
-            path: Of the layer, or of a module inside it.
+        """Those that the tokens of a layer, or of a module inside it, can have; one alone is the modality of all.
 
         Raises:
             ValueError: it has to be measured and can't be; the message says why.

@@ -40,11 +40,7 @@ class Stream:
 
 
 def measured(model: nn.Module, stacks: Sequence[str]) -> dict[str, Stream | None]:
-    """{stack: its stream} of single streams; None where text and image mix, and no entry of what holds no layers.
-
-    Raises:
-        ValueError: the model can't be run.
-    """
+    """{stack: its stream} of single streams; None where text and image mix, and no entry of what holds no layers."""
     firsts = {stack: layer for stack in stacks for layer in [_first_layer(model, stack)] if layer is not None}
     if not firsts:
         return {}
@@ -102,11 +98,7 @@ def _tiny_runs(model: nn.Module, firsts: dict[str, nn.Module]) -> tuple[dict[str
 
 
 def tiny_inputs(model: Any, seed: int, several: tuple[int, ...] = ()) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A text and an image as a model's `forward` takes them, both differing from seed to seed everywhere.
-
-    Args:
-        several: (images a row,) where it takes more than one.
-    """
+    """A text and an image, or `several`, as a model's `forward` takes them, differing from seed to seed everywhere."""
     names = list(inspect.signature(type(model).forward).parameters)
     modules, device, dtype = own_modules(model), device_of(model), dtype_of(model)
     drawn = torch.Generator().manual_seed(seed)

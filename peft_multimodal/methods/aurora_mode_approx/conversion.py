@@ -27,9 +27,7 @@ def stacks(
 ) -> Iterator[tuple[str, list[tuple[AuroraMatrixLayer, int]], Tensor]]:
     """For every group of factors: its name, the (layer, row of P) of its matrices, and these: N x d_out x d_in.
 
-    Args:
-        layers: {module path: layer} of the adapter.
-        weights: {module path: all its matrices, one below the other}.
+    Both arguments are by module path; a module's weights lie one below the other.
     """
     rows: dict[str, list[tuple[AuroraMatrixLayer, int]]] = defaultdict(list)
     matrices: dict[str, list[Tensor]] = defaultdict(list)

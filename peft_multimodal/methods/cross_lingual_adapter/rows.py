@@ -28,12 +28,7 @@ def by_language(
     limit: int | None,
     level: str,
 ) -> BaseModelOutputWithPooling:
-    """What a text tower gives for texts (B, L), row i by `run(ids, mask, names[i])`.
-
-    Args:
-        limit: Tokens that the tower itself reads.
-        level: Of the adapters.
-    """
+    """What a text tower, which reads `limit` tokens itself, gives for texts (B, L): row i by `run(ids, mask, names[i])`."""
     if attention_mask is None:
         raise ValueError("A batch of several languages needs its attention_mask: each language pads its own way.")
     groups = []

@@ -16,11 +16,7 @@ from ...languages import Teaching
 
 
 def text_tower(model: nn.Module, anatomy: Anatomy) -> str:
-    """Path of the text tower that can be replaced as a whole.
-
-    Raises:
-        NoMatchingPeftModuleError: the model has none; the message says why and what to use.
-    """
+    """Path of the text tower that can be replaced as a whole; the error says why there is none, and what to use."""
     towers = [t for t in anatomy.towers if t.name == "text" and t.attentions]
     embeddings = token_embeddings(model)
     instead = (

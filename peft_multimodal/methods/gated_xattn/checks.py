@@ -18,11 +18,7 @@ LARGE, SHARE = 10_000_000, 0.25
 
 
 def find_decoder(model: Any, anatomy: Anatomy) -> Decoder:
-    """The decoder of a language model, or of the language model inside a vision-language model.
-
-    Raises:
-        NoMatchingPeftModuleError: there is none that reads text alone; the message says why and what to use.
-    """
+    """The one decoder that reads text alone, maybe inside a vision-language model; the error says what else to use."""
     name = anatomy.model_class
     towers = [t for t in anatomy.towers if t.name == "decoder"]
     if not towers:
@@ -74,12 +70,7 @@ def check_marker(marker: int | None, model: nn.Module) -> None:
 
 
 def warn_of_size(count: int, model: nn.Module, made_of: str) -> None:
-    """Say before anything is made how large a large adapter will be, and what makes it smaller.
-
-    Args:
-        count: Of its parameters.
-        made_of: What has them.
-    """
+    """Say before anything is made how many parameters a large adapter will have, in what, and what makes it smaller."""
     whole = sum(p.numel() for p in model.parameters())
     if count > max(LARGE, SHARE * whole):
         warnings.warn(

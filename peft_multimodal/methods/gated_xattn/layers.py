@@ -129,7 +129,9 @@ class GatedXAttnReader(MediaReader, GatedXAttnLayer):
             shared: The one block of all layers, where they share one.
             encoder, place: Of its images, and where it was read.
         """
-        self.see_by(adapter_name, seeing, encoder, place)
+        if encoder is not None:
+            self.take_encoder(adapter_name, encoder, place)
+        self.sights[adapter_name] = seeing
         self.gated_xattn_resampler[adapter_name] = resampler
         if shared is not None:
             self.gated_xattn_shared[adapter_name] = shared

@@ -130,11 +130,7 @@ class PromptedClassifier(AttachedPart, StructuredPromptLayer):
         self.keeper.kept.clear()
 
     def listed(self, adapter_name: str | None = None) -> Texts:
-        """The class list, as an adapter takes it.
-
-        Raises:
-            ValueError: there is none, or the adapter can't take it.
-        """
+        """The class list, as an adapter takes it; ValueError where there is none, or the adapter can't take it."""
         if self.texts is None:
             self.reader.tokenizer_frame()
             raise ValueError(

@@ -27,11 +27,7 @@ class Images(NamedTuple):
 
 
 def text_tower(model: Any, anatomy: Anatomy) -> str:
-    """Path of a dual encoder's text tower.
-
-    Raises:
-        NoMatchingPeftModuleError: the model is no dual encoder.
-    """
+    """Path of a dual encoder's text tower; NoMatchingPeftModuleError where the model is none."""
     towers = [t.path for t in anatomy.towers if t.path and any(is_below(e, t.path) for e in token_embeddings(model))]
     dual = all(hasattr(model, f"get_{kind}_features") for kind in ("text", "image"))
     scale = any(isinstance(getattr(model, name, None), Tensor) for name in ("logit_scale", "temperature"))

@@ -30,11 +30,7 @@ class Settings(Protocol):
 
 
 def class_list(names: Any, tokenizer: Any, reader: PromptReader) -> Texts:
-    """The texts of class names.
-
-    Raises:
-        ValueError: there are none, or two of them can't be told apart.
-    """
+    """The texts of class names; ValueError where there are none, or two that can't be told apart."""
     frame, names = reader.tokenizer_frame(), in_order(names)
     if not isinstance(names, list) or not names or not all(isinstance(n, str) and n.strip() for n in names):
         raise ValueError(f"set_classes takes a list of names, got {names!r}.")
@@ -49,11 +45,7 @@ def class_list(names: Any, tokenizer: Any, reader: PromptReader) -> Texts:
 
 
 def fitting(texts: Texts, adapter_name: str, settings: Settings, reader: PromptReader) -> Texts:
-    """The texts as an adapter takes them.
-
-    Raises:
-        ValueError: it can't: they are too long, or another number of classes.
-    """
+    """The texts as an adapter takes them; ValueError where they are too long, or another number of classes than its."""
     context = settings.context()
     longest, room = texts.ids.shape[1], reader.room(context)
     if longest > room and not torch.compiler.is_compiling():

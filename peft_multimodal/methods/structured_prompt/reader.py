@@ -54,11 +54,7 @@ class PromptReader:
         self.frame: Frame | None = None
 
     def tokenizer_frame(self) -> Frame:
-        """The frame of the tokenizer that was measured.
-
-        Raises:
-            ValueError: there was none.
-        """
+        """The frame of the tokenizer that was measured; ValueError where none was."""
         if self.frame is None:
             raise ValueError(
                 "No classes are set: call model.set_classes(names, tokenizer) first, or model.set_tokenizer(tokenizer) where "
