@@ -87,10 +87,9 @@ class Anatomy:
             for t in self.towers
         ]
         text = f"{self.model_class}\n" + table(("tower", "module", "class", "attentions", "width", "parameters"), rows)
-        if self.fusion_layers:
-            text += f"\nfusion layers (self- and cross-attention): {len(self.fusion_layers)}, " + _span(
-                self.fusion_layers
-            )
+        if layers := self.fusion_layers:
+            span = " .. ".join(dict.fromkeys([layers[0], layers[-1]]))
+            text += f"\nfusion layers (self- and cross-attention): {len(layers)}, {span}"
         if self.media_tokens:
             text += "\nmedia tokens: " + ", ".join(f"{name}={token}" for name, token in self.media_tokens.items())
         return text
@@ -257,10 +256,6 @@ def _predicts_tokens(model: Any, modules: dict[str, nn.Module], path: str, num_t
     ):
         return True
     return num_text == 1 and model.get_output_embeddings() is not None
-
-
-def _span(paths: list[str]) -> str:
-    return paths[0] if len(paths) == 1 else f"{paths[0]} .. {paths[-1]}"
 
 
 def _count(modules: dict[str, nn.Module], root: str) -> int:

@@ -129,7 +129,7 @@ def method_of(config: Any) -> Method | None:
 
 
 def add_peft_type(name: str) -> PeftType:
-    """Add a member to `PeftType` (upper case), which iteration, `PeftType(name)`, pickle, copy and JSON treat as any other."""
+    """Add a member (upper case) to `PeftType`: iteration, `PeftType(name)`, pickle, copy and JSON treat it as any other."""
     if name in PeftType.__members__:
         return PeftType[name]
     member = str.__new__(PeftType, name)

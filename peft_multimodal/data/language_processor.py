@@ -145,7 +145,7 @@ class LanguageProcessor:
             texts = [text] if isinstance(text, str) else list(text)
             if language is None or isinstance(language, str):
                 name = language or self.base
-                batch |= {**self.tokenize(texts, name), "adapter_names": self._routes([name] * len(texts))}
+                batch |= {**self.tokenize(texts, name), "adapter_names": [self._route(name)] * len(texts)}
             else:
                 batch |= self._mixed(texts, list(language))
         if images is not None:
@@ -169,10 +169,7 @@ class LanguageProcessor:
             width = part["input_ids"].shape[1]
             ids[rows[name], :width] = part["input_ids"]
             mask[rows[name], :width] = part["attention_mask"]
-        return {"input_ids": ids, "attention_mask": mask, "adapter_names": self._routes(languages)}
-
-    def _routes(self, languages: list[str]) -> list[str]:
-        return [self._route(name) for name in languages]
+        return {"input_ids": ids, "attention_mask": mask, "adapter_names": [self._route(name) for name in languages]}
 
     def _route(self, language: str) -> str:
         return "__base__" if language == self.base else self.adapters.get(language, language)

@@ -109,7 +109,7 @@ def find_encoder(name: str, revision: str | None, kind: str, field: str) -> Plac
 
 
 def read_encoder(place: Place, kind: str, field: str, prefer: Any = None) -> nn.Module:
-    """The encoder as a module, with all its weights; `prefer` is an auto class that goes before `AutoModel` where it can."""
+    """The encoder as a module, with all its weights; `prefer` is an auto class to take where it knows the model."""
     name, revision = place
     try:
         with real_parameters(), _without_load_report():

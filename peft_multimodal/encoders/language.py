@@ -46,10 +46,10 @@ def load_encoder(config: NamesEncoder, present: nn.ModuleDict | None = None) -> 
     Raises:
         ValueError: it can't be read, reads no text, lacks weights, or is not the one that the adapter was trained on.
     """
-    if (given := given_encoder(config)) is not None:
-        module, tokenizer = given
+    place = place_of(config)
+    if place is None:
+        module, tokenizer = given_encoder(config)
     else:
-        place = _place(config)
         module = present[place.key] if present is not None and place.key in present else _read(place)
         kept = str(Path(place.name).with_name(KEPT_TOKENIZER))
         tokenizer = _tokenizer(kept if _is_kept(config) else place.name, place.revision)
@@ -85,8 +85,10 @@ def _is_kept(config: NamesEncoder) -> bool:
     return config.save_encoder and record_of(config).origin is not None
 
 
-def _place(config: NamesEncoder) -> Place:
-    """Where the encoder is; the config then names its commit."""
+def place_of(config: NamesEncoder) -> Place | None:
+    """Where the encoder is, whose commit the config then names; None where it was given as a module."""
+    if given_encoder(config) is not None:
+        return None
     if _is_kept(config):
         origin: Any = record_of(config).origin
         source, subfolder = origin.source, origin.subfolder or ""
@@ -101,11 +103,6 @@ def _place(config: NamesEncoder) -> Place:
     place = find_encoder(config.encoder, config.encoder_revision, KIND, "encoder")
     config.encoder_revision = place.revision
     return place
-
-
-def place_of(config: NamesEncoder) -> Place | None:
-    """Where the encoder was read; None where it was given as a module."""
-    return _place(config) if given_encoder(config) is None else None
 
 
 def _tokenizer(place: str, revision: str | None) -> Any:

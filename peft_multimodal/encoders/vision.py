@@ -61,12 +61,9 @@ def load_vision_encoder(config: NamesVisionEncoder, present: nn.ModuleDict | Non
 
 
 def place_of(config: NamesVisionEncoder) -> Place | None:
-    """Where the encoder was read; None where it was given as a module."""
-    return _place(config) if given_encoder(config) is None else None
-
-
-def _place(config: NamesVisionEncoder) -> Place:
-    assert config.vision_encoder is not None
+    """Where the encoder is, whose commit the config then names; None where it was given as a module."""
+    if given_encoder(config) is not None or config.vision_encoder is None:
+        return None
     place = find_encoder(config.vision_encoder, config.vision_encoder_revision, KIND, FIELD)
     config.vision_encoder_revision = place.revision
     return place

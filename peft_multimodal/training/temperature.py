@@ -58,10 +58,10 @@ class ScaleBounds:
 def _trained_scales(model: nn.Module) -> Iterator[tuple[nn.Parameter, float, float]]:
     """Wherever they are: in the model itself, or in a copy that `modules_to_save` made of a part."""
     for module in model.modules():
-        for name, bounds in (("logit_scale", _log_bounds), ("temperature", _temperature_bounds)):
+        for name in ("logit_scale", "temperature"):
             parameter = module._parameters.get(name)
             if parameter is not None and parameter.requires_grad and parameter.numel() == 1:
-                yield parameter, *bounds(module)
+                yield parameter, *(_log_bounds(module) if name == "logit_scale" else (1 / LARGEST, math.inf))
 
 
 def _log_bounds(module: Any) -> tuple[float, float]:
@@ -69,10 +69,6 @@ def _log_bounds(module: Any) -> tuple[float, float]:
     if high is None and not isinstance(getattr(module, "logit_bias", None), Tensor):
         high = math.log(LARGEST)
     return -math.inf if low is None else low, math.inf if high is None else high
-
-
-def _temperature_bounds(module: Any) -> tuple[float, float]:
-    return 1 / LARGEST, math.inf
 
 
 def _own_bounds(module: Any) -> tuple[float | None, float | None]:

@@ -124,7 +124,7 @@ class AuroraMatrixLayer(nn.Module, AuroraModeApproxLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add dW of the adapters, by default the active ones; with `safe_merge` nothing is touched if that isn't finite."""
+        """Add dW of the adapters, by default the active ones; `safe_merge` refuses what isn't finite beforehand."""
         if safe_merge:
             self.check_merge(adapter_names)
         for adapter in check_adapters_to_merge(self, adapter_names):

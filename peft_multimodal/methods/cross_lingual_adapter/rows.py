@@ -28,7 +28,7 @@ def by_language(
     limit: int | None,
     level: str,
 ) -> BaseModelOutputWithPooling:
-    """What a text tower, which reads `limit` tokens itself, gives for texts (B, L): row i by `run(ids, mask, names[i])`."""
+    """What a tower that itself reads `limit` tokens gives for texts (B, L): row i by `run(ids, mask, names[i])`."""
     if attention_mask is None:
         raise ValueError("A batch of several languages needs its attention_mask: each language pads its own way.")
     groups = []

@@ -44,10 +44,11 @@ class RememberingTrainer(AdapterTrainer):
     ) -> None:
         if hard_samples is not None and not isinstance(hard_samples, HardSampleBank):
             raise TypeError(f"hard_samples takes a HardSampleBank, got {type(hard_samples).__name__}.")
-        self.bank, self.chunk_size = hard_samples, chunk_size
+        self.bank: Any = hard_samples  # or None
+        self.chunk_size = chunk_size
         self.sampler: HardSampleSampler | None = None
         self._resume_sampler: dict[str, np.ndarray] | None = None
-        self._positions = None
+        self._positions: Any = None  # the bank's rows in a data set that doesn't stream
         if self.bank is not None and train_dataset is not None and not streams(train_dataset):
             self._positions = self.bank.positions_in(train_dataset)  # another data set is an error here
             self.bank.dataset = train_dataset
@@ -82,13 +83,11 @@ class RememberingTrainer(AdapterTrainer):
         return super()._order() if self._positions is None else {}  # the sampler and the bank know theirs
 
     def _sampler(self) -> HardSampleSampler:
-        assert self.bank is not None
-        assert self._positions is not None
         rows = rows_of_a_step(self._batches())
         return HardSampleSampler(self.bank, self._positions, rows, self.chunk_size, self.args.seed)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self._positions is None or self.bank is None:
+        if self._positions is None:
             return super()._get_train_sampler(train_dataset)
         self.sampler = self._sampler()
         if self._resume_sampler is not None:
@@ -108,7 +107,6 @@ class RememberingTrainer(AdapterTrainer):
             self._agree()
 
     def _resume(self, folder: Path) -> None:
-        assert self.bank is not None
         if not (folder / FILE).is_file():
             raise FileNotFoundError(f"{folder} has no {FILE}: it is a checkpoint of a training without a bank.")
         if self._positions is not None and not self.args.ignore_data_skip:
@@ -118,7 +116,6 @@ class RememberingTrainer(AdapterTrainer):
 
     def _agree(self) -> None:
         """Every process starts from the first one's bank."""
-        assert self.bank is not None
         if self.args.world_size > 1:
             arrays = {name: torch.from_numpy(array).to(self.args.device) for name, array in self.bank.state().items()}
             for name in sorted(arrays):
@@ -140,7 +137,7 @@ class RememberingTrainer(AdapterTrainer):
         self, image: Tensor, text: Tensor, scale: Tensor, keys: dict[str, Tensor], first: int, count: int
     ) -> Tensor:
         """Show the bank the pairs of all processes; the weights (count,) of this one's."""
-        bank: Any = self.bank
+        bank = self.bank
         bank.queue.push(image, text, keys)
         local = slice(first, first + count)
         mine = {name: key[local] for name, key in keys.items()}
