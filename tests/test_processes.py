@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from case import Case, declared
-from families import FAMILIES
+from families import BOS, FAMILIES
 from methods import wrap
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -38,6 +38,8 @@ from test_trainer import NAMES, TRAINERS, arguments, contrastive, stock, trained
 from peft_multimodal import HardSampleBank, last_checkpoint
 
 TRAINED = [*NAMES, "contrastive"]
+# Those that act in a decoder, whatever it reads.
+WITHOUT_IMAGES = [name for name in NAMES if declared()[name].promises.acts_on in ("matrices", "decoder")]
 STEPS: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "ddp_backend": "gloo"}
 STEPS |= {"per_device_eval_batch_size": 3}
 Launched = tuple[Path, list[dict[str, Any]]]
@@ -49,7 +51,7 @@ def ddp(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in TRAINED:
         found[name] = trained(name, folder / name, ddp_find_unused_parameters=False)
-    for method in ("aurora_mode_approx", "gated_xattn"):
+    for method in WITHOUT_IMAGES:
         found[f"{method}, some without images"] = some_without_images(method, folder / f"{method}-texts")
     return found
 
@@ -143,11 +145,11 @@ def some_without_images(method: str, folder: Path) -> dict[str, Any]:
     rows = Rows(family, model)
     assert family.targets is not None
     text = family.targets(family.text_inputs(model))
-    if method == "gated_xattn":
-        text["input_ids"] = text["input_ids"].masked_fill(text["input_ids"] == 1, 5)  # no marker either
+    text["input_ids"] = text["input_ids"].masked_fill(text["input_ids"] == BOS, 5)  # no marker of an adapter's either
     alone = [{name: value[i] for name, value in text.items()} for i in range(3)]
     rows.rows = [*rows.rows[:3], *alone, *alone, *rows.rows[:3]]
-    own = {"ddp_find_unused_parameters": False} if method == "gated_xattn" else {}  # others: Trainer's own choice
+    gives_all_gradients = declared()[method].promises.acts_on == "decoder"
+    own = {"ddp_find_unused_parameters": False} if gives_all_gradients else {}  # others: Trainer's own choice
     args = arguments(
         folder,
         **{"max_steps": 2, "per_device_train_batch_size": 3, "train_sampling_strategy": "sequential"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,13 +18,13 @@ from . import anatomy
 BASE = "__base__"  # PEFT's name for rows that no adapter acts on
 
 
+@dataclass
 class Call:
     """What is known in one call."""
 
-    def __init__(self) -> None:
-        self.is_open = False
-        self.seen: Any = None
-        self.values: dict[Any, Tensor] = {}
+    is_open: bool = False
+    seen: Any = None
+    values: dict[Any, Any] = field(default_factory=dict)
 
 
 class CallScope(threading.local):
@@ -68,9 +69,7 @@ class CallScope(threading.local):
 
     def copy(self) -> Call:
         """What is known now, for `reopened`."""
-        call = Call()
-        call.is_open, call.seen, call.values = self.is_open, self.seen, dict(self.values)
-        return call
+        return Call(self.is_open, self.seen, dict(self.values))
 
     @contextmanager
     def reopened(self, call: Call) -> Iterator[None]:
