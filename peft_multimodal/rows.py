@@ -76,11 +76,7 @@ def column_of(row: Row, column: str, name: str, setting: str | None = None) -> A
 
 
 def hash_ids(ids: Iterable[Any]) -> np.ndarray:
-    """int64 keys of ids: integers stay what they are, strings get 64 bits of BLAKE2b.
-
-    Raises:
-        TypeError: an id is neither.
-    """
+    """int64 keys of ids: integers stay what they are, strings get 64 bits of BLAKE2b; others are a TypeError."""
     return np.fromiter((key_of(i) for i in ids), np.int64)
 
 
@@ -106,12 +102,7 @@ def _has(row: Any, column: str) -> bool:
 
 
 def ids_of(rows: Sequence[Row], column: str) -> Tensor:
-    """int64 (B,) keys of a column of ids.
-
-    Raises:
-        ValueError: a row has no such column.
-        TypeError: an id is neither an integer nor a string.
-    """
+    """int64 (B,) keys of a column of ids; an error names the row that has none, or no integer and no string."""
 
     def read(row: Row, name: str) -> int:
         try:

@@ -43,11 +43,7 @@ def write(tokenizer: Any, media_token: str, conversation: Conversation, answerin
 def chat_lesson(
     tokenizer: Any, media_token: str, messages: Conversation, name: str, answer_column: str | None
 ) -> Lesson:
-    """What the assistant says.
-
-    Args:
-        name, answer_column: Of the row, and where its answer would stand, for messages of errors.
-    """
+    """What the assistant says; the row's name, and the column where its answer would stand, are for errors."""
 
     def upto(count: int, answering: bool = False) -> str:
         return write(tokenizer, media_token, messages[:count], answering)
@@ -69,11 +65,9 @@ def chat_lesson(
 
 
 def learnt_tokens(tokenizer: Any, lesson: Lesson, length: int, **special: Any) -> Tensor:
-    """bool (length): the tokens of the spans. The first one that differs from the prompt's belongs to the answer.
+    """bool (length): the tokens of the spans, of as many as truncation left; `special` is as the text is tokenised.
 
-    Args:
-        length: How many of the text's tokens are left by truncation.
-        special: As the text is tokenised.
+    The first one that differs from the prompt's belongs to the answer.
     """
     assert lesson.learnt is not None
     ids = tokenizer.encode(lesson.text, **special)

@@ -78,11 +78,7 @@ def fault_of(checkpoint: Path) -> str | None:
 
 
 def to_resume(asked: Any, output_dir: str | os.PathLike | None) -> Any:
-    """`resume_from_checkpoint` with True resolved to the newest complete checkpoint.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """`resume_from_checkpoint` with True resolved to the newest complete checkpoint; ValueError where there is none."""
     if asked is not True:
         return asked
     newest = last_checkpoint(output_dir or ".")

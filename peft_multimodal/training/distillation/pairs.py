@@ -78,11 +78,7 @@ class FullPairs(torch.utils.data.IterableDataset):
 
 
 def full_pairs(data: Any, name: str) -> tuple[list[dict[str, Any]], int]:
-    """The pairs of a data set that have both sides, and how many others there were.
-
-    Raises:
-        ValueError: there is nothing to learn from.
-    """
+    """The pairs of a data set that have both sides, and the count of others; ValueError where nothing can be learned."""
     pairs = [dict(row) for row in data]
     lacking = next((i for i, pair in enumerate(pairs) if not {"source", "target"} <= pair.keys()), None)
     if not pairs or lacking is not None:

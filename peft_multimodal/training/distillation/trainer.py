@@ -207,11 +207,7 @@ class CrossLingualTrainer(AdapterTrainer):
 
 
 def language_of(adapter_name: str, processor: LanguageProcessor) -> str:
-    """The language of an adapter, which is called as it.
-
-    Raises:
-        ValueError: the processor has languages of other names alone.
-    """
+    """The language of an adapter, which is called as it; ValueError where the processor has other names alone."""
     others = processor.languages[1:]
     if adapter_name not in processor.languages and (others or adapter_name == "default"):
         others = others or ["zh"]

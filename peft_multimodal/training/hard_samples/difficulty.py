@@ -155,8 +155,7 @@ def mine(
 ) -> tuple[np.ndarray, np.ndarray, FeatureQueue]:
     """(keys, difficulties, the latest pairs' embeddings) of a data set, in the order of a loader whose batches have ids.
 
-    Args:
-        pairs: How many there are; None of a data set that streams.
+    `pairs` says how many there are; None of a data set that streams.
     """
     queue = FeatureQueue(how.queue_size if pairs is None else min(how.queue_size, pairs))
     keys, values = [], []

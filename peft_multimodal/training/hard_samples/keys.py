@@ -17,11 +17,7 @@ from ..losses import text_keys
 
 
 def unique_keys(ids: Sequence[Any]) -> np.ndarray:
-    """`hash_ids` of ids that are all different.
-
-    Raises:
-        ValueError: an id occurs twice, or two have one key.
-    """
+    """`hash_ids` of ids; ValueError where one occurs twice, or two have one key."""
     keys = hash_ids(ids)
     order = np.argsort(keys, kind="stable")
     equal = np.flatnonzero(keys[order][1:] == keys[order][:-1])
@@ -101,11 +97,7 @@ def default_collator(model: Any, row: Any) -> Callable[[list[Any]], Mapping[str,
 
 
 def stack_rows(rows: list[Any]) -> dict[str, Tensor]:
-    """A batch of rows of tensors, arrays or lists of numbers; images, texts and single numbers are left out.
-
-    Raises:
-        ValueError: rows differ in the shape of one of them.
-    """
+    """A batch of rows of tensors, arrays or lists of numbers, alike in shape; images, texts and numbers are left out."""
     batch = {}
     for name in [name for name, value in rows[0].items() if _is_array(value)]:
         tensors = [torch.as_tensor(row[name]) for row in rows]

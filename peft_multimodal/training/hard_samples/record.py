@@ -54,11 +54,7 @@ class PairRecord:
     # --- rows ---
 
     def rows(self, keys: np.ndarray) -> np.ndarray:
-        """int64 rows of these keys.
-
-        Raises:
-            ValueError: the bank doesn't know one.
-        """
+        """int64 rows of these keys; ValueError where the bank doesn't know one."""
         rows = np.searchsorted(self.keys, keys)
         unknown = self.keys[np.minimum(rows, len(self) - 1)] != keys
         if unknown.any():
@@ -69,11 +65,7 @@ class PairRecord:
         return rows
 
     def positions_in(self, dataset: Any) -> np.ndarray:
-        """(N,) the position in `dataset` of each of the bank's rows.
-
-        Raises:
-            ValueError: the data set hasn't just the bank's pairs.
-        """
+        """(N,) the position in `dataset` of each of the bank's rows; ValueError where it hasn't just the bank's pairs."""
         rows = self.rows(unique_keys(read_ids(dataset, self.id_column)))
         if len(rows) != len(self):
             raise ValueError(
@@ -90,9 +82,7 @@ class PairRecord:
         """Take over the difficulties of a step's pairs (of all processes); a pair that occurs twice counts once.
 
         Values that aren't finite, as of a step that overflowed, are passed over: one would spoil every later draw.
-
-        Returns:
-            The rows that have changed.
+        Returns the rows that have changed.
         """
         rows, first = np.unique(self.rows(keys), return_index=True)
         values = values[first].astype(np.float32)
@@ -174,11 +164,7 @@ class PairRecord:
         return arrays
 
     def load_state(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Take over another bank's arrays.
-
-        Raises:
-            ValueError: they are of other pairs.
-        """
+        """Take over another bank's arrays; ValueError where they are of other pairs."""
         if not np.array_equal(self.keys, arrays["keys"]):
             raise ValueError(f"The stored bank has other pairs ({len(arrays['keys'])}) than this one ({len(self)}).")
         for name in (*ARRAYS, "table"):

@@ -97,11 +97,7 @@ class HardSampleSampler(Sampler[int]):
         return {"numbers": np.array(numbers, np.int64), "kept": kept, "lengths": lengths, "shape": shape}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on where another sampler stood.
-
-        Raises:
-            ValueError: its batches or chunks were of another size: the draws that are left couldn't be told.
-        """
+        """Go on where another sampler stood; ValueError where its batches or chunks were of another size."""
         shape = [self.batch_size, self.batches]
         if "shape" in state and state["shape"].tolist() != shape:
             size, batches = state["shape"].tolist()

@@ -10,12 +10,9 @@ from torch import Tensor, nn
 
 
 def dual_embeddings(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """`image_embeds` and `text_embeds` of a dual encoder's own forward, `(B, d)` each.
+    """`image_embeds` and `text_embeds` of a dual encoder's own forward, `(B, d)` each; TypeError where it gives none.
 
     It goes through the wrapper that training has put around the model, so hooks of DDP and FSDP run.
-
-    Raises:
-        TypeError: The output has none.
     """
     inputs = {name: value for name, value in batch.items() if name not in ("return_loss", "labels", "ids")}
     outputs = model(**inputs)
