@@ -30,7 +30,6 @@ PAGE = '''
 from dataclasses import dataclass
 
 import torch
-from peft.utils import PeftType
 from torch import nn
 
 from peft_multimodal.core.config import TargetedConfig
@@ -46,7 +45,6 @@ class ToyConfig(TargetedConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType("TOY")
         self.check_number("r", 1, integer=True)
 
 
@@ -79,7 +77,6 @@ class ToyLayer(AttachedPart, MultimodalLayer):
     promises=Promises(acts_on="layers"),
 )
 class ToyModel(MultimodalTuner):
-    prefix = "toy_"
     tuner_layer_cls = ToyLayer
     learning_rates = (1e-4, 1e-2)
     not_mergeable = "The toy is no weight update."

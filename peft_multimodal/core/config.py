@@ -14,6 +14,7 @@ from peft import PeftConfig
 from .._version import INSTALL, __version__
 from . import anatomy
 from .companions import Origin, companions, record_of
+from .registry import type_of
 
 FORMAT_VERSION = 1  # of the adapter's files; raised when an older version of the package couldn't read them
 SIGNATURE = 'a dictionary with {tower: [attentions, width]} as "towers" and {role: [[first, last], ...]} as "roles", as it was saved'
@@ -39,6 +40,7 @@ class MultimodalConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.peft_type = type_of(self)
         self.package_version = self.package_version or __version__
         self.check("modules_to_save", "a list of strings", lambda v: v is None or is_strings(v))
         self.check("base_signature", SIGNATURE, lambda v: v is None or is_signature(v))

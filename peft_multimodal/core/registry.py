@@ -115,11 +115,18 @@ def method(
     """
 
     def register(model: Tuner) -> Tuner:
+        tuner: Any = model
+        tuner.prefix = f"{name}_"
         _tell_peft(name, config, model)
         METHODS[name] = Method(name, config, model, summary, use, docs, promises, smallest or config)
         return model
 
     return register
+
+
+def type_of(config: Any) -> PeftType | None:
+    """The PEFT type of a config of this package, by its class."""
+    return next((PeftType(m.name.upper()) for m in METHODS.values() if isinstance(config, m.config)), None)
 
 
 def method_of(config: Any) -> Method | None:

@@ -43,7 +43,6 @@ class MultimodalTuner(StoringTuner):
 
         @method("toy", ToyConfig, summary="...", docs="docs/toy.md", promises=Promises(acts_on="layers"))
         class ToyModel(MultimodalTuner):
-            prefix = "toy_"
             tuner_layer_cls = ToyLayer
 
             @classmethod

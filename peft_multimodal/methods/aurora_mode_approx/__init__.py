@@ -33,7 +33,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft import PeftModel
-from peft.utils import PeftType
 from torch import Tensor, nn
 
 from ...core.anatomy import Anatomy, Matrix, Site, unwrap
@@ -85,7 +84,6 @@ class AuroraModeApproxConfig(TargetedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType("AURORA_MODE_APPROX")
         self.check_number("r", 1, integer=True)
         self.check(
             "alpha", "a positive number or None", lambda v: v is None or (type(v) in (int, float) and 0 < v < math.inf)
@@ -134,7 +132,6 @@ class AuroraModeApproxModel(MultimodalTuner):
         >>> model = get_peft_model(clip, peft_multimodal.AuroraModeApproxConfig(r=64))
     """
 
-    prefix = "aurora_mode_approx_"
     tuner_layer_cls = AuroraModeApproxLayer
     learning_rates = (1e-4, 1e-2)
     uses_shared_state = True  # U, V and lambda

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import PeftType
 from torch import Tensor, nn
 
 from ...core.anatomy import Anatomy, Site, is_below, own_modules
@@ -83,7 +82,6 @@ class CrossLingualAdapterConfig(MultimodalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType("CROSS_LINGUAL_ADAPTER")
         check_bottleneck(self)
         self.check_choice("pool", ("mean", "cls", "attention"))
         self.check("level", "'pooled', 'tokens' or None", lambda v: v in (None, "pooled", "tokens"))
@@ -184,7 +182,6 @@ class CrossLingualAdapterModel(MultimodalTuner):
         ...     model.get_text_features(**en_tokenizer(["a red apple"], return_tensors="pt")).pooler_output
     """
 
-    prefix = "cross_lingual_adapter_"
     tuner_layer_cls = CrossLingualAdapterLayer
     learning_rates = (3e-4, 1e-2)
     not_mergeable = (

@@ -30,7 +30,6 @@ from typing import Any
 
 import torch
 from peft import NoMatchingPeftModuleError
-from peft.utils import PeftType
 from torch import nn
 
 from ...core.anatomy import Anatomy, Site, own_modules
@@ -98,7 +97,6 @@ class GatedXAttnConfig(MultimodalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType("GATED_XATTN")
         marker = "an integer >= 0, such as InterleavedProcessor.media_token_id"
         self.check("media_token_id", marker, lambda v: type(v) is int and v >= 0)
         for name in ("num_latents", "resampler_heads", "head_dim", "max_frames"):
@@ -187,7 +185,6 @@ class GatedXAttnModel(MultimodalTuner):
         >>> model.generate(**processor(["<image>a red apple. <image>a green"], images=[[apple, pear]]), num_beams=3)
     """
 
-    prefix = "gated_xattn_"
     tuner_layer_cls = GatedXAttnLayer
     learning_rates = (3e-4, 5e-3)
     uses_shared_state = True  # the reader's

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import NoMatchingPeftModuleError
-from peft.utils import PeftType
 from torch import nn
 
 from ...core.anatomy import TOWERS, Anatomy, Site, own_modules, stack_of
@@ -68,7 +67,6 @@ class HardSampleDomainAdapterConfig(TargetedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType("HARD_SAMPLE_DOMAIN_ADAPTER")
         check_bottleneck(self)
         self.check_choice("placement", ("layer", "top"))
         self.check_sizes("last_layers")
@@ -104,7 +102,6 @@ class HardSampleDomainAdapterModel(MultimodalTuner):
         >>> trainer.train()
     """
 
-    prefix = "hard_sample_domain_adapter_"
     tuner_layer_cls = HardSampleDomainAdapterLayer
     learning_rates = (1e-4, 5e-3)
     scalars = (".scale_norm",)

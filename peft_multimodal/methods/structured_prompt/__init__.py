@@ -32,7 +32,6 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -99,7 +98,6 @@ class StructuredPromptConfig(MultimodalConfig):
 
     def __post_init__(self, domain_init: str | None, instance_init: str | None) -> None:
         super().__post_init__()
-        self.peft_type = PeftType("STRUCTURED_PROMPT")
         self._refuse_what_went(domain_init=domain_init, instance_init=instance_init)
         for name in ("num_general", "num_instance", "num_domain"):
             self.check_number(name, 0, integer=True)
@@ -178,7 +176,6 @@ class StructuredPromptModel(MultimodalTuner):
         >>> model(pixel_values=x).logits
     """
 
-    prefix = "structured_prompt_"
     tuner_layer_cls = StructuredPromptLayer
     learning_rates = (3e-4, 1e-2)
     not_mergeable = (

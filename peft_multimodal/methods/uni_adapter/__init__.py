@@ -32,7 +32,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 
-from peft.utils import PeftType
 from torch import nn
 
 from ...core.anatomy import Anatomy, Site, base_model, stack_of
@@ -77,7 +76,6 @@ class UniAdapterConfig(TargetedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType("UNI_ADAPTER")
         self.check_number("bottleneck_dim", 1, integer=True)
         self.check("scale", "a positive number", lambda v: type(v) in (int, float) and 0 < v < float("inf"))
         self.check_choice("activation", list(ACTIVATIONS))
@@ -116,7 +114,6 @@ class UniAdapterModel(MultimodalTuner):
         >>> model = get_peft_model(blip, UniAdapterConfig(bottleneck_dim=128))
     """
 
-    prefix = "uni_adapter_"
     tuner_layer_cls = UniAdapterLayer
     learning_rates = (1e-4, 1e-2)
     uses_shared_state = True  # D, or the map in the middle
