@@ -14,6 +14,7 @@ from .core.anatomy import describe
 from .core.companions import CardNotes
 from .core.config import MultimodalConfig
 from .core.matching import matched_modules
+from .files.export import export_lora
 from .files.saving import AdapterError, load, push_to_hub, save
 from .methods import *  # noqa: F403  the configs and models of all methods
 from .methods import __all__ as _METHODS
@@ -69,6 +70,7 @@ __all__ = [
     "VQAAccuracy",
     "__version__",
     "describe",
+    "export_lora",
     "last_checkpoint",
     "load",
     "matched_modules",

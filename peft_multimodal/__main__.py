@@ -1,4 +1,4 @@
-"""python -m peft_multimodal doctor MODEL_OR_PATH [ADAPTER] [--json]"""
+"""python -m peft_multimodal doctor MODEL_OR_PATH [ADAPTER] [--serve SERVER] [--json]"""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,16 +21,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.add_argument("adapter", metavar="ADAPTER", nargs="?", help="a folder or a Hub id")
     doctor.add_argument("--subfolder", help="of the adapter")
     doctor.add_argument("--revision", help="of the adapter")
+    doctor.add_argument(
+        "--serve", metavar="SERVER", help="would it load the adapter? vllm, sglang or llama.cpp; of any LoRA"
+    )
     doctor.add_argument("--json", action="store_true", help="print the report as JSON")
     given = parser.parse_args(arguments)
 
     from transformers.utils import logging
 
     from .doctor import examine
+    from .files.servers import SERVERS
+    from .serving import check_serving
 
+    if given.serve is not None and (given.serve not in SERVERS or given.adapter is None):
+        doctor.error(f"--serve takes one of {', '.join(SERVERS)}, and an ADAPTER before it")
     logging.set_verbosity_error()
     place = {key: value for key in ("subfolder", "revision") if (value := getattr(given, key)) is not None}
-    report = examine(given.model, given.adapter, **place)
+    if given.serve is not None:
+        report: Any = check_serving(given.model, given.adapter, given.serve, **place)
+    else:
+        report = examine(given.model, given.adapter, **place)
     print(json.dumps(report.as_dict(), indent=2) if given.json else report)
     return 0 if report.healthy else 1
 

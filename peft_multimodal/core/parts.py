@@ -211,6 +211,8 @@ class MultimodalLayer(BaseTunerLayer):
 
     role: str
     cast_input_dtype_enabled = True  # peft.helpers.disable_input_dtype_casting reads and sets it
+    no_lora: str | None = None
+    """What a part is called that has no place in a LoRA, where the method's others have: `export_lora(drop=...)` names it."""
 
     def enable_adapters(self, enabled: bool) -> None:
         # PEFT turns gradients off and on here, and so thaws adapters that were frozen on purpose.
@@ -228,6 +230,13 @@ class MultimodalLayer(BaseTunerLayer):
         if self.disable_adapters:
             return []
         return [name for name in self.active_adapters if self.has_adapter(name)]
+
+    def lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor] | None:
+        """A (R x d_in) and B (d_out x R) with B A = dW, an adapter's whole update of the wrapped weight, its scale included.
+
+        None: this part changes no weight by itself. Methods that promise `lora` say here what theirs do.
+        """
+        return None
 
 
 class HostedLayer(MultimodalLayer):

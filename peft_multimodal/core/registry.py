@@ -36,6 +36,7 @@ class Promises:
             whole "tower".
         classes: Whether it tells apart what `set_classes` names.
         rows: Whether `adapter_names=[...]` gives each row of a batch its own adapter.
+        lora: Whether an adapter is a LoRA, exactly: its layers give `lora_factors`, and `export_lora` writes them for servers.
         companions: Files that stand beside the adapter's weights, by their path in its folder.
     """
 
@@ -43,6 +44,7 @@ class Promises:
     acts_on: Literal["matrices", "layers", "decoder", "tower"] = "matrices"
     classes: bool = False
     rows: bool = False
+    lora: bool = False
     companions: frozenset[str] = frozenset()
 
 

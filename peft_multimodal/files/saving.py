@@ -13,7 +13,8 @@ import os
 import shutil
 import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +83,32 @@ def _check_options(options: dict[str, Any]) -> None:
 
 def _save(model: PeftModel, folder: Path, name: str, notes: CardNotes | None, **kwargs: Any) -> None:
     """As `save`; `name` is what the card calls the place."""
+    if any(getattr(tuner_of(config), "owns_token_rows", False) for config in model.peft_config.values()):
+        kwargs.setdefault("save_embedding_layers", False)
+    with written_aside(folder) as aside:
+        model.save_pretrained(str(aside), **kwargs)
+        renew_card(model, aside, name, notes)
+
+
+@contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside `folder`, on the same disk, whose files take the place of those of `folder` at the end.
+
+    It begins with the card that `folder` has: what its reader has written stays. After an error `folder` is as it was.
+
+    Raises:
+        NotADirectoryError: `folder` is a file.
+    """
     folder = folder.resolve()  # a link stays, and what it leads to is replaced
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file. Name a folder for the adapter.")
-    if any(getattr(tuner_of(config), "owns_token_rows", False) for config in model.peft_config.values()):
-        kwargs.setdefault("save_embedding_layers", False)
-    beside = folder if folder.is_mount() else folder.parent  # on the same disk
+    beside = folder if folder.is_mount() else folder.parent
     beside.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=beside))
     try:
         if (folder / CARD).is_file():
-            shutil.copy(folder / CARD, aside)  # what its reader has written stays
-        model.save_pretrained(str(aside), **kwargs)
-        renew_card(model, aside, name, notes)
+            shutil.copy(folder / CARD, aside)
+        yield aside
         aside.chmod(0o755)
         _put_in_place(aside, folder)
     finally:

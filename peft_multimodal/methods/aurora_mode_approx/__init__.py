@@ -116,7 +116,7 @@ class AuroraModeApproxConfig(TargetedConfig):
         compare="PEFT's LoRA: ahead by a little, in ten times the file",
     ),
     docs="docs/aurora-mode-approx.md",
-    promises=Promises(),
+    promises=Promises(lora=True),
 )
 class AuroraModeApproxModel(MultimodalTuner):
     """Adapts a vision-language model with one CP tensor for all its attentions (arXiv 2305.08381).

@@ -61,7 +61,7 @@ class SharedFactors(AttachedPart, AuroraModeApproxLayer):
         if self.is_tucker(adapter):
             V = self.aurora_mode_approx_V[adapter][group]
             core = self.aurora_mode_approx_core[adapter][group]
-            return torch.einsum("oj,ijk,nk->noi", V, core, P).flatten(0, 1)
+            return torch.einsum("oj,ijk,nk->noi", V.to(P.dtype), core.to(P.dtype), P).flatten(0, 1)
         V, c = self.V_and_modes(adapter, group, P)
         return (c[:, None, :] * V).flatten(0, 1)
 

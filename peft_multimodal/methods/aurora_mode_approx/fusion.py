@@ -30,6 +30,7 @@ class GatedQueryTransformation(AttachedPart, AuroraModeApproxLayer):
     """
 
     adapter_layer_names = ("aurora_mode_approx_gqt",)
+    no_lora = "gqt"
     aurora_mode_approx_gqt: Any  # {adapter: {name: Parameter}}
 
     def __init__(self, layer: nn.Module, path: str, attentions: list[str], role: str) -> None:
@@ -114,6 +115,7 @@ class InformativeContext(AttachedPart, AuroraModeApproxLayer):
     """
 
     adapter_layer_names = ("aurora_mode_approx_ice",)
+    no_lora = "ice"
     aurora_mode_approx_ice: Any  # {adapter: ContextBank}
 
     def __init__(self, encoder: nn.Module, role: str) -> None:

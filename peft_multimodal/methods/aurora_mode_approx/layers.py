@@ -118,6 +118,19 @@ class AuroraMatrixLayer(nn.Module, AuroraModeApproxLayer):
         updates = [self.factors.updates(adapter, group, P[a:b], scale) for group, a, b in self.slices[adapter].blocks]
         return torch.cat([update.flatten(0, 1) for update in updates])
 
+    @torch.no_grad()
+    def lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """A = U^T and B = s V diag(lambda * P_n), a block of rows a matrix, in float32 or better.
+
+        Matrices that share a group of factors share its R rows of A. A fused module whose matrices belong to several groups
+        has the groups' rows of A one below the other, and their B along a diagonal.
+        """
+        wide = torch.promote_types(self.aurora_mode_approx_P_norm[adapter_name].dtype, torch.float32)
+        blocks = self.slices[adapter_name].blocks
+        A = torch.cat([self.factors.U(adapter_name, group).to(wide).t() for group, _, _ in blocks])
+        B = [self.factors.modes(adapter_name, b[0], self._rows(adapter_name, b).to(wide)) for b in blocks]
+        return A, torch.block_diag(*B)
+
     def base_weights(self) -> list[Tensor]:
         """Views of the base weight as d_out x d_in, in the order of the delta's rows."""
         raise NotImplementedError

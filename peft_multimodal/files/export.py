@@ -1,0 +1,396 @@
+"""Adapters that are LoRA in other words, written as LoRA: what servers and PEFT without this package read.
+
+Nothing is approximated: a method's layers give the factors of their update themselves (`MultimodalLayer.lora_factors`). Nothing
+is dropped in silence: what a LoRA, or a server, has no place for is refused in one message, unless `drop` names it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils.other import ModulesToSaveWrapper
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .._version import __version__
+from ..core.anatomy import base_model, describe, is_linear, unwrap, unwrapped
+from ..core.parts import MultimodalLayer
+from ..core.registry import method_of
+from ..core.storage import is_hub_id
+from .card import BEGIN, CARD, END
+from .released import released_names
+from .saving import AdapterError, written_aside
+from .servers import LANGUAGE_MODEL, SERVERS, Server
+
+PREFIX = "base_model.model."
+WHOLE = "modules_to_save"
+TARGETS = ("peft", *SERVERS)
+
+
+@dataclass
+class Factors:
+    """The update of one module: A (R x d_in), B (d_out x R), of all adapters that are written, their ranks side by side."""
+
+    path: str
+    tower: str
+    base: Any
+    A: Tensor
+    B: Tensor
+
+    @property
+    def rank(self) -> int:
+        return len(self.A)
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the module's weights are read and never called on their own."""
+        return isinstance(self.base, nn.MultiheadAttention)
+
+    def join(self, A: Tensor, B: Tensor) -> None:
+        self.A, self.B = torch.cat([self.A, A]), torch.cat([self.B, B], dim=1)
+
+    def padded(self, rank: int) -> tuple[Tensor, Tensor]:
+        """A and B with rows and columns of zeros up to a rank."""
+        more = rank - self.rank
+        return nn.functional.pad(self.A, (0, 0, 0, more)), nn.functional.pad(self.B, (0, more))
+
+
+@dataclass
+class Contents:
+    """What adapters hold: updates of weights, and what is none.
+
+    Args:
+        modules: {path: its update}.
+        beside: {what `drop` calls it: what it is}, of what has no place in a LoRA at all.
+        whole: {key in the file: tensor} of modules that are trained and saved whole.
+    """
+
+    modules: dict[str, Factors] = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def export_lora(
+    model: PeftModel,
+    folder: str | os.PathLike,
+    target: str = "peft",
+    adapter_name: str | Sequence[str] | None = None,
+    drop: Collection[str] = (),
+) -> Path:
+    """Write adapters as one LoRA in PEFT's format, with exactly their update and without approximation.
+
+    The result needs no `peft_multimodal` any more: `PeftModel.from_pretrained` loads it, it merges, servers read it. Several
+    adapters become one, their ranks side by side, which is their sum. The files keep the dtype of the adapter.
+
+    Args:
+        model: With the adapter, merged or not; of PEFT's own methods, LoRA may act beside ours.
+        folder: Written aside and renamed, as `save` does it.
+        target: "peft" for PEFT's `from_pretrained`, under the module paths of this release of transformers. A server's name
+            ("vllm", "sglang", "llama.cpp") takes the released checkpoint's names, one rank for all modules, filled up with
+            zeros to one that the server can reserve, and only what this server takes.
+        adapter_name: One or several; None takes the active ones.
+        drop: What may be left out, by its name in the message that refuses it: "modules_to_save", a tower ("vision"), or a part
+            that is no update of a weight ("gqt").
+
+    Raises:
+        ValueError: the method is no LoRA; or the adapter has what the target doesn't take and `drop` doesn't name.
+        AdapterError: the folder holds an adapter of another kind, which would be lost.
+
+    Example:
+        >>> peft_multimodal.export_lora(model, "served", target="vllm", drop=["vision"])
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(map(repr, TARGETS))}, got {target!r}.")
+    names, drop, folder = _names(model, adapter_name), _dropped(drop), Path(folder)
+    _check_folder(folder)
+    for name in names:
+        _check_is_lora(model, name)
+    base, server = base_model(model), SERVERS.get(target)
+    contents = _contents(base, names)
+    _check_complete(contents, server, drop)
+    kept = {path: f for path, f in contents.modules.items() if f.tower not in drop}
+    whole = {} if WHOLE in drop else contents.whole
+    files = _peft_files(base, kept, whole) if server is None else _server_files(base, kept, server)
+    config, tensors = files
+    configs: list[Any] = [model.peft_config[name] for name in names]
+    _describe_origin(config, base, configs, [] if WHOLE in drop else names, model)
+    with written_aside(folder) as aside:
+        save_file(tensors, str(aside / SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+        config.save_pretrained(str(aside))
+        _write_card(aside, config, target, configs, names, sorted(drop))
+    return folder
+
+
+# --- what is there ---------------------------------------------------------------------------------------------------
+
+
+def _names(model: Any, adapter_name: str | Sequence[str] | None) -> list[str]:
+    known = getattr(unwrapped(model), "peft_config", None)
+    if not known:
+        raise TypeError(f"export_lora takes a PeftModel with an adapter, got {type(model).__name__}.")
+    names = model.active_adapters if adapter_name is None else adapter_name
+    names = [names] if isinstance(names, str) else list(names)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"No such adapter: {unknown}. There are {list(known)}.")
+    if not names:
+        raise ValueError(f"No adapter is active. Name one: adapter_name={next(iter(known))!r}.")
+    return list(dict.fromkeys(names))
+
+
+def _dropped(drop: Collection[str]) -> set[str]:
+    return {drop} if isinstance(drop, str) else set(drop)
+
+
+def _check_folder(folder: Path) -> None:
+    """The trained adapter can't be made out of the LoRA again."""
+    file = folder / CONFIG_NAME
+    try:
+        there = json.loads(file.read_text(encoding="utf-8")).get("peft_type") if file.is_file() else None
+    except (ValueError, AttributeError):
+        return
+    if method_of(there) is not None:
+        raise AdapterError(
+            f"{folder} holds an adapter of {there}, which the LoRA would replace.", "Name another folder for the LoRA."
+        )
+
+
+def _check_is_lora(model: Any, name: str) -> None:
+    config = model.peft_config[name]
+    method = method_of(config)
+    if method is not None:
+        if not method.promises.lora:
+            raise ValueError(
+                f"Adapter {name!r} ({method.title}) is no LoRA, and servers read nothing else. {method.model.not_mergeable} To "
+                "serve it, run transformers with the adapter loaded: peft_multimodal.load(model, folder)."
+            )
+    elif config.peft_type != PeftType.LORA:
+        raise ValueError(
+            f"Adapter {name!r} is of {config.peft_type.value}, which is PEFT's own: peft.convert_to_lora approximates some of "
+            "these by LoRA, merge_and_unload() merges most."
+        )
+    elif odd := [n for n in ("use_dora", "lora_bias") if getattr(config, n)] + ["bias"] * (config.bias != "none"):
+        raise ValueError(
+            f"Adapter {name!r} is a LoRA with {', '.join(odd)}, which isn't written here. Save it by save_pretrained, or merge it."
+        )
+
+
+def _contents(base: nn.Module, names: list[str]) -> Contents:
+    found = Contents()
+    towers = {matrix.module: matrix.tower for matrix in describe(base).matrices}
+    for path, module in base.named_modules():
+        path = _plain(path)
+        for name in names if isinstance(module, BaseTunerLayer) else ():
+            for A, B in _factors(found, module, name, path):
+                if path in found.modules:
+                    found.modules[path].join(A, B)
+                else:
+                    found.modules[path] = Factors(path, towers.get(path, "other"), _innermost(module), A, B)
+        if isinstance(module, ModulesToSaveWrapper):
+            copies = [module.modules_to_save[n] for n in names if n in module.modules_to_save]
+            if len(copies) > 1:
+                raise ValueError(
+                    f"{path} is trained whole beside several of the adapters {names} (modules_to_save), and one LoRA holds one copy "
+                    f"of it. Export the adapters one by one, or leave these modules out: drop=[{WHOLE!r}]."
+                )
+            found.whole |= {f"{path}.{key}": value for copy in copies for key, value in copy.state_dict().items()}
+    return found
+
+
+def _factors(found: Contents, layer: Any, name: str, path: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """An adapter's factors in one layer, if it has any; what else it has there is noted."""
+    if isinstance(layer, MultimodalLayer):
+        if layer.has_adapter(name):
+            if (factors := layer.lora_factors(name)) is not None:
+                dtype = _dtype(layer)
+                yield factors[0].to(dtype), factors[1].to(dtype)
+            elif layer.no_lora is not None:
+                found.beside[layer.no_lora] = type(layer).__name__
+    elif isinstance(layer, LoraLayer) and name in layer._get_available_adapters():
+        if name not in layer.lora_A or not is_linear(unwrap(layer)) or name in layer.lora_variant:
+            raise ValueError(
+                f"The LoRA {name!r} acts on {path} ({type(layer).__name__}) in a way that isn't written here."
+            )
+        weights: list[Any] = [layer.lora_A[name].weight, layer.lora_B[name].weight]
+        yield weights[0], layer.scaling[name] * weights[1]
+
+
+def _dtype(layer: MultimodalLayer) -> torch.dtype:
+    """Of an adapter's parameters in a layer."""
+    containers = [getattr(layer, name) for name in layer.adapter_layer_names]
+    return next(p.dtype for c in containers for p in c.parameters())
+
+
+def _plain(path: str) -> str:
+    """A module's path as it is without adapters."""
+    return ".".join(name for name in path.split(".") if name != "base_layer")
+
+
+def _ends(paths: Iterable[str]) -> set[str]:
+    """What paths end in, whole names and not the paths themselves."""
+    return {path.split(".", n)[n] for path in paths for n in range(1, path.count(".") + 1)}
+
+
+def _innermost(module: Any) -> Any:
+    while isinstance(module, BaseTunerLayer):
+        module = unwrap(module)
+    return module
+
+
+# --- what the target takes -------------------------------------------------------------------------------------------
+
+
+def _check_complete(contents: Contents, server: Server | None, drop: set[str]) -> None:
+    """One message for all that would be lost, and for names in `drop` that nothing has."""
+    towers = Counter(f.tower for f in contents.modules.values())
+    droppable = {*towers, *contents.beside, WHOLE}
+    if unknown := sorted(drop - droppable):
+        raise ValueError(f"drop={unknown}: there is nothing of that name. What can be dropped: {sorted(droppable)}.")
+    kept = {tower: count for tower, count in towers.items() if tower not in drop}
+    if server is not None and LANGUAGE_MODEL not in kept:
+        raise ValueError(
+            f"Nothing of this adapter is in a language model (it acts in {', '.join(kept) or 'nothing'}), and {server.title} takes "
+            "LoRA there alone. Merge it, and serve the merged model: model.merge_and_unload().save_pretrained(folder)."
+        )
+    if not kept:
+        raise ValueError(f"drop={sorted(drop)} leaves nothing of the adapter.")
+    lost = {name: f"{kind}, which is no update of a weight" for name, kind in contents.beside.items()}
+    lost |= _not_taken(contents, kept, server) if server is not None else {}
+    if lost := {name: what for name, what in lost.items() if name not in drop}:
+        whose = "A LoRA" if server is None else server.title
+        elsewhere = "" if server is None or lost.keys() & contents.beside else ", or export with target='peft'"
+        raise ValueError(
+            f"{whose} has no place for a part of this adapter: "
+            + "; ".join(f"{name!r}: {what}" for name, what in lost.items())
+            + f". Nothing was written. To leave it out, and change what the model computes: drop={sorted({*drop, *lost})}. To "
+            f"keep it, serve the adapter with transformers{elsewhere}."
+        )
+    if server is not None and (others := sorted(kept.keys() - {LANGUAGE_MODEL})):
+        warnings.warn(f"LoRA in the {' and '.join(others)} tower: {server.towers_note}.", stacklevel=3)
+
+
+def _not_taken(contents: Contents, towers: Mapping[str, int], server: Server) -> dict[str, str]:
+    """{what `drop` calls it: what it is} of what a LoRA can hold and this server doesn't take."""
+    lost: dict[str, str] = {}
+    modules = sorted({key.rpartition(".")[0] for key in contents.whole})
+    if not {path.rpartition(".")[2] for path in modules} <= server.whole:
+        lost[WHOLE] = f"modules that are trained whole ({', '.join(modules)})"
+    if server.other_towers != "conditional":
+        lost |= {t: f"LoRA in {n} modules of the {t} tower" for t, n in towers.items() if t != LANGUAGE_MODEL}
+    return lost
+
+
+def _peft_files(
+    base: nn.Module, modules: dict[str, Factors], whole: dict[str, Tensor]
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Every module with its own rank, under its path; the most frequent rank is the config's."""
+    r = Counter(f.rank for f in modules.values()).most_common(1)[0][0]
+    ends = _ends(_plain(path) for path, _ in base.named_modules())
+    pattern = {f"^{re.escape(path)}" if path in ends else path: f.rank for path, f in modules.items() if f.rank != r}
+    tensors = {PREFIX + key: value.detach().clone().contiguous() for key, value in whole.items()}
+    for path, factors in modules.items():
+        if factors.is_read:
+            if not factors.base._qkv_same_embed_dim:
+                raise ValueError(
+                    f"{path}: PEFT has no LoRA for nn.MultiheadAttention with kdim or vdim. Merge the adapter instead."
+                )
+            # PEFT's LoRA of such an attention has one of its output projection, too.
+            d, out = factors.base.embed_dim, f"{path}.base_layer.out_proj"
+            tensors |= _pair(out, factors.A.new_zeros(factors.rank, d), factors.B.new_zeros(d, factors.rank))
+        tensors |= _pair(path, factors.A, factors.B)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=r,
+        # PEFT takes a name for the end of a path; a pattern has to match all of it.
+        target_modules="|".join(map(re.escape, modules)) if ends & modules.keys() else sorted(modules),
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        fan_in_fan_out=any(isinstance(f.base, Conv1D) for f in modules.values()),
+    )
+    return config, tensors
+
+
+def _server_files(base: nn.Module, modules: dict[str, Factors], server: Server) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Every module with the same rank, that the server has room for, under its name in the released checkpoint."""
+    largest = max(f.rank for f in modules.values())
+    r = server.rank_for(largest)
+    if r is None:
+        raise ValueError(
+            f"The LoRA has rank {largest}, and {server.title} takes at most {server.ranks[-1]}. Merge the adapter."
+        )
+    names = released_names(base, modules)
+    if stuck := [path for path, f in modules.items() if f.is_read or names[path] is None]:
+        raise ValueError(
+            f"{', '.join(stuck[:3])}{f' and {len(stuck) - 3} more' if len(stuck) > 3 else ''}: the released checkpoint holds these "
+            "weights in another form (fused, or in another order), so no key names their LoRA. Leave out their tower by "
+            "drop=[...], export with target='peft', or merge the adapter."
+        )
+    tensors: dict[str, Tensor] = {}
+    for path, factors in modules.items():
+        tensors |= _pair(str(names[path]), *factors.padded(r))
+    leaves = sorted({str(name).rpartition(".")[2] for name in names.values()})
+    return LoraConfig(r=r, lora_alpha=r, target_modules=leaves), tensors
+
+
+def _pair(path: str, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    return {
+        f"{PREFIX}{path}.lora_A.weight": A.detach().cpu().contiguous(),
+        f"{PREFIX}{path}.lora_B.weight": B.detach().cpu().contiguous(),
+    }
+
+
+# --- the config and the card -----------------------------------------------------------------------------------------
+
+
+def _describe_origin(config: LoraConfig, base: Any, configs: list[Any], whole_of: list[str], model: Any) -> None:
+    config.base_model_name_or_path = configs[0].base_model_name_or_path
+    tasks = {c.task_type for c in configs}
+    config.task_type = tasks.pop() if len(tasks) == 1 else None
+    config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    config.inference_mode = True
+    whole = sorted({m for name in whole_of for m in model.peft_config[name].modules_to_save or ()})
+    config.modules_to_save = whole or None
+
+
+def _write_card(
+    folder: Path, config: LoraConfig, target: str, configs: list[Any], names: list[str], dropped: list[str]
+) -> None:
+    """Says what the folder is and where it is from; what its reader has written beside it stays."""
+    file = folder / CARD
+    there = file.read_text(encoding="utf-8") if file.is_file() else "---\nlibrary_name: peft\n---\n"
+    card = ModelCard(there, ignore_metadata_errors=True)
+    base = config.base_model_name_or_path
+    base = base if is_hub_id(base) else None
+    data: Any = card.data
+    data.library_name, data.base_model = "peft", base
+    data.tags = sorted({*(data.tags or ()), "lora", "peft-multimodal"})
+    methods = {method.title if (method := method_of(c)) else "LoRA" for c in configs}
+    lines = [
+        f"# LoRA for {f'`{base}`' if base else 'a local model'}",
+        f"A LoRA of rank {config.r}, exported by `peft-multimodal` {__version__} from {len(names)} adapter{'s' * (len(names) > 1)} of "
+        f"{' and '.join(sorted(methods))} for {target}. It is exact, and loads without that package.",
+    ]
+    if server := SERVERS.get(target):
+        lines.append(f"Start: `{server.start.format(rank=config.r)}`")
+    if dropped:
+        lines.append(f"Left out, so that outputs differ from the adapter's: {', '.join(dropped)}.")
+    block = "\n\n".join([BEGIN, *lines, END])
+    before, _, rest = card.text.partition(BEGIN)
+    ours, _, after = rest.partition(END)
+    card.text = before + block + after if ours else "\n\n".join(filter(None, (block, card.text.strip())))
+    card.save(file)
