@@ -11,78 +11,30 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
-from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .._version import __version__
-from ..core.anatomy import base_model, describe, is_linear, unwrap, unwrapped
-from ..core.parts import MultimodalLayer
+from ..core.anatomy import base_model, unwrapped
 from ..core.registry import method_of
 from ..core.storage import is_hub_id
 from .card import BEGIN, CARD, END
+from .factors import WHOLE, Contents, Factors, contents_of, plain_path
 from .released import released_names
 from .saving import AdapterError, written_aside
 from .servers import LANGUAGE_MODEL, SERVERS, Server
 
 PREFIX = "base_model.model."
-WHOLE = "modules_to_save"
 TARGETS = ("peft", *SERVERS)
-
-
-@dataclass
-class Factors:
-    """The update of one module: A (R x d_in), B (d_out x R), of all adapters that are written, their ranks side by side."""
-
-    path: str
-    tower: str
-    base: Any
-    A: Tensor
-    B: Tensor
-
-    @property
-    def rank(self) -> int:
-        return len(self.A)
-
-    @property
-    def is_read(self) -> bool:
-        """Whether the module's weights are read and never called on their own."""
-        return isinstance(self.base, nn.MultiheadAttention)
-
-    def join(self, A: Tensor, B: Tensor) -> None:
-        self.A, self.B = torch.cat([self.A, A]), torch.cat([self.B, B], dim=1)
-
-    def padded(self, rank: int) -> tuple[Tensor, Tensor]:
-        """A and B with rows and columns of zeros up to a rank."""
-        more = rank - self.rank
-        return nn.functional.pad(self.A, (0, 0, 0, more)), nn.functional.pad(self.B, (0, more))
-
-
-@dataclass
-class Contents:
-    """What adapters hold: updates of weights, and what is none.
-
-    Args:
-        modules: {path: its update}.
-        beside: {what `drop` calls it: what it is}, of what has no place in a LoRA at all.
-        whole: {key in the file: tensor} of modules that are trained and saved whole.
-    """
-
-    modules: dict[str, Factors] = field(default_factory=dict)
-    beside: dict[str, str] = field(default_factory=dict)
-    whole: dict[str, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -117,32 +69,35 @@ def export_lora(
     """
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(map(repr, TARGETS))}, got {target!r}.")
-    names, drop, folder = _names(model, adapter_name), _dropped(drop), Path(folder)
+    folder, drop = Path(folder), {drop} if isinstance(drop, str) else set(drop)
     _check_folder(folder)
-    for name in names:
-        _check_is_lora(model, name)
+    configs = _configs(model, adapter_name)
+    for name, of in configs.items():
+        _check_is_lora(name, of)
     base, server = base_model(model), SERVERS.get(target)
-    contents = _contents(base, names)
+    contents = contents_of(base, list(configs))
     _check_complete(contents, server, drop)
     kept = {path: f for path, f in contents.modules.items() if f.tower not in drop}
-    whole = {} if WHOLE in drop else contents.whole
-    files = _peft_files(base, kept, whole) if server is None else _server_files(base, kept, server)
-    config, tensors = files
-    configs: list[Any] = [model.peft_config[name] for name in names]
-    _describe_origin(config, base, configs, [] if WHOLE in drop else names, model)
+    config, tensors = _peft_files(base, kept) if server is None else _server_files(base, kept, server)
+    if WHOLE not in drop and contents.whole:
+        tensors |= {PREFIX + key: value.detach().clone().cpu().contiguous() for key, value in contents.whole.items()}
+        config.modules_to_save = sorted({name for of in configs.values() for name in of.modules_to_save or ()})
+    _describe_base(config, base, list(configs.values()))
     with written_aside(folder) as aside:
         save_file(tensors, str(aside / SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
         config.save_pretrained(str(aside))
-        _write_card(aside, config, target, configs, names, sorted(drop))
+        _write_card(aside, config, target, list(configs.values()), sorted(drop))
     return folder
 
 
 # --- what is there ---------------------------------------------------------------------------------------------------
 
 
-def _names(model: Any, adapter_name: str | Sequence[str] | None) -> list[str]:
-    known = getattr(unwrapped(model), "peft_config", None)
-    if not known:
+def _configs(model: Any, adapter_name: str | Sequence[str] | None) -> dict[str, Any]:
+    """{adapter: its config} of those that are meant."""
+    model = unwrapped(model)
+    known = getattr(model, "peft_config", None)
+    if not isinstance(model, PeftModel) or not known:
         raise TypeError(f"export_lora takes a PeftModel with an adapter, got {type(model).__name__}.")
     names = model.active_adapters if adapter_name is None else adapter_name
     names = [names] if isinstance(names, str) else list(names)
@@ -150,11 +105,7 @@ def _names(model: Any, adapter_name: str | Sequence[str] | None) -> list[str]:
         raise ValueError(f"No such adapter: {unknown}. There are {list(known)}.")
     if not names:
         raise ValueError(f"No adapter is active. Name one: adapter_name={next(iter(known))!r}.")
-    return list(dict.fromkeys(names))
-
-
-def _dropped(drop: Collection[str]) -> set[str]:
-    return {drop} if isinstance(drop, str) else set(drop)
+    return {name: known[name] for name in names}
 
 
 def _check_folder(folder: Path) -> None:
@@ -170,8 +121,7 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _check_is_lora(model: Any, name: str) -> None:
-    config = model.peft_config[name]
+def _check_is_lora(name: str, config: Any) -> None:
     method = method_of(config)
     if method is not None:
         if not method.promises.lora:
@@ -188,68 +138,6 @@ def _check_is_lora(model: Any, name: str) -> None:
         raise ValueError(
             f"Adapter {name!r} is a LoRA with {', '.join(odd)}, which isn't written here. Save it by save_pretrained, or merge it."
         )
-
-
-def _contents(base: nn.Module, names: list[str]) -> Contents:
-    found = Contents()
-    towers = {matrix.module: matrix.tower for matrix in describe(base).matrices}
-    for path, module in base.named_modules():
-        path = _plain(path)
-        for name in names if isinstance(module, BaseTunerLayer) else ():
-            for A, B in _factors(found, module, name, path):
-                if path in found.modules:
-                    found.modules[path].join(A, B)
-                else:
-                    found.modules[path] = Factors(path, towers.get(path, "other"), _innermost(module), A, B)
-        if isinstance(module, ModulesToSaveWrapper):
-            copies = [module.modules_to_save[n] for n in names if n in module.modules_to_save]
-            if len(copies) > 1:
-                raise ValueError(
-                    f"{path} is trained whole beside several of the adapters {names} (modules_to_save), and one LoRA holds one copy "
-                    f"of it. Export the adapters one by one, or leave these modules out: drop=[{WHOLE!r}]."
-                )
-            found.whole |= {f"{path}.{key}": value for copy in copies for key, value in copy.state_dict().items()}
-    return found
-
-
-def _factors(found: Contents, layer: Any, name: str, path: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """An adapter's factors in one layer, if it has any; what else it has there is noted."""
-    if isinstance(layer, MultimodalLayer):
-        if layer.has_adapter(name):
-            if (factors := layer.lora_factors(name)) is not None:
-                dtype = _dtype(layer)
-                yield factors[0].to(dtype), factors[1].to(dtype)
-            elif layer.no_lora is not None:
-                found.beside[layer.no_lora] = type(layer).__name__
-    elif isinstance(layer, LoraLayer) and name in layer._get_available_adapters():
-        if name not in layer.lora_A or not is_linear(unwrap(layer)) or name in layer.lora_variant:
-            raise ValueError(
-                f"The LoRA {name!r} acts on {path} ({type(layer).__name__}) in a way that isn't written here."
-            )
-        weights: list[Any] = [layer.lora_A[name].weight, layer.lora_B[name].weight]
-        yield weights[0], layer.scaling[name] * weights[1]
-
-
-def _dtype(layer: MultimodalLayer) -> torch.dtype:
-    """Of an adapter's parameters in a layer."""
-    containers = [getattr(layer, name) for name in layer.adapter_layer_names]
-    return next(p.dtype for c in containers for p in c.parameters())
-
-
-def _plain(path: str) -> str:
-    """A module's path as it is without adapters."""
-    return ".".join(name for name in path.split(".") if name != "base_layer")
-
-
-def _ends(paths: Iterable[str]) -> set[str]:
-    """What paths end in, whole names and not the paths themselves."""
-    return {path.split(".", n)[n] for path in paths for n in range(1, path.count(".") + 1)}
-
-
-def _innermost(module: Any) -> Any:
-    while isinstance(module, BaseTunerLayer):
-        module = unwrap(module)
-    return module
 
 
 # --- what the target takes -------------------------------------------------------------------------------------------
@@ -295,14 +183,12 @@ def _not_taken(contents: Contents, towers: Mapping[str, int], server: Server) ->
     return lost
 
 
-def _peft_files(
-    base: nn.Module, modules: dict[str, Factors], whole: dict[str, Tensor]
-) -> tuple[LoraConfig, dict[str, Tensor]]:
+def _peft_files(base: nn.Module, modules: dict[str, Factors]) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Every module with its own rank, under its path; the most frequent rank is the config's."""
     r = Counter(f.rank for f in modules.values()).most_common(1)[0][0]
-    ends = _ends(_plain(path) for path, _ in base.named_modules())
+    ends = _ends(plain_path(path) for path, _ in base.named_modules())
     pattern = {f"^{re.escape(path)}" if path in ends else path: f.rank for path, f in modules.items() if f.rank != r}
-    tensors = {PREFIX + key: value.detach().clone().contiguous() for key, value in whole.items()}
+    tensors: dict[str, Tensor] = {}
     for path, factors in modules.items():
         if factors.is_read:
             if not factors.base._qkv_same_embed_dim:
@@ -347,6 +233,11 @@ def _server_files(base: nn.Module, modules: dict[str, Factors], server: Server) 
     return LoraConfig(r=r, lora_alpha=r, target_modules=leaves), tensors
 
 
+def _ends(paths: Iterable[str]) -> set[str]:
+    """What paths end in, whole names and not the paths themselves."""
+    return {path.split(".", n)[n] for path in paths for n in range(1, path.count(".") + 1)}
+
+
 def _pair(path: str, A: Tensor, B: Tensor) -> dict[str, Tensor]:
     return {
         f"{PREFIX}{path}.lora_A.weight": A.detach().cpu().contiguous(),
@@ -357,19 +248,21 @@ def _pair(path: str, A: Tensor, B: Tensor) -> dict[str, Tensor]:
 # --- the config and the card -----------------------------------------------------------------------------------------
 
 
-def _describe_origin(config: LoraConfig, base: Any, configs: list[Any], whole_of: list[str], model: Any) -> None:
+def _describe_base(config: LoraConfig, base: Any, configs: list[Any]) -> None:
+    config.target_modules = _in_order(config.target_modules)
     config.base_model_name_or_path = configs[0].base_model_name_or_path
     tasks = {c.task_type for c in configs}
     config.task_type = tasks.pop() if len(tasks) == 1 else None
     config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     config.inference_mode = True
-    whole = sorted({m for name in whole_of for m in model.peft_config[name].modules_to_save or ()})
-    config.modules_to_save = whole or None
 
 
-def _write_card(
-    folder: Path, config: LoraConfig, target: str, configs: list[Any], names: list[str], dropped: list[str]
-) -> None:
+def _in_order(targets: Any) -> Any:
+    """PEFT makes a set of a list, whose order in the file differs from process to process."""
+    return sorted(targets) if isinstance(targets, set) else targets
+
+
+def _write_card(folder: Path, config: LoraConfig, target: str, configs: list[Any], dropped: list[str]) -> None:
     """Says what the folder is and where it is from; what its reader has written beside it stays."""
     file = folder / CARD
     there = file.read_text(encoding="utf-8") if file.is_file() else "---\nlibrary_name: peft\n---\n"
@@ -382,7 +275,7 @@ def _write_card(
     methods = {method.title if (method := method_of(c)) else "LoRA" for c in configs}
     lines = [
         f"# LoRA for {f'`{base}`' if base else 'a local model'}",
-        f"A LoRA of rank {config.r}, exported by `peft-multimodal` {__version__} from {len(names)} adapter{'s' * (len(names) > 1)} of "
+        f"A LoRA of rank {config.r}, exported by `peft-multimodal` {__version__} from {len(configs)} adapter{'s' * (len(configs) > 1)} of "
         f"{' and '.join(sorted(methods))} for {target}. It is exact, and loads without that package.",
     ]
     if server := SERVERS.get(target):

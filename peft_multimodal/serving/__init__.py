@@ -8,9 +8,7 @@ base, which is built from its config on the meta device, and the adapter's confi
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,94 +17,15 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import nn
 
-from . import doctor
-from .core.anatomy import describe, is_linear, linear_shape, own_modules
-from .core.registry import method_of
-from .files.export import PREFIX
-from .files.released import released_names
-from .files.saving import AdapterError, check_files, find_adapter
-from .files.servers import LANGUAGE_MODEL, SERVERS, Server, changes_base, odd_fields
+from .. import doctor
+from ..core.registry import method_of
+from ..files.export import PREFIX
+from ..files.saving import AdapterError, check_files, find_adapter
+from ..files.servers import SERVERS, Server, changes_base, odd_fields
+from .modules import check_modules
+from .report import OR_MERGE, Module, ServingReport
 
 _KEY = re.compile(rf"(?:{re.escape(PREFIX)})?(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
-_LAYER = re.compile(r"layers\.(\d+)\.")
-MERGE = "Merge the adapter and serve the merged model: model.merge_and_unload().save_pretrained(folder)."
-OR_MERGE = f"Or m{MERGE[1:]}"
-LEAVE_OUT = (
-    "Leave the tower out: in training by target_modules or towers=[...], afterwards by export_lora(drop=[...]). "
-    + MERGE
-)
-OTHER_BASE = f"Name the base that it was trained on, or correct the keys. {OR_MERGE}"
-
-
-@dataclass
-class Module:
-    """What a LoRA's file has for one module, and what the server makes of it.
-
-    Args:
-        name: Without PEFT's prefix.
-        shapes: {"A": (rank, d_in), "B": (d_out, rank)}.
-        verdict: "loaded", "conditional" (on how the server is started), "ignored" or "refused".
-        why, way_out: Of every verdict but "loaded".
-    """
-
-    name: str
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    verdict: str = "loaded"
-    why: str = ""
-    way_out: str = ""
-
-    @property
-    def rank(self) -> int | None:
-        return self.shapes["A"][0] if "A" in self.shapes else None
-
-    def judge(self, verdict: str, why: str, way_out: str = OTHER_BASE) -> None:
-        if self.verdict in ("loaded", "conditional"):
-            self.verdict, self.why, self.way_out = verdict, why, way_out
-
-
-@dataclass
-class ServingReport:
-    """What a server would load, ignore or refuse; `print(report)` shows it.
-
-    Args:
-        server, source: Its name, and what its rules were read in.
-        base: The base model's class.
-        start: How the server is started with this adapter.
-        modules: Those that the file names.
-        findings: Problems (the server refuses the adapter, or answers otherwise than it was trained) and warnings.
-    """
-
-    server: str
-    source: str
-    base: str | None = None
-    start: str = ""
-    modules: list[Module] = field(default_factory=list)
-    findings: list[doctor.Finding] = field(default_factory=list)
-
-    @property
-    def healthy(self) -> bool:
-        return not any(finding.level == "problem" for finding in self.findings)
-
-    def problem(self, what: str, way_out: str = MERGE) -> None:
-        self.findings.append(doctor.Finding("problem", what, way_out))
-
-    def warning(self, what: str, way_out: str = "") -> None:
-        self.findings.append(doctor.Finding("warning", what, way_out))
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "healthy": self.healthy}
-
-    def __str__(self) -> str:
-        counts = Counter(module.verdict for module in self.modules)
-        parts = [f"server: {self.server}, by the rules of {self.source}"]
-        if self.base:
-            parts.append(f"base: {self.base} (whether the server has this class is not looked at)")
-        if self.modules:
-            parts.append("modules: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()))
-        if self.start:
-            parts.append(f"start with: {self.start}")
-        parts += [f"{f.level.upper()}: {f.what}" + (f"\n  {f.way_out}" if f.way_out else "") for f in self.findings]
-        return "\n\n".join([*parts, "it will be served" if self.healthy else "it won't be served as it was trained"])
 
 
 def check_serving(model: nn.Module | str | Path, adapter: str | Path, server: str, **kwargs: Any) -> ServingReport:
@@ -146,7 +65,7 @@ def check_serving(model: nn.Module | str | Path, adapter: str | Path, server: st
     report.findings += built.findings
     if base is not None:
         report.base = type(base).__name__
-        _check_modules(report, rules, base)
+        check_modules(report, rules, base)
     _sum_up(report)
     return report
 
@@ -257,121 +176,6 @@ def _scales(module: Module, rules: Server, config: Mapping[str, Any]) -> tuple[f
 
 def _why(config: Mapping[str, Any]) -> str:
     return " and ".join(n for n in ("rank_pattern", "alpha_pattern", "use_rslora") if config.get(n)) or "the config's r"
-
-
-# --- the file's keys -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Place:
-    """A module of the base that can have a LoRA."""
-
-    path: str
-    released: str | None
-    tower: str
-    shape: tuple[int, int]  # (d_in, d_out)
-
-    @property
-    def leaf(self) -> str:
-        return self.path.rpartition(".")[2]
-
-
-def _places(base: nn.Module) -> list[Place]:
-    towers = {matrix.module: matrix.tower for matrix in describe(base).matrices}
-    found = {
-        path: module
-        for path, module in own_modules(base).items()
-        if is_linear(module) or isinstance(module, nn.Embedding)
-    }
-    names = released_names(base, found)
-    return [
-        Place(path, names[path], towers.get(path, LANGUAGE_MODEL), _shape(module)) for path, module in found.items()
-    ]
-
-
-def _shape(module: Any) -> tuple[int, int]:
-    if isinstance(module, nn.Embedding):
-        return module.num_embeddings, module.embedding_dim
-    return linear_shape(module)
-
-
-def _check_modules(report: ServingReport, rules: Server, base: nn.Module) -> None:
-    places = _places(base)
-    if not any(matrix.tower == LANGUAGE_MODEL for matrix in describe(base).matrices):
-        report.problem(
-            f"{type(base).__name__} has no language model that generates, and {rules.title} serves LoRA for these alone."
-        )
-        return
-    find = _by_path(places) if rules.by_path else _by_layer(places)
-    leaves = {place.leaf for place in places}
-    renamed = 0
-    for module in report.modules:
-        place = find(module.name)
-        if place is None:
-            _judge_unknown(module, rules, leaves)
-            continue
-        renamed += rules.by_path and place.released != module.name
-        if fault := _fault(module, place):
-            module.judge("refused", fault)
-        elif place.tower != LANGUAGE_MODEL:
-            module.judge(rules.other_towers, f"LoRA in the {place.tower} tower: {rules.towers_note}", LEAVE_OUT)
-    if not rules.by_path:
-        _check_stacked(report.modules)
-    if renamed:
-        report.warning(
-            f"{renamed} keys name modules as transformers 5 does, not as the released checkpoint: they load where {rules.title}'s class "
-            "of this model maps both.",
-            f"export_lora(target={rules.name!r}) writes the checkpoint's names.",
-        )
-
-
-def _by_path(places: list[Place]) -> Any:
-    names = {place.path: place for place in places} | {place.released: place for place in places if place.released}
-    return names.get
-
-
-def _by_layer(places: list[Place]) -> Any:
-    """Of a module that has no such path, the one of the language model with its layer's number and last name."""
-    names = _by_path(places)
-    numbered = {(m[1], p.leaf): p for p in places if p.tower == LANGUAGE_MODEL and (m := _LAYER.search(p.path))}
-
-    def find(name: str) -> Place | None:
-        match = _LAYER.search(name)
-        return names(name) or (numbered.get((match[1], name.rpartition(".")[2])) if match else None)
-
-    return find
-
-
-def _judge_unknown(module: Module, rules: Server, leaves: set[str]) -> None:
-    if module.name.rpartition(".")[2] not in leaves:
-        module.judge("refused", "the base has no module of this last name")
-    elif rules.unknown == "refused":
-        module.judge("refused", "the base has no such module")
-    else:
-        module.judge("ignored", "the base has no such module, and nothing is said: the base model answers")
-
-
-def _fault(module: Module, place: Place) -> str | None:
-    if missing := {"A", "B"} - module.shapes.keys():
-        return f"lora_{missing.pop()} is missing"
-    A, B = module.shapes["A"], module.shapes["B"]
-    if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
-        return f"lora_A {A} and lora_B {B} don't belong together"
-    if (A[1], B[0]) != place.shape:
-        return (
-            f"it is {A[1]} -> {B[0]}, the base's module {place.shape[0]} -> {place.shape[1]}: the LoRA of another base"
-        )
-    return None
-
-
-def _check_stacked(modules: list[Module]) -> None:
-    """SGLang stacks q, k and v: a layer's q without v fails, and so does k in some layers and not in others."""
-    names = {module.name for module in modules}
-    for module in modules:
-        if module.name.endswith("q_proj") and module.name.replace("q_proj", "v_proj") not in names:
-            module.judge(
-                "refused", "q_proj without v_proj, which are stacked", "Train q_proj and v_proj together. " + OR_MERGE
-            )
 
 
 def _sum_up(report: ServingReport) -> None:
