@@ -28,6 +28,7 @@ from .report import write_reports
 
 SMOKE = Path("runs/smoke")
 CONSOLE = Console()
+FINALISTS = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = [experiments.load(options.task, name) for name in chosen]
         if options.command == "select":
             for item in found:
-                select(item, options.seeds[0], options.limit_steps, options.results)
+                select(item, options.seeds, options.limit_steps, options.results)
         else:
             for seed in options.seeds:
                 for item in found:
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("command", nargs="?", choices=("run", "select", "report"), default="run")
     parser.add_argument("--task", choices=tasks.names())
     parser.add_argument("--experiment", nargs="+", metavar="METHOD/VARIANT", help="one or more, or `all`")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="0 1 2 unless given")
     parser.add_argument("--limit-steps", type=int, metavar="N", help="train N steps only; the results are thrown away")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--results", type=Path, default=records.RESULTS, help=argparse.SUPPRESS)
@@ -106,34 +107,48 @@ def run(item: experiments.Experiment, seed: int, limit: int | None, results: Pat
     CONSOLE.print(f"{item.name}, seed {seed}: {score:.2f} in {time.perf_counter() - started:.0f} s, {path}")
 
 
-def select(item: experiments.Experiment, seed: int, limit: int | None, results: Path = records.RESULTS) -> None:
-    """Try each of the experiment's choices on validation data and write the best one into its file.
+def select(
+    item: experiments.Experiment, seeds: Sequence[int], limit: int | None, results: Path = records.RESULTS
+) -> None:
+    """Try the experiment's choices on validation data and write the best one into its file.
 
-    What is tried is kept in `results/<task>/choices`, and not tried again.
+    Every choice is tried with the first seed, and the best two with the others too: their mean decides. What is tried is
+    kept in `results/<task>/choices`, and not tried again.
     """
     if not item.choices:
         CONSOLE.print(f"{item.name} has nothing to choose")
         return
-    scores = []
-    folder = (results if limit is None else SMOKE) / item.task / "choices"
-    for index, choice in enumerate(item.choices):
-        tried = item.choose(index)
-        path = folder / f"{item.name.replace('/', '_')}_{index}.json"
-        kept = records.read_json(path) if limit is None else None
-        if kept is None or kept["config"] != tried.as_dict():
-            try:
-                metrics = _outcome(tried if limit is None else tried.limited(limit), seed, "validation")["metrics"]
-                score = tasks.load(item.task).score(metrics)
-            except FloatingPointError as error:  # a setting that diverges is a bad one, not a broken run
-                metrics, score = {"error": str(error)}, 0.0
-            kept = {"choice": choice, "score": score, "seed": seed, "metrics": metrics, "config": tried.as_dict()}
-            records.write_atomically(path, records.compact(kept | {"environment": records.environment()}))
-        scores.append(kept["score"])
-        CONSOLE.print(f"{item.name}, {choice}: {kept['score']:.2f} on validation")
-    best = scores.index(max(scores))
-    CONSOLE.print(f"{item.name}: chosen {item.choices[best]}")
+    left = list(range(len(item.choices)))
+    scores: dict[int, list[float]] = {index: [] for index in left}
+    for seed in seeds:
+        for index in left:
+            scores[index].append(_try(item, index, seed, limit, results))
+        left = sorted(left, key=lambda index: -sum(scores[index]))[:FINALISTS]
+    best = left[0]
+    CONSOLE.print(
+        f"{item.name}: chosen {item.choices[best]}, {sum(scores[best]) / len(scores[best]):.2f} on validation"
+    )
     if limit is None:
         item.decide(best)
+
+
+def _try(item: experiments.Experiment, index: int, seed: int, limit: int | None, results: Path) -> float:
+    """Score of one choice with one seed, from the file where it was tried before."""
+    tried = item.choose(index)
+    folder = (results if limit is None else SMOKE) / item.task / "choices"
+    path = folder / f"{item.name.replace('/', '_')}_{index}{f'_seed{seed}' if seed else ''}.json"
+    kept = records.read_json(path) if limit is None else None
+    if kept is None or kept["config"] != tried.as_dict():
+        try:
+            metrics = _outcome(tried if limit is None else tried.limited(limit), seed, "validation")["metrics"]
+            score = tasks.load(item.task).score(metrics)
+        except FloatingPointError as error:  # a setting that diverges is a bad one, not a broken run
+            metrics, score = {"error": str(error)}, 0.0
+        kept = {"choice": item.choices[index], "score": score, "seed": seed, "metrics": metrics}
+        kept |= {"config": tried.as_dict(), "environment": records.environment()}
+        records.write_atomically(path, records.compact(kept))
+    CONSOLE.print(f"{item.name}, {kept['choice']}, seed {seed}: {kept['score']:.2f} on validation")
+    return kept["score"]
 
 
 def _outcome(item: experiments.Experiment, seed: int, split: tasks.Split) -> dict:

@@ -157,10 +157,10 @@ def toy_task(folder, monkeypatch):
 
 def test_select_keeps_what_it_tried_and_writes_the_best(folder, toy_task, tmp_path):
     item = experiments.load("toy", "lora/r2", folder)
-    run.select(item, 0, None, tmp_path)
+    run.select(item, [0], None, tmp_path)
     assert experiments.load("toy", "lora/r2", folder).chosen == 1, "a setting that diverges loses"
     assert {call[2] for call in toy_task.calls} == {"validation"}
-    run.select(item, 0, None, tmp_path)
+    run.select(item, [0], None, tmp_path)
     assert len(toy_task.calls) == 2
 
 
