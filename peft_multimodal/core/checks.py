@@ -19,16 +19,18 @@ COMPANIONS = ("encoder", "tokenizer")
 
 def check_adapter_name(name: str) -> None:
     """Adapters' names are keys of torch's containers, parts of parameters' names, and names of folders."""
-    taken = hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name)
-    if taken or name in COMPANIONS or not re.fullmatch(r"[^\s./\\:\x00]+", name):
+    why = ""
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
+        why = "torch's containers have an attribute of this name"
+    elif name in COMPANIONS:
+        why = "a folder of this name stands beside an adapter's files"
+    elif not re.fullmatch(r"[^\s./\\:\x00]+", name):
         why = "it holds a dot, slash, colon or space, or is empty"
-        if taken:
-            why = "torch's containers have an attribute of this name"
-        elif name in COMPANIONS:
-            why = "a folder of this name stands beside an adapter's files"
+    if why:
+        near = re.sub("[^A-Za-z0-9_-]+", "-", name).strip("-") or "default"
         raise ValueError(
             f"adapter_name={name!r} can't be used: {why}. Adapters are called by letters, digits, - and _, such as "
-            f"{re.sub('[^A-Za-z0-9_-]+', '-', name).strip('-') + ('-1' if taken or name in COMPANIONS else '') or 'default'!r}."
+            f"{f'{near}-1' if near == name else near!r}."
         )
 
 

@@ -104,6 +104,11 @@ def is_below(path: str, root: str) -> bool:
 # --- paths ---------------------------------------------------------------------------------------------------------
 
 
+def without_wrappers(name: str) -> str:
+    """A module's or parameter's name without those of wrappers: FSDP's, `torch.compile`'s, torch's checkpointing's."""
+    return re.sub(r"(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.", "", name)
+
+
 def layer_of(path: str) -> str | None:
     """Path of the numbered layer that a module lies in: `encoder.layer.3.attention.self` -> `encoder.layer.3`."""
     match = re.match(r"(.*\.\d+)\.", path + ".")

@@ -77,11 +77,8 @@ class MultimodalTuner(StoringTuner):
         if isinstance(peft_config, PeftConfig):  # a PeftModel passes {name: config}
             if not present:
                 vars(model).pop("_hf_peft_config_loaded", None)  # transformers has set it before it asked
-            kept = (
-                "shared state, which its layers read,"
-                if self.uses_shared_state
-                else "what it hangs beside frozen modules"
-            )
+            shared = self.uses_shared_state
+            kept = "shared state, which its layers read," if shared else "what it hangs beside frozen modules"
             raise ValueError(
                 f"{type(peft_config).__name__} isn't injected into a bare model (inject_adapter_in_model, and add_adapter and "
                 f"load_adapter of a transformers model): {kept} couldn't be loaded, deleted and taken out again there. Use "

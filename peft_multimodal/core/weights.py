@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from . import anatomy
 from .config import MultimodalConfig
+from .modules import without_wrappers
 from .storage import known_here
 
 _PREFIX = "base_model.model."  # PEFT's, of every key in a file
 _WHOLE = re.compile(r"modules_to_save\.[^.]+\.")
-_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
 
 
 class WeightsDontFit(ValueError):
@@ -40,7 +40,7 @@ def checkpoint_keys(model: nn.Module, layer_cls: Any, adapter_name: str) -> dict
     for path, module in model.named_modules():
         if not isinstance(module, layer_cls):
             continue
-        path = _WRAPPERS.sub("", path)
+        path = without_wrappers(path)
         for container_name in module.adapter_layer_names + module.other_param_names:
             container = getattr(module, container_name)
             if not isinstance(container, (nn.ModuleDict, nn.ParameterDict)) or adapter_name not in container:
@@ -58,11 +58,11 @@ def gathered(
     tuner: Any, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """What an adapter's file holds of the model's state dict; `tuner` is the class of the method's model."""
-    state_dict = {_WRAPPERS.sub("", key): value for key, value in state_dict.items()}
+    state_dict = {without_wrappers(key): value for key, value in state_dict.items()}
     keys = tuner.checkpoint_keys(model, adapter_name)
     if not state_dict.keys() >= set(keys.values()):
         # PEFT has dropped keys that contain another adapter's name, which may be a part of a module path.
-        state_dict = {_WRAPPERS.sub("", key): value for key, value in model.state_dict().items()} | state_dict
+        state_dict = {without_wrappers(key): value for key, value in model.state_dict().items()} | state_dict
     tensors = {stored: state_dict[key] for stored, key in keys.items()}
     for stored, value in tensors.items():
         if stored.endswith(tuner.scalars) and not hasattr(value, "full_tensor"):  # a shard keeps its dimension
@@ -90,7 +90,7 @@ class _Gathered(dict[str, Tensor]):
         config.base_model_name_or_path = known_here(base)
 
     def update(self, other: Any) -> None:  # type: ignore[override]
-        super().update({k: v for k, v in other.items() if _WRAPPERS.sub("", k) not in self._of_model})
+        super().update({k: v for k, v in other.items() if without_wrappers(k) not in self._of_model})
 
     def items(self) -> Any:  # the last thing that PEFT asks for
         self._show_base()
@@ -113,7 +113,7 @@ def fitted(
         WeightsDontFit: one is missing, is one too many, or has another shape, another kind of numbers, or NaN.
     """
     present = model.state_dict()
-    real = {_WRAPPERS.sub("", key): key for key in present}  # parts of the model may be compiled
+    real = {without_wrappers(key): key for key in present}  # parts of the model may be compiled
     expected = {stored: real[key] for stored, key in tuner.checkpoint_keys(model, adapter_name).items()}
     stored, others = {}, {}
     for key, value in state_dict.items():

@@ -46,8 +46,7 @@ def bootstrap_error(
     Raises:
         ValueError: Fewer than two items or groups, NaN, or sizes that disagree.
     """
-    mean, error, low, high = _bootstrap(values, groups, samples, seed)
-    return BootstrapEstimate(mean, error, low, high)
+    return BootstrapEstimate(*_bootstrap(values, groups, samples, seed))
 
 
 def paired_bootstrap(
@@ -64,8 +63,7 @@ def paired_bootstrap(
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(f"a and b are not paired: shapes {a.shape} and {b.shape}.")
-    difference, error, low, high = _bootstrap(a - b, groups, samples, seed)
-    return PairedDifference(difference, error, low, high)
+    return PairedDifference(*_bootstrap(a - b, groups, samples, seed))
 
 
 def _bootstrap(values: Any, groups: Ids | None, samples: int, seed: int) -> tuple[float, float, float, float]:

@@ -12,10 +12,10 @@ from torch import nn
 from transformers import Trainer
 
 from ..core.anatomy import Anatomy, describe, is_below
+from ..core.modules import without_wrappers
 
 _BASE = "base_model.model."
 _SAVED = ".modules_to_save."
-_WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 def parameter_groups(
@@ -99,10 +99,7 @@ class _Places:
 
     def tower(self, name: str) -> str:
         """Name of the tower that a parameter stands in; "" outside of all."""
-        name = name.removeprefix(f"{self.path}.")
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")
-        path = name.removeprefix(_BASE).replace(".base_layer", "")
+        path = without_wrappers(name.removeprefix(f"{self.path}.")).removeprefix(_BASE).replace(".base_layer", "")
         inside = [root for root in self.roots if is_below(path, root)]
         return self.roots[max(inside, key=len)] if inside else ""
 

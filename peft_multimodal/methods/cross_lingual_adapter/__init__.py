@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -267,8 +267,8 @@ class CrossLingualAdapterModel(MultimodalTuner):
         """The part that holds the languages."""
         return multilingual_tower(self.model)
 
-    @contextmanager
-    def rows(self, adapter_names: Sequence[str], inputs: Collection[Any], copies: int = 1) -> Iterator[None]:
+    def rows(
+        self, adapter_names: Sequence[str], inputs: Collection[Any], copies: int = 1
+    ) -> AbstractContextManager[None]:
         part: Any = self.language_tower()
-        with part.rows(adapter_names, inputs):
-            yield
+        return part.rows(adapter_names, inputs)
