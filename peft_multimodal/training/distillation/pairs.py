@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -34,12 +33,10 @@ class PairCollator:
         ids = nn.utils.rnn.pad_sequence([torch.from_numpy(row["ids"]).long() for row in rows], batch_first=True)
         batch: dict[str, Any] = {"pairs": [row["pairs"] for row in rows], "target_input_ids": ids}
         for name in ("student", "teacher"):
-            lengths = [len(row[name]) for row in rows]
-            states = np.zeros((len(rows), max(lengths), rows[0][name].shape[-1]), np.float32)
-            for i, row in enumerate(rows):
-                states[i, : lengths[i]] = row[name]
-            batch[f"{name}_states"] = torch.from_numpy(states)
-            batch[f"{name}_mask"] = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+            states = [torch.tensor(row[name], dtype=torch.float32) for row in rows]
+            lengths = torch.tensor([len(of_row) for of_row in states])
+            batch[f"{name}_states"] = nn.utils.rnn.pad_sequence(states, batch_first=True)
+            batch[f"{name}_mask"] = torch.arange(int(lengths.max())) < lengths[:, None]
         return batch
 
 
