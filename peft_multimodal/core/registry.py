@@ -117,8 +117,6 @@ def method(
     """
 
     def register(model: Tuner) -> Tuner:
-        tuner: Any = model
-        tuner.prefix = f"{name}_"
         _tell_peft(name, config, model)
         METHODS[name] = Method(name, config, model, summary, use, docs, promises, smallest or config)
         return model
@@ -163,7 +161,7 @@ class Prefix(str):
         return False
 
 
-def _tell_peft(name: str, config: type, model: type) -> None:
+def _tell_peft(name: str, config: type, model: Any) -> None:
     peft_type: Any = add_peft_type(name.upper())
     known = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
     if known is not None:
@@ -174,4 +172,5 @@ def _tell_peft(name: str, config: type, model: type) -> None:
         mapping.PEFT_TYPE_TO_CONFIG_MAPPING.pop(peft_type)
         mapping.PEFT_TYPE_TO_TUNER_MAPPING.pop(peft_type)
         mapping.PEFT_TYPE_TO_PREFIX_MAPPING.pop(peft_type)
-    register_peft_method(name=name, config_cls=config, model_cls=model, prefix=Prefix(f"{name}_"))
+    model.prefix = f"{name}_"
+    register_peft_method(name=name, config_cls=config, model_cls=model, prefix=Prefix(model.prefix))
