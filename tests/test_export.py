@@ -16,7 +16,7 @@ from case import declared
 from exported import tensors
 from families import FAMILIES, text_tower, tiny
 from methods import METHODS, distance, home, run, stir, wrap
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, convert_to_lora, get_peft_model, save_as_lora
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -412,3 +412,40 @@ def test_auto_classes_know_the_base(tmp_path: Path):
     loaded = AutoPeftModel.from_pretrained(tmp_path / "lora")
     assert isinstance(loaded.get_base_model(), hf.CLIPModel)
     assert distance(run(family, loaded), run(family, model)) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------- PEFT's own conversion
+
+
+def test_peft_asks_whether_it_is_a_lora():
+    family = FAMILIES["blip_retrieval"]
+    model = wrap(family, "aurora_mode_approx")
+    assert model.supports_lora_conversion() is True
+    model.add_adapter("fusion", declared()["aurora_mode_approx-fusion"].config(family))  # type: ignore[arg-type]
+    assert model.supports_lora_conversion() is True
+    assert model.base_model.supports_lora_conversion("fusion") is False
+    model.set_adapter("fusion")
+    assert model.supports_lora_conversion() is False
+
+
+def test_peft_converts_it_by_svd(tmp_path: Path):
+    """Exact from the adapter's rank on."""
+    model = wrap(LLAVA, "aurora_mode_approx", target_modules=["q_proj", "v_proj"])
+    save_as_lora(tmp_path, model, rank=4)
+    beside = {key: value for key, value in files(tmp_path)[1].items() if "self_attn" not in key}
+    assert not any(value.any() for key, value in beside.items() if "lora_B" in key)  # of the shared factors: nothing
+    stock = PeftModel.from_pretrained(LLAVA.build(), tmp_path)
+    assert distance(run(LLAVA, stock), run(LLAVA, model)) < 1e-4
+    assert distance(run(LLAVA, stock), run(LLAVA, LLAVA.build())) > 1e-2
+
+
+def test_what_peft_cannot_convert_leads_to_the_export():
+    with pytest.raises(TypeError, match=r"names its target_modules.*export_lora"):
+        convert_to_lora(wrap(LLAVA, "aurora_mode_approx"), rank=4)
+    config = hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4)
+    aurora = AuroraModeApproxConfig(r=4, target_modules=["c_attn"])
+    with pytest.raises(TypeError, match=r"do not support LoRA conversion.*AuroraLinear"):
+        convert_to_lora(get_peft_model(tiny(hf.GPT2LMHeadModel, config)(), aurora), rank=4)
+    fusion = wrap(FAMILIES["blip_retrieval"], "aurora_mode_approx-fusion", target_modules=["query", "value"])
+    with pytest.raises(TypeError, match=r"do not support LoRA conversion.*GatedQueryTransformation"):
+        convert_to_lora(fusion, rank=4)

@@ -153,6 +153,15 @@ class SwitchingTuner(BaseTuner):
         self._check_mergeable()
         return super().merge_and_unload(*args, **kwargs)
 
+    def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
+        """Whether an adapter, or all that are active, is a LoRA and nothing beside it, as `export_lora` writes it."""
+        names = self.active_adapters if adapter_name is None else [adapter_name]
+        methods = [method_of(self.peft_config[name]) for name in names]
+        beside = (layer for layer in self.own_layers() if layer.no_lora is not None)
+        return all(m is not None and m.promises.lora for m in methods) and not any(
+            layer.has_adapter(name) for layer in beside for name in names
+        )
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # PEFT would hand over a weight, which a whole layer doesn't have
 

@@ -49,6 +49,25 @@ class SharedFactors(AttachedPart, AuroraModeApproxLayer):
             cores = {g: nn.init.xavier_uniform_(torch.empty(r, r, r)) for g in shapes}
             self.aurora_mode_approx_core[adapter_name] = nn.ParameterDict(cores)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """`peft.convert_to_lora` asks every layer, and this one changes no weight: it is in the way of nothing.
+
+        Raises:
+            TypeError: the adapter has target_modules=None, which PEFT takes for a set of names.
+        """
+        config: Any = getattr(self.host(), "peft_config", {}).get(adapter_name)
+        if config is not None and config.target_modules is None:
+            raise TypeError(
+                "peft.convert_to_lora needs an adapter that names its target_modules, and this one takes its method's default "
+                "(None). peft_multimodal.export_lora(model, folder) writes it as a LoRA, and exactly."
+            )
+        return True
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """Zeros, as wide as the widest matrix: `peft.convert_to_lora` takes apart what every layer gives."""
+        U, V = ([*store[adapter_name].values()] for store in (self.aurora_mode_approx_U, self.aurora_mode_approx_V))
+        return U[0].new_zeros(max(map(len, V)), max(map(len, U)))
+
     def U(self, adapter: str, group: str) -> Tensor:
         """d_in x R."""
         return self.aurora_mode_approx_U[adapter][group]

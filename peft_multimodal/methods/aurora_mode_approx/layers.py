@@ -118,6 +118,10 @@ class AuroraMatrixLayer(nn.Module, AuroraModeApproxLayer):
         updates = [self.factors.updates(adapter, group, P[a:b], scale) for group, a, b in self.slices[adapter].blocks]
         return torch.cat([update.flatten(0, 1) for update in updates])
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `peft.convert_to_lora` can take dW apart: of a Conv1D it would take it for its transpose."""
+        return self.has_adapter(adapter_name) and not isinstance(self.get_base_layer(), Conv1D)
+
     @torch.no_grad()
     def lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """A = U^T and B = s V diag(lambda * P_n), a block of rows a matrix, in float32 or better.
