@@ -86,11 +86,20 @@ def blip(model_class: type, folder: Path) -> None:
     hf.BlipProcessor(hf.BlipImageProcessorPil(**IMAGE), tokens).save_pretrained(folder)
 
 
+def llava(folder: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, **LAYERS}
+    vision = hf.CLIPVisionConfig(image_size=SIDE, patch_size=8, **{**sizes, "num_hidden_layers": 3})
+    text = hf.LlamaConfig(num_key_value_heads=2, vocab_size=64, **sizes)
+    config = hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=60, image_seq_length=16)
+    tiny(hf.LlavaForConditionalGeneration, config)().save_pretrained(folder)
+
+
 MODELS: dict[str, Callable[[Path], None]] = {
     "openai/clip-vit-base-patch32": clip,
     "intfloat/multilingual-e5-small": e5,
     "HuggingFaceTB/SmolLM2-135M": language_model,
     "facebook/dinov2-small": dinov2,
     "Salesforce/blip-itm-base-coco": lambda folder: blip(hf.BlipForImageTextRetrieval, folder),
+    "llava-hf/llava-1.5-7b-hf": llava,
     "Salesforce/blip-vqa-base": lambda folder: blip(hf.BlipForQuestionAnswering, folder),
 }
