@@ -245,7 +245,7 @@ def _highest(leaves: list[str], avoid: Iterable[str]) -> list[str]:
 def _predicts_tokens(model: Any, modules: dict[str, nn.Module], path: str, num_text: int) -> bool:
     """Whether a text tower is a decoder: causal attention, or a head over its vocabulary."""
     inside = {p: m for p, m in modules.items() if is_below(p, path)}
-    if any(getattr(m, "is_causal", None) is True for p, m in inside.items() if p in set(attentions_of(inside))):
+    if any(getattr(inside.get(p), "is_causal", None) is True for p in attentions_of(inside)):
         return True
     if not (hasattr(model, "can_generate") and model.can_generate()):
         return False
