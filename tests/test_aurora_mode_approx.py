@@ -190,6 +190,7 @@ def count(groups: list[tuple[int, int, int]], r: int = 4) -> int:
 SHARES = {
     "per_shape": [(48, 48, 6), (32, 32, 8), (48, 32, 4)],  # vision; text q, k, v and cross q; cross k, v
     "per_modality": [(48, 48, 6), (32, 32, 6), (32, 32, 2), (48, 32, 4)],
+    "per_letter": [(48, 48, 2)] * 3 + [(32, 32, 2)] * 4 + [(48, 32, 2)] * 2,
     "none": [(48, 48, 1)] * 6 + [(32, 32, 1)] * 8 + [(48, 32, 1)] * 4,
 }
 

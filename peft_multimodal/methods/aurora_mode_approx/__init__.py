@@ -45,7 +45,7 @@ from .factors import AuroraModeApproxLayer, SharedFactors
 from .fusion import GatedQueryTransformation, InformativeContext, attentions_in, gqt_sites, ice_sites
 from .layers import AuroraLinear, AuroraMatrixLayer, AuroraMultiheadAttention, drop_scope, scope_of
 
-SHARES = ("per_shape", "per_modality", "none")
+SHARES = ("per_shape", "per_modality", "per_letter", "none")
 
 
 @dataclass
@@ -57,7 +57,8 @@ class AuroraModeApproxConfig(TargetedConfig):
         alpha: The update is scaled by s = alpha / r; None means alpha = r, that is s = 1.
         dropout: Probability of dropping an entry of x U in training.
         share: Which matrices share U, V and lambda. "per_shape": those of equal (d_in, d_out). "per_modality":
-            those of one tower and shape. "none": each has its own.
+            those of one tower and shape. "per_letter": of one tower, shape and kind, so that queries, keys, values and
+            outputs have factors of their own; an r of a quarter then has as many parameters. "none": each has its own.
         core: "cp", or "tucker" for the form of the authors' released code (R^3 more parameters a group).
         init_weights: How U and P start; V is 0 in any case. "gauss" draws U ~ N(0, 1/d_in) and P ~ N(0, 1). "ones" draws
             the same U and P ~ 1 + 0.02 N(0, 1): all matrices of a group begin with one update and part later. "inherit"
@@ -311,4 +312,6 @@ def group_of(share: str, matrix: Matrix) -> str:
     shape = f"{matrix.d_in}x{matrix.d_out}"
     if share == "none":
         return matrix.role.replace(".", "-")
+    if share == "per_letter":
+        return f"{matrix.tower}-{matrix.letter}-{shape}"
     return f"{matrix.tower}-{shape}" if share == "per_modality" else shape
