@@ -1,5 +1,6 @@
 # make quickstart   install, then adapt a real model to real images (two jobs, minutes)
 # make test         install, then the test suite
+# make docs         the documentation's site, in build/site/index.html
 VENV   ?= .venv
 PYTHON ?= python3
 BIN     = $(VENV)/bin
@@ -13,7 +14,7 @@ TORCH_NEWEST ?= torch
 CORE = test_registry.py test_families.py test_contract.py test_trainer.py test_saving.py test_life.py \
 	test_peft_expectations.py test_auto_contract.py
 
-.PHONY: help install lock quickstart test test-all test-newest test-oldest test-peft quality format docs-tables package benchmark gpu-check clean
+.PHONY: help install lock quickstart test test-all test-newest test-oldest test-peft quality prose docs format docs-tables package benchmark gpu-check clean
 
 help:
 	@grep -E '^# make' Makefile | cut -c3-
@@ -67,6 +68,16 @@ quality: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tests/prose.py
+	$(MAKE) --no-print-directory docs
+
+# no sentence above 36 words, no word that the house gave up: in pages, public docstrings and messages
+prose: install
+	$(BIN)/python tests/prose.py
+
+# the site of the documentation in build/site; any warning, such as a broken link, is an error
+docs: install
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -20,19 +20,31 @@ _SCALE = "Scale it to 8 bits: Image.fromarray((x / x.max() * 255).astype('uint8'
 def read_image(value: Any, name: str = "The image") -> Image.Image:
     """An 8-bit RGB image, whatever form it comes in.
 
-    It is turned as its EXIF orientation says, what is transparent is laid on white (as transformers' processors do), and
-    16-bit grey is scaled from 0..65535. Integers of 32 bits and floats are refused, since their range is anybody's guess.
+    It is turned as its EXIF orientation says. What is transparent is laid on white, as transformers' processors do.
+    16-bit grey is scaled from 0..65535. Integers of 32 bits and floats are refused, since nothing says what their
+    range is.
 
     Args:
-        value: A PIL image of any mode; a path, or the bytes of an image file; {"bytes": ..., "path": ...} as
-            `datasets.Image(decode=False)` gives it; an array (H, W) or (H, W, C), or a tensor (C, H, W), of bool, uint8
-            or uint16 with 1 to 4 channels.
+        value: One of these.
+
+            - A PIL image of any mode.
+            - A path, or the bytes of an image file.
+            - {"bytes": ..., "path": ...}, as `datasets.Image(decode=False)` gives it.
+            - An array (H, W) or (H, W, C), or a tensor (C, H, W), of bool, uint8 or uint16, with 1 to 4 channels.
         name: How errors call it.
 
+    Returns:
+        A PIL image of mode "RGB".
+
     Raises:
-        TypeError: It is nothing of these.
-        ValueError: The file is missing, broken or cut off, the image has no pixels, or its mode, shape or dtype doesn't
-            say what its numbers mean.
+        TypeError: it is none of these.
+        ValueError: the file is missing, broken or cut off, the image has no pixels, or its mode, shape or dtype
+            doesn't say what its numbers mean.
+
+    Examples:
+        >>> import numpy as np
+        >>> read_image(np.zeros((20, 30), np.uint16)).size
+        >>> read_image("images/1.png")
     """
     if isinstance(value, Mapping):
         value = _stored(value, name)

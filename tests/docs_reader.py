@@ -1,17 +1,21 @@
 """Does what a page of the documentation says, block after block, in a process of its own.
 
-    python tests/docs_reader.py README.md      # in an empty folder; the last line is [the lines of the blocks it has done]
+    python tests/docs_reader.py README.md         # in an empty folder; the last line is [the lines of the blocks it has done]
+    python tests/docs_reader.py peft_multimodal   # the examples of `help()`; the last line is [the names whose examples it has done]
 
-Python blocks run in one namespace, and in a new one for each section of a page that says so: `STAND_ALONE`. Names that a page uses without making them are the reader's own data: `GIVEN`. Files
-shown in a block (```csv pairs.csv) are written. Of commands the doctor runs; of the others, which take minutes or
+Python blocks run in one namespace, and in a new one for each section of a page that says so: `STAND_ALONE`. Names that a
+page uses without making them are the reader's own data: `GIVEN`. An example of a docstring may also use a model that is at
+hand (`AT_HAND`) and every public name. Files shown in a block (```csv pairs.csv) are written. Of commands the doctor runs; of the others, which take minutes or
 change the machine, what they name has to exist. There is no other kind of block.
 """
 
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import re
 import shlex
@@ -171,11 +175,69 @@ GIVEN: dict[str, Callable[[], Any]] = {
 }
 
 
-def give(code: str, namespace: dict[str, Any]) -> None:
+def clip() -> Any:
+    from transformers import CLIPModel
+
+    return CLIPModel.from_pretrained("openai/clip-vit-base-patch32")
+
+
+def adapted() -> Any:
+    from peft import get_peft_model
+
+    import peft_multimodal
+
+    return get_peft_model(clip(), peft_multimodal.AuroraModeApproxConfig(r=8))
+
+
+def collator() -> Any:
+    from transformers import AutoProcessor
+
+    import peft_multimodal
+
+    processor = AutoProcessor.from_pretrained("openai/clip-vit-base-patch32")
+    return peft_multimodal.ImageTextCollator(processor, model=clip())
+
+
+def language_model() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+
+
+AT_HAND = {**GIVEN, "clip": clip, "collator": collator, "lm": language_model, "model": adapted}
+
+
+def give(code: str, namespace: dict[str, Any], given: dict[str, Callable[[], Any]] = GIVEN) -> None:
     """Put the data into the namespace that the code names and that isn't there."""
-    used = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
-    for name in (used & GIVEN.keys()) - namespace.keys():
-        namespace[name] = GIVEN[name]()
+    nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)]
+    made = {node.id for node in nodes if isinstance(node.ctx, ast.Store)}
+    for name in ({node.id for node in nodes} & given.keys()) - namespace.keys() - (made if given is AT_HAND else set()):
+        namespace[name] = given[name]()
+
+
+# --- help() ----------------------------------------------------------------------------------------------------------
+
+
+def example_of(name: str) -> str:
+    """The code of a public name's example."""
+    import peft_multimodal
+
+    found = doctest.DocTestParser().get_examples(inspect.getdoc(getattr(peft_multimodal, name)) or "")
+    return "".join(example.source for example in found)
+
+
+def do_examples() -> list[str]:
+    """Run the examples of all public names, each in a namespace of its own; the names."""
+    import peft_multimodal
+
+    done = []
+    for name in sorted({*peft_multimodal.__all__} - {"__version__"}):
+        code = example_of(name)
+        namespace = {"__name__": "__main__"} | {n: getattr(peft_multimodal, n) for n in peft_multimodal.__all__}
+        give(code, namespace, AT_HAND)
+        exec(compile(code, f"help({name})", "exec"), namespace)
+        done += [name] if code else []
+    return done
 
 
 def few_steps() -> None:
@@ -193,6 +255,9 @@ def few_steps() -> None:
 def main(page: str) -> None:
     few_steps()
     folders_of_images()
+    if page == "peft_multimodal":
+        print(json.dumps(do_examples()))
+        return
     alone = STAND_ALONE in (ROOT / page).read_text(encoding="utf-8")
     namespace: dict[str, Any] = {}
     section, done = None, []

@@ -27,12 +27,12 @@ def methods_table() -> str:
 
 
 def index() -> str:
-    """Links to all pages of `docs/`: those of methods with what they are for, then the guides."""
+    """Links to all pages of `docs/`: the guides, the methods with what they are for, and the rest."""
     methods = {Path(m.docs).name: m for m in _by_title(METHODS.values())}
-    guides = sorted(p for p in (ROOT / "docs").glob("*.md") if p.name not in {*methods, "README.md"})
+    others = [p for p in (ROOT / "docs").glob("*.md") if p.name not in {*methods, "README.md"}]
     rows = [(f"[{m.title}]({name})", m.summary) for name, m in methods.items()]
-    links = [f"- [{p.read_text('utf-8').splitlines()[0].removeprefix('# ')}]({p.name})" for p in guides]
-    return f"{_table(('method', 'for'), rows)}\n\n" + "\n".join(links)
+    guides = _links((ROOT / "docs/guides").glob("*.md"))
+    return f"Guides by task:\n\n{guides}\n\n{_table(('method', 'for'), rows)}\n\nMore:\n\n{_links(others)}"
 
 
 TABLES: dict[str, Callable[[], str]] = {"README.md": methods_table, "docs/README.md": index}
@@ -53,6 +53,11 @@ def stale() -> list[str]:
 
 def _by_title(methods: Iterable[Method]) -> list[Method]:
     return sorted(methods, key=lambda m: m.title)
+
+
+def _links(pages: Iterable[Path]) -> str:
+    titles = {page.read_text("utf-8").splitlines()[0].removeprefix("# "): page for page in pages}
+    return "\n".join(f"- [{title}]({titles[title].relative_to(ROOT / 'docs')})" for title in sorted(titles))
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

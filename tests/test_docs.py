@@ -17,7 +17,10 @@ from docs_models import MODELS
 from docs_reader import ROOT, Block, blocks, check_command, commands, do
 from hub_server import Hub
 
-PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
+import peft_multimodal
+from peft_multimodal.core.registry import METHODS
+
+PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 COMMANDS_ALONE = ["CONTRIBUTING.md", "benchmarks/README.md"]
 
 
@@ -53,6 +56,26 @@ def test_every_block_is_carried_out(page: str, desk: Desk, tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [block.line for block in blocks(page)]
+
+
+def test_every_example_of_help_is_carried_out(desk: Desk, tmp_path: Path):
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tests/docs_reader.py"), "peft_multimodal"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=desk.environment(), capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == sorted({*peft_multimodal.__all__} - {"__version__"})
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_method_s_page_has_all_that_a_reader_looks_for(name: str):
+    page = (ROOT / METHODS[name].docs).read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.+)$", page, re.MULTILINE)
+    wanted = ["When to use it", "How it works", "Options", "Cost", "Limits", "Results"]
+    assert [heading for heading in headings if heading in wanted] == wanted
+    how, results = (page.split(f"\n## {heading}\n")[1].split("\n## ")[0] for heading in ("How it works", "Results"))
+    assert re.search(r"^    \S", how, re.MULTILINE), "no equation"
+    assert "python -m benchmarks." in results
 
 
 def test_tables_of_methods_are_the_registry():

@@ -326,7 +326,7 @@ def step_of_many(processes: int, rows: int, width: int, pairs: int = 0) -> dict[
 @pytest.mark.parametrize("processes", [8, 64, 1024])
 @pytest.mark.parametrize("remembers", [False, True])
 def test_what_a_step_of_many_processes_exchanges(processes: int, remembers: bool):
-    """The arithmetic of docs/many-processes.md."""
+    """The arithmetic of docs/guides/many-processes.md."""
     rows, width = 4, 24
     total = processes * rows
     found = step_of_many(processes, rows, width, pairs=2 * total if remembers else 0)

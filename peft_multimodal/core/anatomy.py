@@ -11,6 +11,7 @@ the same when a release of transformers renames modules. Adapters are stored und
 from __future__ import annotations
 
 import re
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -39,12 +40,13 @@ from .readers import configs_of, image_sizes, media_tokens, pixel_readers, token
 
 # What a method needs of a model's anatomy stands here, whichever module of this package it lives in.
 __all__ = [
-    "LETTER", "TOWERS", "Anatomy", "Matrix", "Site", "Tower", "base_model", "configs_of", "describe", "device_of", "dtype_of",
+    "LETTER", "SCREEN", "TOWERS", "Anatomy", "Matrix", "Site", "Tower", "base_model", "configs_of", "describe", "device_of", "dtype_of",
     "fusion_layers", "image_sizes", "is_below", "is_cross", "is_linear", "is_matrix", "layer_of", "linear_shape",
     "own_modules", "pixel_readers", "stack_of", "table", "token_embeddings", "unread_layers", "unwrap", "unwrapped",
 ]  # fmt: skip
 
 TOWERS = ("vision", "text", "fusion", "decoder")
+SCREEN = 100  # columns of what is printed
 
 
 @dataclass(frozen=True)
@@ -86,22 +88,34 @@ class Anatomy:
             (t.name, t.path or "(the model)", t.class_name, t.attentions, t.hidden_size or "-", f"{t.parameters:,}")
             for t in self.towers
         ]
-        text = f"{self.model_class}\n" + table(("tower", "module", "class", "attentions", "width", "parameters"), rows)
+        heads = ("tower", "module", "class", "attentions", "width", "parameters")
+        lines = [self.model_class, table(heads, rows, SCREEN)]
         if layers := self.fusion_layers:
             span = " .. ".join(dict.fromkeys([layers[0], layers[-1]]))
-            text += f"\nfusion layers (self- and cross-attention): {len(layers)}, {span}"
+            lines.append(_fill(f"fusion layers (self- and cross-attention): {len(layers)}, {span}"))
         if self.media_tokens:
-            text += "\nmedia tokens: " + ", ".join(f"{name}={token}" for name, token in self.media_tokens.items())
-        return text
+            named = ", ".join(f"{name}={token}" for name, token in self.media_tokens.items())
+            lines.append(_fill(f"media tokens: {named}"))
+        return "\n".join(lines)
 
     __repr__ = __str__
 
 
 def describe(model: nn.Module) -> Anatomy:
-    """Towers, fusion layers, widths and media tokens of a model (also of one that PEFT has wrapped).
+    """What a model is found to have: its towers, fusion layers, widths and media tokens.
 
-    Example:
-        >>> print(describe(model))
+    Args:
+        model: Any model of transformers, bare or in a `PeftModel`. It is not changed.
+
+    Returns:
+        An `Anatomy`. Print it for a table of the towers: module, class, number of attentions, width, parameters.
+
+    Raises:
+        ValueError: a model without a config whose towers can't be told apart.
+
+    Examples:
+        >>> print(describe(clip))
+        >>> describe(clip).tower_names()
     """
     model = base_model(model)
     modules = own_modules(model)
@@ -148,12 +162,26 @@ def unread_layers(model: Any, anatomy: Anatomy) -> list[str]:
     return unread
 
 
-def table(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
-    """A plain-text table with aligned columns."""
+def table(header: Iterable[Any], rows: Iterable[Iterable[Any]], width: int | None = None) -> str:
+    """A plain-text table with aligned columns.
+
+    Args:
+        header, rows: Cells.
+        width: Longest line; the widest columns lose the beginnings of their cells, as paths differ at their ends.
+    """
     cells = [[str(c) for c in header], *([str(c) for c in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    while width is not None and sum(widths) + 2 * (len(widths) - 1) > width:
+        widths[widths.index(max(widths))] -= 1
+    cells = [
+        [c if len(c) <= w else f"…{c[len(c) - w + 1 :]}" for c, w in zip(row, widths, strict=True)] for row in cells
+    ]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def _fill(text: str) -> str:
+    return textwrap.fill(text, SCREEN, subsequent_indent="  ", break_on_hyphens=False)
 
 
 # --- towers ----------------------------------------------------------------------------------------------------------

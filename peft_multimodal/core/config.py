@@ -24,12 +24,32 @@ Config = TypeVar("Config", bound="MultimodalConfig")
 
 @dataclass
 class MultimodalConfig(PeftConfig):
-    """The fields that every method of the package has.
+    """The fields that every method of the package has; a method's own config adds to them.
+
+    A wrong value is refused where it is set, with the name of the field, what is allowed and what was given.
 
     Args:
+        task_type: PEFT's, such as "CAUSAL_LM"; None, the default, suits vision-language models.
+        peft_type: Filled in by the method.
+        auto_mapping: Filled in by PEFT.
+        peft_version: Filled in by PEFT.
+        base_model_name_or_path: The base model's id or folder; filled in.
+        revision: The base model's revision.
+        inference_mode: Whether the adapter is frozen.
         modules_to_save: Modules that are trained and saved as a whole beside the adapter, such as a projection.
-        format_version, package_version, base_signature: Filled in; they travel with the adapter and are checked
-            when it is loaded.
+        format_version: Of the adapter's files; filled in, and checked when they are loaded.
+        package_version: Of this package; filled in.
+        base_signature: What the base model has, {tower: [attentions, width]} among other things; filled in, and
+            checked when the adapter is loaded.
+
+    Raises:
+        ValueError: a field has a wrong value, or the files have a newer format.
+
+    Examples:
+        >>> from peft import PeftConfig
+        >>> config = AuroraModeApproxConfig(r=8, modules_to_save=["visual_projection"])
+        >>> config.save_pretrained("config-alone")
+        >>> isinstance(PeftConfig.from_pretrained("config-alone"), MultimodalConfig)
     """
 
     target_modules: ClassVar[Any] = None  # PEFT reads it off every config
@@ -61,6 +81,13 @@ class MultimodalConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
     ) -> Any:
+        """Read a config from an adapter's folder or from the Hub, as `peft.PeftConfig.from_pretrained` does.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or the id of a repository.
+            subfolder: Within it.
+            kwargs: `revision`, `token`, `cache_dir`, ...
+        """
         source = str(pretrained_model_name_or_path)
         config: Any = super().from_pretrained(source, subfolder=subfolder, **kwargs)
         hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if kwargs.get(name) is not None}
@@ -68,7 +95,12 @@ class MultimodalConfig(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes the config, and what stands beside it where a model is being saved: see `companions`."""
+        """Write the config. Where a model is being saved, the adapter's companion files are written as well.
+
+        Args:
+            save_directory: A folder.
+            kwargs: As of `peft.PeftConfig.save_pretrained`.
+        """
         with companions(self, Path(save_directory)):
             super().save_pretrained(save_directory, **kwargs)
 

@@ -11,7 +11,7 @@ from peft import NoMatchingPeftModuleError, PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from .anatomy import Anatomy, Matrix, Site, base_model, describe, layer_of, table, unread_layers
+from .anatomy import SCREEN, Anatomy, Matrix, Site, base_model, describe, layer_of, table, unread_layers
 from .config import MultimodalConfig, TargetedConfig
 from .registry import method_of
 
@@ -42,16 +42,30 @@ class MatchTable:
         ]
         matrices = all(isinstance(s, Matrix) for s in self.sites)
         count = f"{len(rows)} {'matrices' if matrices else 'places'}"
-        return table(("module", "kind", "shape", "rows", "tower", "role"), rows) + f"\n{count}"
+        return f"{table(('module', 'kind', 'shape', 'rows', 'tower', 'role'), rows, SCREEN)}\n{count}"
 
     __repr__ = __str__
 
 
 def matched_modules(model: nn.Module, config: MultimodalConfig) -> MatchTable:
-    """What `get_peft_model(model, config)` would adapt: names, shapes, towers. The model is not changed.
+    """What `get_peft_model(model, config)` would adapt. The model is not changed.
+
+    Args:
+        model: The base model, bare or in a `PeftModel`.
+        config: A config of any method of this package.
+
+    Returns:
+        A `MatchTable`. Iterate over it for the places (`module`, `kind`, `tower`, `role`, `d_in`, `d_out`), or print
+        it.
 
     Raises:
+        TypeError: the config is none of this package's.
         ValueError: nothing matches; the message names what exists.
+
+    Examples:
+        >>> matched = matched_modules(clip, AuroraModeApproxConfig(towers=["text"]))
+        >>> print(matched)
+        >>> {site.kind for site in matched}
     """
     method = method_of(config) if isinstance(config, PeftConfig) else None
     if method is None:

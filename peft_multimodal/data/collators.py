@@ -21,7 +21,11 @@ from .switches import changed
 
 @dataclass
 class ImageTextCollator:
-    """Rows of an image and its caption to a batch of pairs.
+    """Makes a batch of image-text pairs out of rows of an image and its caption.
+
+    A call returns pixel_values `(B, 3, H, W)`, input_ids and attention_mask int64 `(B, L)`, and what else the
+    processor gives; where asked for, return_loss and ids int64 `(B,)`. With `every_text` there are T texts, and
+    text_rows int64 `(T,)` is the place in the batch of each text's image.
 
     Args:
         processor: A transformers processor of images and text.
@@ -33,24 +37,27 @@ class ImageTextCollator:
             model's limit.
         model: Bare or in a `PeftModel`. It is asked what its forward takes, how long a text it reads, and whether it
             reads padding; it isn't kept.
-        padding: As the processor's. By default True, or "max_length" where the model reads the padding behind a text:
-            such models (SigLIP) were trained on texts of one length, and else features depend on the batch.
+        padding: As the processor's. By default True, or "max_length" where the model reads the padding behind a
+            text. Such models (SigLIP) were trained on texts of one length; otherwise features depend on the batch.
         random_text: Draw one of several captions with torch's global generator (set `torch.manual_seed`), as for
-            training; else take the first.
-        every_text: Take all captions of each row, for retrieval over a whole set. `return_loss` is left out.
+            training; otherwise take the first.
         id_column: Column of integers or strings; rows of equal id match each other in the losses of
             `peft_multimodal.training`.
         id_name: The ids' name in the batch: "ids" for `ImageTextRetrievalTrainer`, "labels" for
             `contrastive_loss_func`.
-
-    Returns (of a call):
-        pixel_values `(B, 3, H, W)`, input_ids and attention_mask int64 `(B, L)`, what else the processor gives;
-        return_loss and ids int64 `(B,)` where asked for. With every_text there are T texts, and text_rows int64 `(T,)`
-        is the place in the batch of each text's image.
+        every_text: Take all captions of each row, for retrieval over a whole set. `return_loss` is left out.
 
     Raises:
-        ValueError: A column is missing, an image can't be read, a text is empty, or return_loss was asked for and the forward takes none.
-        TypeError: An image is nothing that `read_image` takes, a text no string, or an id neither integer nor string.
+        ValueError: a column is missing, an image can't be read, a text is empty, or return_loss was asked for and the
+            forward takes none.
+        TypeError: an image is nothing that `read_image` takes, a text is no string, or an id is neither integer nor
+            string.
+
+    Examples:
+        >>> from transformers import AutoProcessor
+        >>> collator = ImageTextCollator(AutoProcessor.from_pretrained("openai/clip-vit-base-patch32"), model=clip)
+        >>> batch = collator([{"image": apple, "text": "a red apple"}, {"image": pear, "text": ["a green pear", "a pear"]}])
+        >>> clip(**batch).loss
     """
 
     processor: Any
@@ -98,6 +105,7 @@ class ImageTextCollator:
         return changed(self, random_text=False, every_text=every_text)
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """A batch of rows; see the class."""
         which = "all" if self.every_text else "drawn" if self.random_text else "first"
         texts = _texts(rows, self.text_column, "text_column", which, self.id_column)
         images = _images(rows, self.image_column, self.id_column)
@@ -121,35 +129,44 @@ class ImageTextCollator:
 
 @dataclass
 class QuestionAnswerCollator:
-    """Rows of an image, a question and its answer to a batch for models that decode it: `BlipForQuestionAnswering`.
+    """Makes a batch for models that decode an answer (`BlipForQuestionAnswering`) out of rows of an image, a
+    question and it.
 
-    The decoder reads `[start] answer [sep] [pad]...` and predicts each next token up to [sep]. Two things in which
-    transformers' own example trains another model than `generate` uses: its labels begin with [CLS] though `generate`
-    starts from the decoder's start token, and padding counts in the loss. Passing -100 as labels alone fails, since the
-    model embeds the labels when it gets no decoder_input_ids.
+    A call returns pixel_values `(B, 3, H, W)`; input_ids and attention_mask int64 `(B, L)`; and int64 `(B, A)`
+    decoder_input_ids, decoder_attention_mask, and labels, which are -100 where padded. The model shifts the labels
+    itself.
 
-    BLIP's decoder in transformers 5.23 drops the mask of its cross-attention and so reads the questions' padding:
-    losses and answers then depend on the batch's longest question, unless it is always as long (`padding`).
-    Trainer takes its mean loss for one already divided among accumulated batches: with gradient accumulation set
-    `accepts_loss_kwargs = False` on the base model, else steps are too large by the number of batches.
+    The decoder reads `[start] answer [sep] [pad]...` and predicts each next token up to [sep]. In two things
+    transformers' own example trains another model than `generate` uses: its labels begin with [CLS] though
+    `generate` starts from the decoder's start token, and padding counts in the loss. Passing -100 as labels alone
+    fails, since the model embeds the labels when it gets no decoder_input_ids.
+
+    BLIP's decoder in transformers 5.23 drops the mask of its cross-attention and so reads the questions' padding.
+    Losses and answers then depend on the batch's longest question, unless it is always as long (`padding`). Trainer
+    takes its mean loss for one already divided among accumulated batches. With gradient accumulation set
+    `accepts_loss_kwargs = False` on the base model; otherwise steps are too large by the number of batches.
 
     Args:
         processor: A transformers processor of images and text.
+        image_column: Column of images, in any form that `read_image` takes.
+        question_column: Column of strings.
         answer_column: Column of strings, or of lists of human answers; None leaves the answers out, for `generate`.
         decoder_start_token_id: First decoder input. Required with answers, here or by `model`.
         model: Model whose `decoder_start_token_id` and limits are taken, bare or in a `PeftModel`; it isn't kept.
         max_length: Longest question in tokens; by default the smaller of the tokenizer's and the model's limit.
-        max_answer_length: Longest answer in tokens, by the same default.
         padding: Of the questions, as the processor's; "max_length" makes every question as long.
-        random_answer: Draw one of several answers with torch's global generator; else take the first.
-
-    Returns (of a call):
-        pixel_values `(B, 3, H, W)`; input_ids, attention_mask int64 `(B, L)`; and int64 `(B, A)` decoder_input_ids,
-        decoder_attention_mask, and labels, which are -100 where padded. The model shifts the labels itself.
+        random_answer: Draw one of several answers with torch's global generator; otherwise take the first.
+        max_answer_length: Longest answer in tokens, by the same default.
 
     Raises:
-        ValueError: A column is missing, an image can't be read, a text is empty, or the start token is unknown.
-        TypeError: An image is nothing that `read_image` takes, or a text no string.
+        ValueError: a column is missing, an image can't be read, a text is empty, or the start token is unknown.
+        TypeError: an image is nothing that `read_image` takes, or a text is no string.
+
+    Examples:
+        >>> from transformers import AutoProcessor, BlipForQuestionAnswering
+        >>> blip = BlipForQuestionAnswering.from_pretrained("Salesforce/blip-vqa-base")
+        >>> collator = QuestionAnswerCollator(AutoProcessor.from_pretrained("Salesforce/blip-vqa-base"), model=blip)
+        >>> blip(**collator([{"image": apple, "question": "what colour is it?", "answer": "red"}])).loss
     """
 
     processor: Any
@@ -179,6 +196,7 @@ class QuestionAnswerCollator:
         return changed(self, random_answer=False)
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """A batch of rows; see the class."""
         images = _images(rows, self.image_column)
         questions = [text for (text,) in _texts(rows, self.question_column, "question_column", "first")]
         batch = _process(self.processor, images, questions, self.padding, self.max_length)

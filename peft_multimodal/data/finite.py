@@ -16,13 +16,17 @@ from .switches import changed, evaluating, without_loss
 class FiniteBatches:
     """A collator that refuses NaN and infinite values and names their samples, before a step is spoilt by them.
 
-    Training stops with the error; the last checkpoint is as it was. The package's trainers put it around any collator.
-
-        >>> Trainer(model, args, data_collator=FiniteBatches(collator, "id"), train_dataset=rows)
+    Training stops with the error, and the last checkpoint is as it was. The package's trainers put it around any
+    collator; the stock `Trainer` needs it.
 
     Args:
         collator: Any.
-        id_column: Column by which samples are named; where a row has none, by its place in the batch.
+        id_column: Column by which samples are named; a row without one is named by its place in the batch.
+
+    Examples:
+        >>> from transformers import Trainer, TrainingArguments
+        >>> args = TrainingArguments("out", remove_unused_columns=False, label_names=[])
+        >>> Trainer(model, args, data_collator=FiniteBatches(collator, "id"), train_dataset=dataset).train()
     """
 
     def __init__(self, collator: Any, id_column: str = "id") -> None:

@@ -25,10 +25,6 @@ class LanguageProcessor:
 
     A language is called as its adapter. The first one is that of the model's own text tower, English in general.
 
-        >>> processor = LanguageProcessor(en=clip_tokenizer, zh=zh_tokenizer)
-        >>> model.get_text_features(**processor(["一个红苹果"], language="zh"))  # with the adapter zh active
-        >>> model.get_text_features(**processor(["a red apple", "一个红苹果"], language=["en", "zh"]))
-
     Args:
         image_processor: For `images=`.
         padding: As tokenizers take it, for all languages or as {language: padding}. A tower that was trained on padded
@@ -41,6 +37,15 @@ class LanguageProcessor:
 
     Raises:
         ValueError: there is no tokenizer, or a language's name is no name (letters, digits, - and _).
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoTokenizer
+        >>> config = CrossLingualAdapterConfig(encoder="intfloat/multilingual-e5-small")
+        >>> model = get_peft_model(clip, config, adapter_name="zh")
+        >>> english = AutoTokenizer.from_pretrained("openai/clip-vit-base-patch32")
+        >>> processor = LanguageProcessor(en=english, zh=AutoTokenizer.from_pretrained("intfloat/multilingual-e5-small"))
+        >>> model.get_text_features(**processor(["a red apple", "一个红苹果"], language=["en", "zh"])).pooler_output
     """
 
     FILE = "language_processor.json"
@@ -100,6 +105,7 @@ class LanguageProcessor:
 
     @property
     def languages(self) -> list[str]:
+        """Names of the languages, the model's own first."""
         return list(self.tokenizers)
 
     def tokenizer(self, language: str) -> Any:
@@ -175,6 +181,13 @@ class LanguageProcessor:
         return "__base__" if language == self.base else self.adapters.get(language, language)
 
     def batch_decode(self, input_ids: Any, language: str | None = None, **kwargs: Any) -> list[str]:
+        """Texts of a language out of token ids int64 `(B, L)`.
+
+        Args:
+            input_ids: Token ids.
+            language: By default the model's own.
+            kwargs: For the tokenizer, such as `skip_special_tokens=True`.
+        """
         return self.tokenizer(language or self.base).batch_decode(input_ids, **kwargs)
 
     def save_pretrained(self, folder: Any, **kwargs: Any) -> None:

@@ -17,13 +17,20 @@ _VECTOR = datasets.Sequence(datasets.Value("float32"))
 
 
 class RetrievalRecall(evaluate.Metric):
-    """`retrieval_recall` as a metric: predictions are image embeddings, references the same rows' text embeddings.
+    """`retrieval_recall` as an `evaluate.Metric` that works offline.
 
-    Example:
+    `compute` takes predictions, image embeddings `(n, d)`, and references, the same rows' text embeddings `(n, d)`.
+    It also takes the other arguments of `retrieval_recall`: `image_ids`, `text_ids` and `ks`. It gives recalls in
+    percent.
+
+    Args:
+        config_name: As of `evaluate.Metric`, and so are the other arguments.
+
+    Examples:
+        >>> import torch
         >>> metric = RetrievalRecall()
-        >>> for image_embeds, text_embeds in batches:
-        ...     metric.add_batch(predictions=image_embeds, references=text_embeds)
-        >>> metric.compute(image_ids=concepts, text_ids=concepts, ks=(1, 5))
+        >>> metric.add_batch(predictions=torch.eye(6), references=torch.eye(6))
+        >>> metric.compute(ks=(1, 5))["mean_recall"]
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -46,7 +53,16 @@ class RetrievalRecall(evaluate.Metric):
 
 
 class VQAAccuracy(evaluate.Metric):
-    """`vqa_accuracy` as a metric: references are strings or lists of human answers; gives `{"accuracy": percent}`."""
+    """`vqa_accuracy` as an `evaluate.Metric` that works offline: it gives `{"accuracy": percent}`.
+
+    `compute` takes predictions, a string each, and references, a string or a list of human answers each.
+
+    Args:
+        config_name: As of `evaluate.Metric`, and so are the other arguments.
+
+    Examples:
+        >>> VQAAccuracy().compute(predictions=["red", "two"], references=[["red", "red", "dark red"], ["2", "2"]])
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

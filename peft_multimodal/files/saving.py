@@ -42,6 +42,9 @@ class AdapterError(ValueError):
     Args:
         what: What was found.
         way_out: What to do.
+
+    Examples:
+        >>> print(AdapterError("The weights are cut off.", "Download them again."))
     """
 
     def __init__(self, what: str, way_out: str) -> None:
@@ -53,19 +56,27 @@ class AdapterError(ValueError):
 
 
 def save(model: PeftModel, folder: str | os.PathLike, notes: CardNotes | None = None, **kwargs: Any) -> Path:
-    """`model.save_pretrained(folder)`, written aside and renamed: an interrupted save leaves the old files as they were.
+    """`model.save_pretrained(folder)`, written aside and renamed: an interrupted save leaves the old files.
 
-    Where an adapter brings the rows of new tokens itself, PEFT's look at the embeddings (and on the Hub, for how large
-    they were) is left out. What else the folder holds stays. On Linux the whole folder is exchanged in one step, unless
-    this process stands in it: then, and elsewhere, its files are replaced one by one.
+    What else the folder holds stays. On Linux the whole folder is exchanged in one step, unless it is this process's
+    working directory. Then, and on other systems, its files are replaced one by one. PEFT's look at the embeddings,
+    and on the Hub for how large they were, is left out where an adapter brings the rows of new tokens itself.
 
     Args:
-        notes: What the model card shall say of metrics, languages and classes. The rest it takes from the files.
-        kwargs: Passed on to `PeftModel.save_pretrained`; it is safetensors that are written.
+        model: A `PeftModel`. All of its adapters are saved.
+        folder: Made if it isn't there.
+        notes: What the model card is to say of metrics, languages and classes. The rest it takes from the files.
+        kwargs: Passed on to `PeftModel.save_pretrained`. Files are always safetensors.
+
+    Returns:
+        The folder.
 
     Raises:
         NotADirectoryError: `folder` is a file.
         ValueError: `safe_serialization=False` was asked for.
+
+    Examples:
+        >>> save(model, "my-adapter")
     """
     _check_options(kwargs)
     folder = Path(folder)
@@ -195,15 +206,25 @@ def push_to_hub(
 ) -> CommitInfo:
     """Save the adapters with their model card and companion files, and upload them as one commit.
 
-    The text that a card in the repository has beside ours stays. A base model at a local path is no obstacle: the card
-    then names no base.
+    The text that a card in the repository has beside ours stays. A base model at a local path isn't named on the
+    card.
 
     Args:
+        model: A `PeftModel`. All of its adapters are pushed.
         repo_id: "user/name"; made if it isn't there.
         notes: As of `save`.
-        private: Of a repository that is made.
+        private: Whether a repository that is made is private.
+        token: Of the Hub; by default the one that `hf auth login` keeps.
         revision: Branch; made if it isn't there.
+        commit_message: Of the commit that is returned.
+        create_pr: Open a pull request instead of pushing to the branch.
         kwargs: Passed on to `PeftModel.save_pretrained`.
+
+    Raises:
+        ValueError: `safe_serialization=False` was asked for.
+
+    Examples:
+        >>> push_to_hub(model, "user/adapter", CardNotes(metrics={"mean recall": 22.4}, license="apache-2.0"))
     """
     _check_options(kwargs)
     api = HfApi(token=token)
@@ -237,8 +258,12 @@ def load(model: nn.Module, name_or_path: str | os.PathLike, **kwargs: Any) -> Pe
     Raises:
         TypeError: `model` is no model.
         AdapterError: there is no such adapter; a file is missing, truncated, no JSON object, of an unknown kind, or no
-            safetensors; the config asks for what can't be built.
+            safetensors; or the config asks for what can't be built.
         ValueError: the adapter doesn't fit the model.
+
+    Examples:
+        >>> save(model, "my-adapter")
+        >>> model = load(CLIPModel.from_pretrained("openai/clip-vit-base-patch32"), "my-adapter")
     """
     if not isinstance(model, nn.Module):
         raise TypeError(

@@ -23,23 +23,27 @@ from .visuals import Visual, images_of_texts, left_by_truncation, pixel_batch
 class InterleavedProcessor:
     """Tokenises texts with markers, each of which stands for an image or a video.
 
-        >>> processor = InterleavedProcessor(tokenizer, image_processor)
-        >>> batch = processor(["<image>a red apple. <image>a green"], images=[[apple, pear]])
-        >>> model.generate(**batch, max_new_tokens=20)
-
     Args:
         tokenizer: Of the language model. It gets the marker as a special token if it doesn't know it; the model's
             embedding needs no resizing. Its padding token is needed where texts differ in length.
         image_processor: Of the vision encoder; None for texts whose images come as `vision_features`.
         media_token: The marker.
-        text_column, images_column, answer_column: Of the rows that `collate` takes: a string or a conversation, a list of
-            images, and what is to be answered, which rows may lack; None leaves such a column alone, where the text holds
-            the answer.
+        text_column: Of the rows that `collate` takes: a string or a conversation.
+        images_column: Of these rows: a list of images.
+        answer_column: Of these rows, which may lack it: what is to be answered. None leaves the column alone, for
+            texts that hold the answer.
         max_length: Longest text of `collate` in tokens; by default the smaller of the tokenizer's and the model's limit.
         model: The language model, bare or in a `PeftModel`; it isn't kept.
 
     Raises:
         ValueError: the marker isn't one token, or max_length is more than the model reads.
+
+    Examples:
+        >>> from transformers import AutoImageProcessor, AutoTokenizer
+        >>> tokenizer = AutoTokenizer.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+        >>> processor = InterleavedProcessor(tokenizer, AutoImageProcessor.from_pretrained("facebook/dinov2-small"))
+        >>> processor(["<image>a red apple. <image>a green"], images=[[apple, pear]])["pixel_values"].shape
+        >>> processor.collate([{"text": "<image>a red apple", "images": [apple]}])["labels"]
     """
 
     FILE = "interleaved_processor.json"
@@ -191,9 +195,16 @@ class InterleavedProcessor:
         return Lesson(whole, [(text, whole)])
 
     def decode(self, input_ids: Any, **kwargs: Any) -> str:
+        """The text of one row of token ids."""
         return self.tokenizer.decode(input_ids, **kwargs)
 
     def batch_decode(self, input_ids: Any, **kwargs: Any) -> list[str]:
+        """The texts of rows of token ids int64 (B, L).
+
+        Args:
+            input_ids: Token ids.
+            kwargs: For the tokenizer, such as `skip_special_tokens=True`.
+        """
         return self.tokenizer.batch_decode(input_ids, **kwargs)
 
     def save_pretrained(self, folder: Any, **kwargs: Any) -> None:

@@ -33,15 +33,23 @@ class MediaCache:
     """The images of a batch of conversations, kept from turn to turn as `past_key_values` keeps their text.
 
     Each call adds the images that it is given; their tokens, and the keys and values of every layer, are made once.
-
-        >>> media = MediaCache()
-        >>> out = model.generate(**turn_1, pixel_values=images_1, media=media, return_dict_in_generate=True)
-        >>> model.generate(**both_turns, pixel_values=images_2, media=media, past_key_values=out.past_key_values)
+    A cache belongs to one adapter.
 
     Attributes:
         latents: (B, T, R, D), or None before the first image.
         numbers: (B, T), the number j >= 1 of each image in its conversation; 0 where a row has none in this place.
-        adapter: Which adapter has read them; to another they would mean nothing.
+        adapter: The adapter that has read the images; to another they would mean nothing.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoImageProcessor, AutoTokenizer
+        >>> tokenizer = AutoTokenizer.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+        >>> processor = InterleavedProcessor(tokenizer, AutoImageProcessor.from_pretrained("facebook/dinov2-small"))
+        >>> config = GatedXAttnConfig(vision_encoder="facebook/dinov2-small", media_token_id=processor.media_token_id)
+        >>> model = get_peft_model(lm, config).eval()
+        >>> media = MediaCache()
+        >>> out = model(**processor(["<image>a red"], images=[[apple]]), media=media, use_cache=True)
+        >>> media.latents.shape
     """
 
     adapter: str | None = None

@@ -20,16 +20,23 @@ from .temperature import ScaleBounds
 
 
 class AdapterCallback(TrainerCallback):
-    """For the stock `Trainer`; the trainers of this package bring their own.
-
-        >>> Trainer(model, args, callbacks=[AdapterCallback()], ...)
+    """Gives the stock `Trainer` what the trainers of this package bring themselves.
 
     - `load_best_model_at_end=True` loads every adapter of the best checkpoint, whatever its name. `Trainer` alone looks
       for one adapter that is called "default", and otherwise keeps the last weights.
-    - A learning rate outside the range of the adapter's method is said when training starts, such as `Trainer`'s default
-      of 5e-5, at which most methods hardly learn.
+    - A warning says when training starts at a learning rate outside the range of the adapter's method. At `Trainer`'s
+      default of 5e-5 most methods hardly learn.
     - `push_to_hub=True` pushes adapters of any name with each checkpoint, their companion files and their card.
-    - A temperature that is trained stays within its family's bounds (see `ScaleBounds`).
+    - A temperature that is trained stays within its family's bounds.
+
+    Raises:
+        ValueError: when training starts, if the stock Trainer's own loading of the best model would mix adapters up.
+
+    Examples:
+        >>> from transformers import Trainer, TrainingArguments
+        >>> args = TrainingArguments("out", learning_rate=1e-3, remove_unused_columns=False, label_names=[])
+        >>> callbacks = [AdapterCallback()]
+        >>> Trainer(model, args, train_dataset=dataset, data_collator=collator, callbacks=callbacks).train()
     """
 
     stock = True  # whether the trainer is; one of this package loads no adapter into another

@@ -31,15 +31,24 @@ _ZIPPED = (".pt", ".pth", ".bin")  # what torch.save writes: a zip, whose direct
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest complete checkpoint in a `Trainer`'s output folder; None where there is none, so training starts anew.
+    """The newest complete checkpoint in a `Trainer`'s output folder; None where there is none, so training starts at
+    step 0.
 
-        >>> trainer.train(resume_from_checkpoint=last_checkpoint("out"))
-
-    A save that was killed leaves a folder that lacks files, or has the beginning of one; it is passed over with a
+    A save that was killed leaves a folder that lacks files, or has the beginning of one. It is passed over with a
     warning that says what is wrong. Processes that share a file system find the same checkpoint.
 
-    It tells nothing of an unfinished save into the folder of a finished one, which is what a run leaves that begins
-    anew in an old run's output folder: give that one a folder of its own. The trainers of this package are safe.
+    Give each run an output folder of its own. In an old run's folder, a run that was killed while it saved may have
+    left its files among those of a finished checkpoint, and this function can't tell. The trainers of this package
+    are safe.
+
+    Args:
+        output_dir: The folder that `TrainingArguments` names.
+
+    Examples:
+        >>> from transformers import Trainer, TrainingArguments
+        >>> args = TrainingArguments("out", learning_rate=1e-3, remove_unused_columns=False, label_names=[])
+        >>> trainer = Trainer(model, args, train_dataset=dataset, data_collator=collator)
+        >>> trainer.train(resume_from_checkpoint=last_checkpoint("out"))
     """
     folder = Path(output_dir)
     checkpoints = {int(m[1]): p for p in folder.glob("checkpoint-*") if (m := _NUMBER.fullmatch(p.name)) and p.is_dir()}

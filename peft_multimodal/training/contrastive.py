@@ -30,15 +30,11 @@ from .temperature import logit_bias, logit_scale
 class ContrastiveTrainer(RememberingTrainer):
     """`transformers.Trainer` with the contrastive loss of all processes' pairs, for every dual encoder.
 
-        >>> bank = HardSampleBank.from_model(model, dataset, id_column="id")
-        >>> trainer = ContrastiveTrainer(model, args, train_dataset=dataset, hard_samples=bank)
-        >>> trainer.train()
-
     It serves any adapter, and full fine-tuning. The loss sees the pairs of all processes: two of them give the
     gradients of one on the joint batch. With gradient accumulation each step of it has a loss of its own; a larger
     batch with `rows_at_once` gives the gradients of the whole in the memory of a part.
 
-    With a bank, a map-style data set is sampled by it, in every process alike; one that streams comes in its own
+    With a bank, a map-style data set is sampled by it, in every process alike. One that streams comes in its own
     order, and the bank acts by the loss weights alone. Its ids must be known to the bank. The bank is saved with the
     model and in every checkpoint, and resumed with the sampler to the last bit.
 
@@ -46,8 +42,12 @@ class ContrastiveTrainer(RememberingTrainer):
     predictions and text embeddings as labels, `(rows, d)` each, of unit length.
 
     Args:
-        hard_samples: The bank of `train_dataset`.
+        model: A dual encoder, bare or in a `PeftModel`.
+        args: `TrainingArguments`.
         data_collator: As for `HardSampleBank.from_model`, whose default it shares.
+        train_dataset: Rows of images and texts, or whatever the collator takes.
+        fixed: What else `Trainer` takes by position, `eval_dataset` first.
+        hard_samples: The bank of `train_dataset`.
         keep_close: lambda; 0 leaves the term out. It takes a second pass without adapters.
         rows_at_once: Rows of a process's batch that go through the model together (GradCache, Gao et al. 2021):
             embeddings first, then the loss of the whole batch, then each part again with its share of the gradient.
@@ -55,6 +55,16 @@ class ContrastiveTrainer(RememberingTrainer):
         encode: `(model, batch) -> (image, text)` for models whose output has no `image_embeds` and `text_embeds`.
         loss: "softmax" (InfoNCE) or "sigmoid"; None takes the one that the model was trained by: sigmoid where it has a
             `logit_bias`, as SigLIP has.
+        kwargs: The other arguments of `Trainer`, and `saved_modules_lr`, `tower_lr` and `role_lr` of
+            `parameter_groups`.
+
+    Raises:
+        ValueError: batches of one pair, a model that is no dual encoder, or a bank of other pairs.
+
+    Examples:
+        >>> from transformers import TrainingArguments
+        >>> args = TrainingArguments("out", learning_rate=1e-3, remove_unused_columns=False)
+        >>> ContrastiveTrainer(model, args, collator, dataset, rows_at_once=4).train()
     """
 
     joint_loss = True

@@ -32,7 +32,8 @@ def parameter_groups(
     from zero. Biases, norms, gates and scales get no weight decay, as in `Trainer`.
 
     Args:
-        model: A `PeftModel` with adapters of any method, of this package or of PEFT; also inside of DDP or `torch.compile`.
+        model: A `PeftModel` with adapters of any method, of this package or of PEFT; also inside of DDP or
+            `torch.compile`.
         lr: Learning rate of everything that no other argument names.
         weight_decay: Of matrices.
         saved_modules_lr: Learning rate of `modules_to_save`.
@@ -46,9 +47,10 @@ def parameter_groups(
     Raises:
         ValueError: nothing trains, or a tower or role is named that no trained parameter has; the message lists them.
 
-    Example:
-        >>> groups = parameter_groups(model, lr=3e-3, saved_modules_lr=3e-4, role_lr={"P": 1e-2, "lambda": 1e-2})
-        >>> Trainer(model, args, train_dataset=dataset, optimizers=(torch.optim.AdamW(groups), None))
+    Examples:
+        >>> import torch
+        >>> groups = parameter_groups(model, lr=3e-3, tower_lr={"text": 1e-3}, role_lr={"P": 1e-2})
+        >>> optimizer = torch.optim.AdamW(groups)
     """
     # Trainer's own rule, which asks nothing of a trainer.
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]

@@ -280,12 +280,32 @@ class AdapterTrainer(Trainer):
 class ImageTextRetrievalTrainer(AdapterTrainer):
     """`transformers.Trainer` whose loss is `retrieval_loss`: ITC + ITM, for models like `BlipForImageTextRetrieval`.
 
-    Use it with `ImageTextCollator`. Evaluation gives eval_loss with negatives drawn from `args.seed`, thus the same each
-    time; `compute_metrics` and `predict` get image embeddings as predictions and text embeddings as labels, `(rows, d)`
-    each, of unit length: ITC's, while ITM re-ranks by `peft_multimodal.evaluation.rerank_recall`. Gradient accumulation, mixed precision and DDP work as ever; `torch_compile` doesn't reach this loss.
+    Use it with `ImageTextCollator`. Evaluation gives eval_loss with negatives drawn from `args.seed`, and so the
+    same each time. `compute_metrics` and `predict` get image embeddings as predictions and text embeddings as
+    labels, `(rows, d)` each, of unit length. They are ITC's; `peft_multimodal.evaluation.rerank_recall` re-ranks by
+    ITM.
+
+    Gradient accumulation, mixed precision and DDP work as usual. `torch_compile` doesn't reach this loss.
 
     Args:
+        args: What `Trainer` takes by position.
         logit_scale: 1 / temperature of ITC and of the hard negatives.
+        kwargs: The other arguments of `Trainer`, and `saved_modules_lr`, `tower_lr` and `role_lr` of
+            `parameter_groups`.
+
+    Raises:
+        ValueError: batches of one pair.
+
+    Source: Li et al. 2022, "BLIP", arXiv 2201.12086.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoProcessor, BlipForImageTextRetrieval, TrainingArguments
+        >>> BLIP = "Salesforce/blip-itm-base-coco"
+        >>> model = get_peft_model(BlipForImageTextRetrieval.from_pretrained(BLIP), UniAdapterConfig())
+        >>> collator = ImageTextCollator(AutoProcessor.from_pretrained(BLIP), model=model)
+        >>> args = TrainingArguments("out", learning_rate=1e-3, remove_unused_columns=False, label_names=[])
+        >>> ImageTextRetrievalTrainer(model, args, train_dataset=dataset, data_collator=collator).train()
     """
 
     def __init__(self, *args: Any, logit_scale: float = LOGIT_SCALE, **kwargs: Any):

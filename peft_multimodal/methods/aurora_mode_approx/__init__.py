@@ -60,9 +60,12 @@ class AuroraModeApproxConfig(TargetedConfig):
             those of one tower and shape. "per_letter": of one tower, shape and kind, so that queries, keys, values and
             outputs have factors of their own; an r of a quarter then has as many parameters. "none": each has its own.
         core: "cp", or "tucker" for the form of the authors' released code (R^3 more parameters a group).
-        init_weights: How U and P start; V is 0 in any case. "gauss" draws U ~ N(0, 1/d_in) and P ~ N(0, 1). "ones" draws
-            the same U and P ~ 1 + 0.02 N(0, 1): all matrices of a group begin with one update and part later. "inherit"
-            takes U and P from a CP decomposition of the frozen weights.
+        init_weights: How U and P start; V is 0 in any case.
+
+            - "gauss" draws U ~ N(0, 1/d_in) and P ~ N(0, 1).
+            - "ones" draws the same U and P ~ 1 + 0.02 N(0, 1): all matrices of a group begin with one update and part
+              later.
+            - "inherit" takes U and P from a CP decomposition of the frozen weights.
         use_gqt: Add the gated query transformation to every layer with self- and cross-attention.
         gqt_branches: "query" (the paper's) and/or "cross" (the authors' code also adds the cross-attention's output).
         use_ice: Add the informative context enhancement to a text encoder that runs with and without the image.
@@ -70,6 +73,12 @@ class AuroraModeApproxConfig(TargetedConfig):
         target_modules: None takes q, k and v of every attention in the chosen towers.
 
     The other arguments are those of [`TargetedConfig`].
+
+    Raises:
+        ValueError: a field has a wrong value.
+
+    Examples:
+        >>> AuroraModeApproxConfig(r=64, towers=["vision", "text"])
     """
 
     r: int = 64
@@ -125,7 +134,10 @@ class AuroraModeApproxModel(MultimodalTuner):
     Parameters: (d_in + d_out) R + N R + R a group of N matrices of equal shape; 2 d + 1 a layer and branch for the
     gated query transformation; 1 for the context enhancement.
 
-    Example:
+    Source: Wang et al. 2023, "Parameter-efficient Tuning of Large-scale Multimodal Foundation Model", arXiv
+        2305.08381.
+
+    Examples:
         >>> import peft_multimodal
         >>> from peft import get_peft_model
         >>> from transformers import CLIPModel
@@ -223,6 +235,7 @@ class AuroraModeApproxModel(MultimodalTuner):
         Args:
             model: A PeftModel with a LoRA adapter `adapter_name`. Its LoRA layers are taken out.
             config: Rank and sharing of the result; the target modules are the LoRA's.
+            adapter_name: Of the LoRA and of the result.
             iterations: Of alternating least squares (tensorly's `parafac`).
 
         Returns:
@@ -237,6 +250,9 @@ class AuroraModeApproxModel(MultimodalTuner):
         """Add an adapter whose update is exactly sum_a weights[a] dW_a: factors side by side, rank sum of ranks.
 
         Args:
+            adapters: Names of the adapters to add up.
+            weights: One for each.
+            adapter_name: The new adapter's.
             combination_type: "sum", or "cat" as PEFT calls it for LoRA, whose other types approximate the sum.
 
         Raises:
@@ -272,7 +288,16 @@ class AuroraModeApproxModel(MultimodalTuner):
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, cp_only: bool = False
     ) -> None:
-        """Add the updates to the base weights; with `cp_only=True` GQT and ICE go on acting as they are."""
+        """Add the updates to the base weights.
+
+        Args:
+            adapter_names: Adapters to merge; None merges the active ones.
+            safe_merge: Refuse an update that makes weights infinite or NaN.
+            cp_only: Merge the updates though there are GQT and ICE, which go on acting as they are.
+
+        Raises:
+            ValueError: the adapter has GQT or ICE, and `cp_only` is False.
+        """
         self._check_merge(adapter_names, safe_merge, cp_only, "GQT and ICE go on acting")
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -283,7 +308,20 @@ class AuroraModeApproxModel(MultimodalTuner):
         adapter_names: list[str] | None = None,
         cp_only: bool = False,
     ) -> nn.Module:
-        """The base model with the updates in its weights; with `cp_only=True` GQT and ICE are dropped."""
+        """The base model with the updates in its weights.
+
+        Args:
+            progressbar: Show one.
+            safe_merge: Refuse an update that makes weights infinite or NaN.
+            adapter_names: Adapters to merge; None merges the active ones.
+            cp_only: Merge the updates though there are GQT and ICE, which are dropped.
+
+        Returns:
+            The base model, of its own class.
+
+        Raises:
+            ValueError: the adapter has GQT or ICE, and `cp_only` is False.
+        """
         self._check_merge(adapter_names, safe_merge, cp_only, "GQT and ICE are dropped")
         return super().merge_and_unload(progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
 

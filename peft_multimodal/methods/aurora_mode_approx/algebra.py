@@ -82,7 +82,7 @@ class CompressionErrors(dict[str, float]):
     A module that the LoRA has hardly changed may be lost as a whole (an error of 1) and matter little. `total` weighs
     modules by the size of their updates.
 
-    Example:
+    Examples:
         >>> model, errors = AuroraModeApproxModel.from_lora(lora, AuroraModeApproxConfig(r=64))
         >>> print(errors)
         relative error of the updates: 0.12 in all; by module 0.17 on average, from 0.03 to 0.98 (layers.0.q_proj)

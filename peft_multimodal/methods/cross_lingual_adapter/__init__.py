@@ -57,11 +57,24 @@ class CrossLingualAdapterConfig(MultimodalConfig):
         num_heads: Their attention heads; None takes 4, or fewer where 4 doesn't divide the width.
         ff_mult: Their FFN's width in multiples of m.
         dropout: On what the adapter reads and in its transformer layers, in training.
-        pool: How y is taken from Y: "mean" over the text's tokens, "cls" (the first token) or "attention" (a learned query).
+        pool: How y is taken from Y: "mean" over the text's tokens, "cls" (the first token) or "attention" (a learned
+            query).
         level: "pooled" for dual encoders; "tokens" where a fusion encoder reads the text's token states (FLAVA). None
             takes what the model asks for; a text tower alone doesn't tell, so there None is "pooled".
         save_encoder: Keep a copy of the encoder in the adapter's folder, for one that is on no Hub.
-        encoder_type, encoder_width, encoder_vocab_size, tokenizer_hash, output_dim: Filled in; checked on loading.
+        encoder_type: Filled in, and checked when the adapter is loaded.
+        encoder_width: Filled in, and checked when the adapter is loaded.
+        encoder_vocab_size: Filled in, and checked when the adapter is loaded.
+        tokenizer_hash: Filled in, and checked when the adapter is loaded.
+        output_dim: Filled in, and checked when the adapter is loaded.
+
+    The other arguments are those of [`MultimodalConfig`].
+
+    Raises:
+        ValueError: a field has a wrong value.
+
+    Examples:
+        >>> CrossLingualAdapterConfig(encoder="intfloat/multilingual-e5-small", dropout=0.2)
     """
 
     encoder: str | None = None
@@ -94,6 +107,10 @@ class CrossLingualAdapterConfig(MultimodalConfig):
 
         The config records `encoder`, or where the module says that it came from. An encoder that was trained or
         changed here should be published, or kept with the adapter by `save_encoder=True`.
+
+        Args:
+            encoder: A model that gives token states (B, L, d_s).
+            tokenizer: Its tokenizer, to be kept beside the adapter.
         """
         give_encoder(self, LanguageEncoder(encoder, tokenizer), encoder, "encoder")
         return self
@@ -174,12 +191,20 @@ class LanguageAdapter(nn.Module):
 class CrossLingualAdapterModel(MultimodalTuner):
     """Gives a dual encoder, or a fusion model with a text tower of its own, another language.
 
-    Example:
+    Source: the linear head of Multilingual-CLIP (Carlsson et al. 2022) is `num_layers=0`; the frozen student with a
+        bottleneck
+    of transformer layers is the recipe of DAMO's talk on adapting CLIP to Chinese.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoTokenizer
         >>> config = CrossLingualAdapterConfig(encoder="intfloat/multilingual-e5-small")
         >>> model = get_peft_model(clip, config, adapter_name="zh")
-        >>> model.get_text_features(**zh_tokenizer(["一个红苹果"], return_tensors="pt")).pooler_output
+        >>> chinese = AutoTokenizer.from_pretrained("intfloat/multilingual-e5-small")
+        >>> model.get_text_features(**chinese(["一个红苹果"], return_tensors="pt")).pooler_output
+        >>> english = AutoTokenizer.from_pretrained("openai/clip-vit-base-patch32")
         >>> with model.disable_adapter():  # English again
-        ...     model.get_text_features(**en_tokenizer(["a red apple"], return_tensors="pt")).pooler_output
+        ...     model.get_text_features(**english(["a red apple"], return_tensors="pt")).pooler_output
     """
 
     tuner_layer_cls = CrossLingualAdapterLayer

@@ -53,16 +53,20 @@ class GatedXAttnConfig(MultimodalConfig):
     Args:
         media_token_id: The marker that stands for an image or video in `input_ids`; it may lie beyond the vocabulary.
             `InterleavedProcessor.media_token_id`.
-        vision_encoder: The frozen vision encoder: a Hub id or a folder for `AutoModel`, of whose model the vision tower
-            is taken. `with_vision_encoder` takes a module instead. None where calls bring `vision_features`.
+        vision_encoder: The frozen vision encoder: a Hub id or a folder for `AutoModel`, whose vision tower is taken.
+            `with_vision_encoder` takes a module instead. None where calls bring `vision_features`.
         vision_encoder_revision: Its commit, tag or branch; filled in with the commit that was loaded.
         vision_hidden_size: Width D of its features; measured where there is an encoder.
-        resampler: "linear", a linear map of the frames' mean, whose R tokens are the encoder's S places; "perceiver", the
-            paper's, which tells a video's frames apart, makes `num_latents` tokens of any number of features, and takes
-            more data to train; or for ablations "mean" (one token).
+        resampler: What makes R tokens of an image's features.
+
+            - "linear": a linear map of the frames' mean; R is the encoder's number S of places.
+            - "perceiver": the paper's. It tells a video's frames apart and makes `num_latents` tokens of any number
+              of features, and takes more data to train.
+            - "mean": one token, for ablations.
         num_latents: R of the Perceiver resampler, the tokens of one image.
         resampler_depth: Its layers (the paper has 6).
-        resampler_heads, head_dim: Of the attentions of the resampler and of the blocks: I = heads head_dim.
+        resampler_heads: Heads of the attentions of the resampler and of the blocks.
+        head_dim: Width of a head there: I = heads head_dim.
         max_frames: Learned embeddings of a video's frames; longer videos get interpolated ones.
         every_n_layers: A block stands before layer l = 0, 1, ... where l + 1 is a multiple of it. None: filled in with a
             fifth of the decoder's layers, which gives five to nine blocks (the paper has 1 to 7).
@@ -75,6 +79,14 @@ class GatedXAttnConfig(MultimodalConfig):
         attend: "last", the last image before a token, or "all_previous".
         share_blocks: One block for all layers.
         vision_encoder_type: Filled in; checked on loading.
+
+    The other arguments are those of [`MultimodalConfig`].
+
+    Raises:
+        ValueError: a field has a wrong value.
+
+    Examples:
+        >>> GatedXAttnConfig(vision_encoder="facebook/dinov2-small", media_token_id=49152, every_n_layers=6)
     """
 
     media_token_id: int | None = None
@@ -115,7 +127,11 @@ class GatedXAttnConfig(MultimodalConfig):
         self.check_sizes("vision_hidden_size", "every_n_layers")
 
     def with_vision_encoder(self, encoder: nn.Module) -> GatedXAttnConfig:
-        """Take this module for the vision encoder; returns the config, which names where the module says it is from."""
+        """Take this module for the vision encoder; returns the config, which names where the module says it is from.
+
+        Args:
+            encoder: A vision model that reads `pixel_values` (N, C, H, W) alone.
+        """
         give_encoder(self, encoder, encoder, "vision_encoder")
         return self
 
@@ -178,11 +194,18 @@ class GatedXAttnModel(MultimodalTuner):
 
     A row with n markers reads its first n images; what stands behind them is padding.
 
-    Example:
-        >>> processor = InterleavedProcessor(tokenizer, image_processor)
+    Source: Alayrac et al. 2022, "Flamingo: a Visual Language Model for Few-Shot Learning", arXiv 2204.14198.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoImageProcessor, AutoTokenizer
+        >>> tokenizer = AutoTokenizer.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+        >>> tokenizer.pad_token = tokenizer.eos_token
+        >>> processor = InterleavedProcessor(tokenizer, AutoImageProcessor.from_pretrained("facebook/dinov2-small"))
         >>> config = GatedXAttnConfig(vision_encoder="facebook/dinov2-small", media_token_id=processor.media_token_id)
-        >>> model = get_peft_model(lm, config)
-        >>> model.generate(**processor(["<image>a red apple. <image>a green"], images=[[apple, pear]]), num_beams=3)
+        >>> model = get_peft_model(lm, config).eval()
+        >>> batch = processor(["<image>a red apple. <image>a green"], images=[[apple, pear]])
+        >>> model.generate(**batch, num_beams=3, max_new_tokens=5)
     """
 
     tuner_layer_cls = GatedXAttnLayer

@@ -55,6 +55,12 @@ class HardSampleDomainAdapterConfig(TargetedConfig):
 
     Decoders have none: they generate from a cache of past tokens, which the adapter doesn't keep.
     The other arguments are those of [`TargetedConfig`].
+
+    Raises:
+        ValueError: a field has a wrong value.
+
+    Examples:
+        >>> HardSampleDomainAdapterConfig(bottleneck_dim=64, num_layers=1, towers=["vision", "text"])
     """
 
     bottleneck_dim: int = 64
@@ -94,12 +100,15 @@ class HardSampleDomainAdapterConfig(TargetedConfig):
 class HardSampleDomainAdapterModel(MultimodalTuner):
     """Gives a frozen vision-language model adapters for a narrow domain.
 
-    Example:
-        >>> config = HardSampleDomainAdapterConfig(bottleneck_dim=64, num_layers=1, towers=["vision", "text"])
-        >>> model = get_peft_model(clip, config)
+    Source: the recipe of DAMO's talk on narrow domains: adapters in frozen layers, and hard pairs more often.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from transformers import TrainingArguments
+        >>> model = get_peft_model(clip, HardSampleDomainAdapterConfig(bottleneck_dim=64))
         >>> bank = HardSampleBank.from_model(model, dataset, id_column="id", collator=collator)
-        >>> trainer = ContrastiveTrainer(model, args, train_dataset=dataset, data_collator=collator, hard_samples=bank)
-        >>> trainer.train()
+        >>> args = TrainingArguments("out", learning_rate=1e-3, remove_unused_columns=False)
+        >>> ContrastiveTrainer(model, args, collator, dataset, hard_samples=bank).train()
     """
 
     tuner_layer_cls = HardSampleDomainAdapterLayer

@@ -75,6 +75,16 @@ class StructuredPromptConfig(MultimodalConfig):
             `anchor_template` (of the caption itself where captions are given).
         anchor_template: With {} for the name.
         output_dim: e of the base model; filled in, checked on loading.
+        domain_init: Of files of earlier versions, which load as they were trained.
+        instance_init: Of files of earlier versions, which load as they were trained.
+
+    The other arguments are those of [`MultimodalConfig`].
+
+    Raises:
+        ValueError: a field has a wrong value.
+
+    Examples:
+        >>> StructuredPromptConfig(num_general=4, num_instance=4, num_domain=2, order="GDI")
     """
 
     num_general: int = 4
@@ -168,8 +178,15 @@ class StructuredPromptModel(MultimodalTuner):
     input_ids (N, L) and attention_mask the captions of the call take the list's place: logits_per_image (B, N), and the
     base class's loss of pairs with return_loss=True. A row's logits depend on no other row, a class's on no other class.
 
-    Example:
+    Source: the form is that of DAMO's talk on prompts that activate instance information. The general context alone
+        is CoOp
+    (Zhou et al. 2022, "Learning to Prompt for Vision-Language Models", arXiv 2109.01134).
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoTokenizer, Trainer, TrainingArguments
         >>> model = get_peft_model(clip, StructuredPromptConfig(num_general=4, num_instance=4, num_domain=2))
+        >>> tokenizer = AutoTokenizer.from_pretrained("openai/clip-vit-base-patch32")
         >>> model.set_classes(["red apple", "green apple"], tokenizer)  # also after loading
         >>> args = TrainingArguments("out", learning_rate=1e-3, label_names=["labels"])
         >>> Trainer(model, args, train_dataset=few_shot).train()  # columns: pixel_values, labels
@@ -262,22 +279,32 @@ class StructuredPromptModel(MultimodalTuner):
             tokenizer: The base model's.
 
         Raises:
-            ValueError: names are missing, are there twice, or are too long for the text tower beside the prompt;
-                `domain="per_class"` was trained for another number of classes; the general context has fewer tokens than
-                the words that it starts from.
+            ValueError: names are missing, are there twice, or are too long for the text tower beside the prompt. Or
+                `domain="per_class"` was trained for another number of classes, or the general context has fewer
+                tokens than the words that it starts from.
         """
         part: Any = self.classifier()
         part.set_tokenizer(tokenizer)
         part.set_classes(names)
 
     def set_tokenizer(self, tokenizer: Any) -> None:
-        """Instead of `set_classes`, where captions come with each batch: what frames its texts is learned from it."""
+        """Instead of `set_classes`, where captions come with each batch: what frames its texts is learned from it.
+
+        Args:
+            tokenizer: The base model's.
+        """
         part: Any = self.classifier()
         part.set_tokenizer(tokenizer)
 
     @torch.no_grad()
     def zero_shot_logits(self, pixel_values: Tensor, template: str = "a photo of a {}", **image_inputs: Any) -> Tensor:
-        """(B, C): the base model's own logits for the class list in a template, which has {} for the name."""
+        """(B, C): the base model's own logits for the class list in a template.
+
+        Args:
+            pixel_values: (B, 3, H, W).
+            template: With {} for the name.
+            image_inputs: What else the vision tower reads, such as `pixel_attention_mask`.
+        """
         part: Any = self.classifier()
         with base_alone(self.model):
             v = part.look(pixel_values, **image_inputs).v
@@ -286,6 +313,10 @@ class StructuredPromptModel(MultimodalTuner):
     @torch.no_grad()
     def instance_attention(self, pixel_values: Tensor, **image_inputs: Any) -> Tensor:
         """(B, heads, n, S): how the n instance tokens (or classes, with `mode="feature"`) look at the patches.
+
+        Args:
+            pixel_values: (B, 3, H, W).
+            image_inputs: What else the vision tower reads, such as `pixel_attention_mask`.
 
         Raises:
             ValueError: the active adapter has no instance part.
@@ -304,7 +335,14 @@ class StructuredPromptModel(MultimodalTuner):
     def shortlist_recall(
         self, pixel_values: Tensor, ks: Sequence[int] = (1, 5, 10), **image_inputs: Any
     ) -> dict[int, float]:
-        """{k: share of images, in percent, whose winner among all classes is among the k that static prompts rank first}."""
+        """{k: share of images, in percent, whose winner among all classes is among the k that static prompts rank
+        first}.
+
+        Args:
+            pixel_values: (B, 3, H, W).
+            ks: Lengths of shortlists.
+            image_inputs: What else the vision tower reads, such as `pixel_attention_mask`.
+        """
         part: Any = self.classifier()
         (adapter_name,) = part.live_adapters()
         texts, images = part.listed(adapter_name), part.look(pixel_values, **image_inputs)

@@ -64,6 +64,12 @@ class UniAdapterConfig(TargetedConfig):
         target_modules: Paths of layers; None takes every layer that has an FFN.
 
     The other arguments are those of [`TargetedConfig`].
+
+    Raises:
+        ValueError: a field has a wrong value.
+
+    Examples:
+        >>> UniAdapterConfig(bottleneck_dim=128, share="middle")
     """
 
     bottleneck_dim: int = 128
@@ -109,8 +115,14 @@ class Plan:
 class UniAdapterModel(MultimodalTuner):
     """Puts bottlenecks beside a frozen model's FFNs, with one down projection for all modalities (arXiv 2302.06605).
 
-    Example:
+    Source: Lu et al. 2023, "UniAdapter: Unified Parameter-Efficient Transfer Learning for Cross-modal Modeling",
+        arXiv
+    2302.06605.
+
+    Examples:
         >>> from peft import get_peft_model
+        >>> from transformers import BlipForImageTextRetrieval
+        >>> blip = BlipForImageTextRetrieval.from_pretrained("Salesforce/blip-itm-base-coco")
         >>> model = get_peft_model(blip, UniAdapterConfig(bottleneck_dim=128))
     """
 

@@ -18,13 +18,18 @@ from ...languages import multilingual_tower
 
 @dataclass
 class DistillationLoss:
-    """Weights of the terms; 0 switches one off.
+    """Weights of the terms by which `CrossLingualTrainer` distils; 0 switches one off.
 
     Args:
-        mse, cosine, contrastive: Of the pooled outputs.
-        tokens: Of the token states; None is 1 where the adapter has level="tokens", and 0 elsewhere.
-        functional: Of what the fusion encoder makes of both, beside the same images.
+        mse: Weight of the mean squared error of the pooled outputs (B, d_t).
+        cosine: Weight of 1 - cos of the pooled outputs.
+        contrastive: Weight of the pooled outputs' InfoNCE, each pair against the others of its batch.
+        tokens: Weight of the token states' term; None is 1 where the adapter has level="tokens", and 0 elsewhere.
+        functional: Weight of the distance of what the fusion encoder makes of both texts beside the same images.
         temperature: tau of the contrastive term.
+
+    Examples:
+        >>> DistillationLoss(mse=1, cosine=0, contrastive=0)  # Multilingual-CLIP's
     """
 
     mse: float = 1.0

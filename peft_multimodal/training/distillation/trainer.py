@@ -23,24 +23,41 @@ from .pairs import FullPairs, PairCollator, full_pairs
 class CrossLingualTrainer(AdapterTrainer):
     """`transformers.Trainer` that distils the model's text tower into its active adapter's language.
 
-    The data set has the columns `source` (the tower's language) and `target` (the adapter's); at level="tokens" also
-    `pairs`, lists of aligned (target token, source token), where an aligner has made them. No image is needed, and
-    no vision tower: the model may be the text side alone. Pairs with an empty side are left out and counted.
+    The data set has the columns `source` (the tower's language) and `target` (the adapter's). At level="tokens"
+    there may also be `pairs`, lists of aligned (target token, source token), where an aligner has made them. No
+    image is needed, and no vision tower: the model may be the text side alone. Pairs with an empty side are left out
+    and counted.
 
-        >>> trainer = CrossLingualTrainer(model, args, train_dataset=pairs, processing_class=processor)
-        >>> trainer.train()
+    `evaluate()` gives eval_loss; `compute_metrics` gets y as predictions and e as labels, (pairs, d_t) each, with
+    `cache=True` in the order of the targets' lengths.
 
     Args:
+        model: A `PeftModel` whose active adapter is a CrossLingualAdapter.
+        args: `TrainingArguments`.
         processing_class: A `LanguageProcessor` with the tower's language first, and the adapter's.
+        train_dataset: Rows with `source` and `target`; it may stream with `cache=False`.
+        eval_dataset: The same.
         loss: Weights of the losses.
         language: Of the processor's tokenizers, the target's; by default the active adapter's name.
         cache: Compute the frozen towers' outputs once and keep them on disk. False for data that doesn't fit, or that
             streams: both towers then run in every step.
         cache_dtype: "float32", or "float16" for half the space.
         cache_dir: Default: the cache of `datasets`.
+        kwargs: The other arguments of `Trainer`.
 
-    `evaluate()` gives eval_loss; `compute_metrics` gets y as predictions and e as labels, (pairs, d_t) each, with
-    `cache=True` in the order of the targets' lengths.
+    Raises:
+        ValueError: no CrossLingualAdapter is active, a language has no tokenizer, or a column is missing.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoTokenizer, TrainingArguments
+        >>> config = CrossLingualAdapterConfig(encoder="intfloat/multilingual-e5-small")
+        >>> model = get_peft_model(clip, config, adapter_name="zh")
+        >>> english = AutoTokenizer.from_pretrained("openai/clip-vit-base-patch32")
+        >>> chinese = AutoTokenizer.from_pretrained("intfloat/multilingual-e5-small")
+        >>> args = TrainingArguments("out", learning_rate=2e-3)
+        >>> processor = LanguageProcessor(en=english, zh=chinese)
+        >>> CrossLingualTrainer(model, args, train_dataset=pairs, processing_class=processor).train()
     """
 
     processing_class: Any

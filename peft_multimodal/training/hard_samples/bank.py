@@ -30,22 +30,24 @@ FORMAT = 1
 
 
 class HardSampleBank(PairRecord):
-    """Difficulty, base difficulty, visits, last step and a flag of each pair: 21 bytes, and 8 of its id.
+    """Remembers how hard each pair is: difficulty, base difficulty, visits, last step and a flag; 21 bytes, and 8 of
+    its id.
 
     It lives in the main process of each rank, never in a loader's workers. Pairs are known by their ids: a data set
-    may come in another order, but with other pairs it is refused.
+    may come in another order, but one with other pairs is refused.
 
     Args:
         ids: Of the pairs, all different: strings or integers.
         id_column: Where rows have their id.
         image_id_column: Where they have their image's, if images stand in several pairs.
-        settings: The fields of [`HardSampling`].
+        settings: The fields of `HardSampling`: how difficulty is measured, and what follows from it.
 
-    Example:
-        >>> bank = HardSampleBank.from_model(model, dataset, id_column="id")
-        >>> trainer = ContrastiveTrainer(model, args, train_dataset=dataset, hard_samples=bank)
-        >>> trainer.train()
-        >>> bank.report("report.html")
+    Raises:
+        ValueError: an id is there twice, or a setting has a wrong value.
+
+    Examples:
+        >>> bank = HardSampleBank.from_model(model, dataset, id_column="id", collator=collator)
+        >>> bank.report("report.html", dataset)
     """
 
     def __init__(

@@ -38,9 +38,9 @@ class HardSampling:
         margin, margin_width: m_0 and T of "margin", cosines.
         guard_share: Pairs among this share of the hardest, whose difficulty hasn't fallen by `guard_fall` from its base,
             are taken for mismatched: their e counts as the median's, and w is at most 1. 0 switches the guard off.
-        guard_fall: See there.
-        guard_visits: After how many visits at the earliest; with 0 the hardest are suspected from the start, until they
-            fall, and shuffled captions are not learned before they are found.
+        guard_fall: How far the difficulty of such a pair has to fall before it is trusted.
+        guard_visits: Minimum number of visits before a pair can be suspected. With 0 the hardest are suspected from the
+            start, until they fall, and shuffled captions are not learned before they are found.
     """
 
     difficulty: str = "prob"
