@@ -77,7 +77,7 @@ prose: install
 
 # the site of the documentation in build/site; any warning, such as a broken link, is an error
 docs: install
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 format: install
 	$(BIN)/ruff check --fix .

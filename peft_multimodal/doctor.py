@@ -336,7 +336,7 @@ def _adapters(report: Report, model: PeftModel) -> None:
         if frozen and any(trains.values()):
             report.warning(
                 f"In the {' and '.join(frozen)} tower no parameter of adapter {name!r} trains, elsewhere they do.",
-                "If that is an accident, set requires_grad on them again, or wrap the model anew.",
+                "If that is an accident, set requires_grad on them again, or wrap the model again.",
             )
         elif frozen and not config.inference_mode:
             report.warning(

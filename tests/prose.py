@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 
 import peft_multimodal
 
@@ -32,10 +33,12 @@ GIVEN_UP = {  # a word or phrase, and what we write instead
     r"where(?:in|of|by|upon)": "in which, of which",
     r"there(?:of|by|upon|in)": "of it, by it",
     r"said where": "say it in its own sentence",
+    r"learnt": "learned",
+    r"(?:its|their|his) like": "similar ones, by name",
 }
 FORBIDDEN = re.compile(rf"\b(?:{'|'.join(GIVEN_UP)})\b", re.IGNORECASE)
 CODE = re.compile(r"``.+?``|`[^`]*`")
-ENDS = re.compile(r"""(?<=[.!?])["')\]*]*\s+(?=["'(\[*_`]*[A-Z0-9])""")
+ENDS = re.compile(r"""(?<=[.!?])["')\]*]*\s+(?=["'(\[*_]*[A-Z0-9]|[`"])""")
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def docstrings(name: str, value: object) -> Iterator[Text]:
         return
     yield from docstring_texts(name, inspect.getdoc(value) or "")
     for method, member in vars(value).items() if isinstance(value, type) else ():
-        if not method.startswith("_"):
+        if not method.startswith("_") and isinstance(member, (FunctionType, classmethod, staticmethod, property)):
             yield from docstring_texts(f"{name}.{method}", getattr(member, "__doc__", None) or "")
 
 

@@ -141,7 +141,7 @@ class SwitchingTuner(BaseTuner):
                 if others := [user for user, module in users[id(parameter)] if module not in inside]:
                     raise ValueError(
                         f"{path} shares its weight with {others[0]} (they are tied), so a merge would change both, and give another "
-                        f"model than the adapter does. Keep the adapter, or wrap the model anew with exclude_modules=[{path!r}]; to "
+                        f"model than the adapter does. Keep the adapter, or wrap the model again with exclude_modules=[{path!r}]; to "
                         "adapt and merge this module, load the base untied: tie_word_embeddings=False in its config."
                     )
 

@@ -64,8 +64,8 @@ def export_lora(
         ValueError: the method is no LoRA; or the adapter has what the target doesn't take and `drop` doesn't name.
         AdapterError: the folder holds an adapter of another kind, which would be lost.
 
-    Example:
-        >>> peft_multimodal.export_lora(model, "served", target="vllm", drop=["vision"])
+    Examples:
+        >>> export_lora(model, "served")  # for a server: target="vllm", drop=["vision"]
     """
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(map(repr, TARGETS))}, got {target!r}.")

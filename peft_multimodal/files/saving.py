@@ -68,9 +68,6 @@ def save(model: PeftModel, folder: str | os.PathLike, notes: CardNotes | None = 
         notes: What the model card is to say of metrics, languages and classes. The rest it takes from the files.
         kwargs: Passed on to `PeftModel.save_pretrained`. Files are always safetensors.
 
-    Returns:
-        The folder.
-
     Raises:
         NotADirectoryError: `folder` is a file.
         ValueError: `safe_serialization=False` was asked for.
@@ -257,8 +254,7 @@ def load(model: nn.Module, name_or_path: str | os.PathLike, **kwargs: Any) -> Pe
 
     Raises:
         TypeError: `model` is no model.
-        AdapterError: there is no such adapter; a file is missing, truncated, no JSON object, of an unknown kind, or no
-            safetensors; or the config asks for what can't be built.
+        AdapterError: a file is missing, truncated or of an unknown kind, or the config asks for what can't be built.
         ValueError: the adapter doesn't fit the model.
 
     Examples:

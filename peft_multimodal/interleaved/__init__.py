@@ -130,7 +130,7 @@ class InterleavedProcessor:
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Rows of a text and its images to a training batch: `data_collator=processor.collate`.
 
-        What is learnt of a row:
+        What is learned of a row:
 
         - where it has an answer, the answer alone. It follows on the text as it is written, a space between them
           included, and the tokenizer's `eos_token` after it;
@@ -139,7 +139,7 @@ class InterleavedProcessor:
         - of any other text all of it. One that is to end somewhere ends with the tokenizer's `eos_token`.
 
         Returns:
-            A batch, padded on the right, with labels int64 (B, L): -100 at what isn't learnt, padding and markers.
+            A batch, padded on the right, with labels int64 (B, L): -100 at what isn't learned, padding and markers.
 
         Raises:
             ValueError: a column is missing, an answer is empty or wholly cut off, or the places of the assistant's messages
@@ -159,7 +159,7 @@ class InterleavedProcessor:
         ids, mask = batch["input_ids"], batch["attention_mask"]
         ignored = (mask == 0) | (ids == self.media_token_id)
         for index, (row, lesson) in enumerate(zip(rows, lessons, strict=True)):
-            if lesson.learnt is not None:
+            if lesson.learned is not None:
                 length = int(mask[index].sum())
                 ignored[index, :length] |= ~learnt_tokens(self.tokenizer, lesson, length, **special)
                 if bool(ignored[index].all()):

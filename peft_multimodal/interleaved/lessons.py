@@ -1,4 +1,4 @@
-"""What is learnt of a row: all of its text, its answer, or what the assistant says in a conversation."""
+"""What is learned of a row: all of its text, its answer, or what the assistant says in a conversation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Conversation = Sequence[Mapping[str, Any]]  # messages: {"role": ..., "content":
 
 
 class Lesson(NamedTuple):
-    """A row's text, and which of it is learnt."""
+    """A row's text, and which of it is learned."""
 
     text: str
-    learnt: list[tuple[str, str]] | None  # spans: the text before each, and up to its end; None: all of it
+    learned: list[tuple[str, str]] | None  # spans: the text before each, and up to its end; None: all of it
     is_chat: bool = False
 
 
@@ -50,18 +50,18 @@ def chat_lesson(
 
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     whole = upto(len(messages))
-    learnt = [(upto(i, True) if i else "", upto(i + 1)) for i in turns]
+    learned = [(upto(i, True) if i else "", upto(i + 1)) for i in turns]
     if not turns:
         raise ValueError(
             f"{name}: the conversation has no message of the assistant, and there is no column "
             f"{answer_column!r}: there is nothing to learn."
         )
-    if not all(whole.startswith(text) for span in learnt for text in span):
+    if not all(whole.startswith(text) for span in learned for text in span):
         raise ValueError(
             f"{name}: the tokenizer's chat template writes the beginning of this conversation otherwise than the whole, "
             "so the places of its answers can't be told. Use one question a row, or a text and an answer."
         )
-    return Lesson(whole, learnt, is_chat=True)
+    return Lesson(whole, learned, is_chat=True)
 
 
 def learnt_tokens(tokenizer: Any, lesson: Lesson, length: int, **special: Any) -> Tensor:
@@ -69,14 +69,14 @@ def learnt_tokens(tokenizer: Any, lesson: Lesson, length: int, **special: Any) -
 
     The first one that differs from the prompt's belongs to the answer.
     """
-    assert lesson.learnt is not None
+    assert lesson.learned is not None
     ids = tokenizer.encode(lesson.text, **special)
-    learnt = torch.zeros(len(ids), dtype=torch.bool)
-    for before, upto in lesson.learnt:
+    learned = torch.zeros(len(ids), dtype=torch.bool)
+    for before, upto in lesson.learned:
         start = _common(ids, tokenizer.encode(before, **special))
         end = len(ids) if upto == lesson.text else _common(ids, tokenizer.encode(upto, **special))
-        learnt[start:end] = True
-    return learnt[len(learnt) - length :] if tokenizer.truncation_side == "left" else learnt[:length]
+        learned[start:end] = True
+    return learned[len(learned) - length :] if tokenizer.truncation_side == "left" else learned[:length]
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

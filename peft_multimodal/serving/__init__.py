@@ -40,7 +40,7 @@ def check_serving(model: nn.Module | str | Path, adapter: str | Path, server: st
     Raises:
         ValueError: there are no rules for such a server.
 
-    Example:
+    Examples:
         >>> print(check_serving("llava-hf/llava-1.5-7b-hf", "my-lora", "vllm"))
     """
     if server not in SERVERS:

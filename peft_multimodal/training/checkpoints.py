@@ -92,7 +92,9 @@ def to_resume(asked: Any, output_dir: str | os.PathLike | None) -> Any:
         return asked
     newest = last_checkpoint(output_dir or ".")
     if newest is None:
-        raise ValueError(f"{output_dir} has no complete checkpoint to resume from: train() without it starts anew.")
+        raise ValueError(
+            f"{output_dir} has no complete checkpoint to resume from: train() without it starts at step 0."
+        )
     return newest
 
 

@@ -234,7 +234,7 @@ class AdapterTrainer(Trainer):
             raise ValueError(
                 f"{checkpoint} was saved with {was}: which rows were trained on couldn't be told, and training would not "
                 "go on as it began. Use the same again, or start a run that takes over the weights alone "
-                "(ignore_data_skip=True begins its epoch anew)."
+                "(ignore_data_skip=True begins its epoch from the start)."
             )
 
     def _goes_on_exactly(self, then: dict[str, int], now: dict[str, int]) -> bool:
@@ -260,7 +260,7 @@ class AdapterTrainer(Trainer):
         except WeightsDontFit as error:
             raise WeightsDontFit(
                 f"{resume_from_checkpoint} is another run's: the adapter in it isn't this model's. Give each run an output_dir of its "
-                f"own, or call train() without resume_from_checkpoint to start anew. ({error})"
+                f"own, or call train() without resume_from_checkpoint to start at step 0. ({error})"
             ) from error
 
     # --- the Hub ---

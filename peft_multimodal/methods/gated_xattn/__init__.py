@@ -296,7 +296,7 @@ class GatedXAttnModel(MultimodalTuner):
 
     @classmethod
     def save_companions(cls, model: nn.Module, config: Any, adapter_name: str, folder: Path) -> None:
-        """No copy of the vision encoder; it is said where the folder's name for it leads nowhere else."""
+        """No copy of the vision encoder. A warning comes if the folder's name for it leads nowhere else."""
         key = next(m for m in model.modules() if isinstance(m, GatedXAttnReader)).encoder_of.get(adapter_name)
         if key is not None and (is_given(key) or Path(config.vision_encoder).is_dir()):
             warnings.warn(

@@ -142,7 +142,7 @@ class StructuredPromptConfig(MultimodalConfig):
                 )
         if self.domain == "per_group":
             raise ValueError(
-                f"{type(self).__name__}.domain must be 'one' or 'per_class', got 'per_group', which is gone: train anew, or keep "
+                f"{type(self).__name__}.domain must be 'one' or 'per_class', got 'per_group', which is gone: train a new adapter, or keep "
                 "peft_multimodal 0.1 for an adapter that has it."
             )
 

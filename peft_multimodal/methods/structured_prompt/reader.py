@@ -213,7 +213,7 @@ class PromptReader:
             self.attention.give_back()
         if others and reusable:
             warnings.warn(
-                f"The text tower's attention is {others[0]!r}: what prompts have in common is read anew for each of "
+                f"The text tower's attention is {others[0]!r}: what prompts have in common is read again for each of "
                 "them. With attn_implementation='sdpa' it is read once, and the results are the same.",
                 stacklevel=5,  # where set_classes or set_tokenizer is called
             )
