@@ -22,12 +22,10 @@ NAMES = sorted({*peft_multimodal.__all__} - {"__version__"})
 
 
 def documented(value: Any) -> set[str]:
-    """Names under "Args:" of a docstring, and of the docstrings of the classes that it comes from in this package."""
-    owners = (
-        [c for c in value.__mro__ if c.__module__.startswith("peft_multimodal")] if isinstance(value, type) else [value]
-    )
+    """Names under "Args:" of a docstring; those of `MultimodalConfig`, to which every config refers, count too."""
+    refers = isinstance(value, type) and issubclass(value, peft_multimodal.MultimodalConfig)
     names: set[str] = set()
-    for owner in owners:
+    for owner in (value, peft_multimodal.MultimodalConfig) if refers else (value,):
         section = re.search(r"^Args:\n((?: +.*\n|\n)+)", (inspect.getdoc(owner) or "") + "\n", re.MULTILINE)
         names |= {*re.findall(r"^ {4}(\w+): ", section.group(1), re.MULTILINE)} if section else set()
     return names

@@ -31,8 +31,8 @@ class ImageTextCollator:
         processor: A transformers processor of images and text.
         image_column: Column of images, in any form that `read_image` takes.
         text_column: Column of strings, or of lists of captions.
-        return_loss: Put `return_loss=True` into the batch, without which `CLIPModel` and its like compute no loss. By
-            default it is put where the forward of `model`, when given, names that argument.
+        return_loss: Put `return_loss=True` into the batch, without which `CLIPModel` and similar classes compute no
+            loss. By default it is put where the forward of `model`, when given, names that argument.
         max_length: Longest text in tokens, special ones included; by default the smaller of the tokenizer's and the
             model's limit.
         model: Bare or in a `PeftModel`. It is asked what its forward takes, how long a text it reads, and whether it
@@ -118,8 +118,8 @@ class ImageTextCollator:
             return batch | {"text_rows": torch.tensor([i for i, of_row in enumerate(texts) for _ in of_row])}
         if self.return_loss is None and "labels" not in batch:  # with which a function computes the loss
             warnings.warn(
-                "ImageTextCollator wasn't told the model, so its batches have no return_loss: CLIPModel and its like then "
-                "compute no loss, and Trainer stops at a model that 'did not return a loss'. Pass model=model; or "
+                "ImageTextCollator wasn't told the model, so its batches have no return_loss: CLIPModel and similar classes "
+                "then compute no loss, and Trainer stops at a model that 'did not return a loss'. Pass model=model; or "
                 "return_loss=False, where the loss is computed by a function or a loop of yours.",
                 stacklevel=2,
             )

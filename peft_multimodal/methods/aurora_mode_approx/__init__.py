@@ -70,9 +70,14 @@ class AuroraModeApproxConfig(TargetedConfig):
         gqt_branches: "query" (the paper's) and/or "cross" (the authors' code also adds the cross-attention's output).
         use_ice: Add the informative context enhancement to a text encoder that runs with and without the image.
         ice_bank_size: Number of text features in the bank (first in, first out).
-        target_modules: None takes q, k and v of every attention in the chosen towers.
+        target_modules: PEFT's forms: a regex, a list of name endings, `"all-linear"`. None takes q, k and v of every attention
+            in the chosen towers.
+        exclude_modules: Names or a regex that are left out.
+        towers: Any of "vision", "text", "fusion", "decoder"; None takes all. `describe(model)` shows what a model has.
+        layers_to_transform: Only layers with these indices.
+        layers_pattern: The name of the list of layers that the indices refer to.
 
-    The other arguments are those of [`TargetedConfig`].
+    The other arguments are those of [`MultimodalConfig`].
 
     Raises:
         ValueError: a field has a wrong value.

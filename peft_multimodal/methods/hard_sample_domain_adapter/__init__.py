@@ -51,10 +51,15 @@ class HardSampleDomainAdapterConfig(TargetedConfig):
         dropout: In the transformer layers, in training.
         placement: "layer" puts adapters into the chosen layers, "top" one beside each tower of a dual encoder.
         last_layers: With "layer": how many layers at the end of each stack get an adapter; None takes all of them.
-            `layers_to_transform` names them by index, `target_modules` by their paths (`["layers.10", "layers.11"]`).
+            `layers_to_transform` names them by index, `target_modules` by their paths.
+        target_modules: Paths of layers, such as `["layers.10", "layers.11"]`; None takes the last layers.
+        exclude_modules: Names or a regex that are left out.
+        towers: Any of "vision", "text", "fusion", "decoder"; None takes all. `describe(model)` shows what a model has.
+        layers_to_transform: Only layers with these indices.
+        layers_pattern: The name of the list of layers that the indices refer to.
 
     Decoders have none: they generate from a cache of past tokens, which the adapter doesn't keep.
-    The other arguments are those of [`TargetedConfig`].
+    The other arguments are those of [`MultimodalConfig`].
 
     Raises:
         ValueError: a field has a wrong value.

@@ -62,8 +62,12 @@ class UniAdapterConfig(TargetedConfig):
         cross_norm: Whether fusion layers normalise what they add, behind a gate.
         norm: Whether a bottleneck normalises what it reads.
         target_modules: Paths of layers; None takes every layer that has an FFN.
+        exclude_modules: Names or a regex that are left out.
+        towers: Any of "vision", "text", "fusion", "decoder"; None takes all. `describe(model)` shows what a model has.
+        layers_to_transform: Only layers with these indices.
+        layers_pattern: The name of the list of layers that the indices refer to.
 
-    The other arguments are those of [`TargetedConfig`].
+    The other arguments are those of [`MultimodalConfig`].
 
     Raises:
         ValueError: a field has a wrong value.
