@@ -43,7 +43,7 @@ def products(folder: Path) -> dict[str, Tensor]:
 
 def updates(model: PeftModel, *names: str) -> dict[str, Tensor]:
     """{module: the sum of the adapters' updates}, by the tuner's own algebra."""
-    layers = {p: m for p, m in model.get_base_model().named_modules() if hasattr(m, "get_delta_weight")}
+    layers = {p: m for p, m in model.get_base_model().named_modules() if hasattr(m, "base_layer")}
     return {p: sum(m.get_delta_weight(n).double() for n in names) for p, m in layers.items()}  # type: ignore[misc]
 
 
