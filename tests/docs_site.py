@@ -42,7 +42,7 @@ def on_config(config: Any) -> Any:
 
 def on_files(files: Files, config: Any) -> Files:
     """The pages and what they link to, under the repository's paths, and the theme's own files."""
-    site = [file for file in files if not file.src_uri.endswith(".md") and file.abs_src_path is None]
+    site = [file for file in files if file.src_dir != config.docs_dir]
     linked = {path for page in pages() for path in links(page)}
     site += [File.generated(config, path, abs_src_path=str(ROOT / path)) for path in sorted({*pages(), *linked})]
     site += [File.generated(config, reference_path(title), content=reference(title)) for title in REFERENCE]

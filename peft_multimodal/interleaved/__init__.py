@@ -41,6 +41,7 @@ class InterleavedProcessor:
     Examples:
         >>> from transformers import AutoImageProcessor, AutoTokenizer
         >>> tokenizer = AutoTokenizer.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+        >>> tokenizer.pad_token = tokenizer.eos_token
         >>> processor = InterleavedProcessor(tokenizer, AutoImageProcessor.from_pretrained("facebook/dinov2-small"))
         >>> processor(["<image>a red apple. <image>a green"], images=[[apple, pear]])["pixel_values"].shape
         >>> processor.collate([{"text": "<image>a red apple", "images": [apple]}])["labels"]

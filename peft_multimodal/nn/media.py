@@ -44,6 +44,7 @@ class MediaCache:
         >>> from peft import get_peft_model
         >>> from transformers import AutoImageProcessor, AutoTokenizer
         >>> tokenizer = AutoTokenizer.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+        >>> tokenizer.pad_token = tokenizer.eos_token
         >>> processor = InterleavedProcessor(tokenizer, AutoImageProcessor.from_pretrained("facebook/dinov2-small"))
         >>> config = GatedXAttnConfig(vision_encoder="facebook/dinov2-small", media_token_id=processor.media_token_id)
         >>> model = get_peft_model(lm, config).eval()
