@@ -50,8 +50,9 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """What GitHub reads and Python-Markdown doesn't: comments beside tables, and files' names on fences."""
+    """What GitHub reads and Python-Markdown doesn't: comments beside tables, bars in their code, names of files on fences."""
     markdown = re.sub(r"^<!-- .* -->$", "\n", markdown, flags=re.MULTILINE)
+    markdown = re.sub(r"`[^`\n]+`", lambda code: code[0].replace("\\|", "|"), markdown)
     return re.sub(r"^```(\w+) (\S+)$", r'```\1 title="\2"', markdown, flags=re.MULTILINE)
 
 

@@ -91,6 +91,11 @@ def test_every_method_is_in_the_navigation(site: dict[Path, Page]):
     assert {m.docs.replace(".md", ".html") for m in METHODS.values()} <= {*start.links}
 
 
+def test_what_github_reads_is_read_alike():
+    page = "<!-- a comment -->\n| `a\\|b` |\n\n```csv a.csv\n1\n```\n"
+    assert docs_site.on_page_markdown(page) == '\n\n| `a|b` |\n\n```csv title="a.csv"\n1\n```\n'
+
+
 def test_a_page_that_no_file_lists_is_in_the_navigation():
     class Config:
         nav: list[dict[str, Any]] = [{"Methods": []}, {"More": []}, {"API reference": []}]
