@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from case import declared
 from docs_reader import blocks
 from families import FAMILIES, Family, tiny
 from methods import METHODS, language, word_tokenizer, wrap
@@ -43,6 +44,7 @@ from peft_multimodal import (
     ImageTextRetrievalTrainer,
     LanguageProcessor,
 )
+from peft_multimodal.core import registry
 from peft_multimodal.evaluation import retrieval_recall
 from peft_multimodal.rows import hash_ids
 from peft_multimodal.training import contrastive_loss, pair_losses, retrieval_loss, sigmoid_loss, sigmoid_pair_losses
@@ -693,11 +695,9 @@ def test_a_learning_rate_that_teaches_little_is_said_once(name: str, tmp_path: P
         TRAINERS[name](tmp_path).train()
 
 
-@pytest.mark.parametrize(
-    "method", ["aurora_mode_approx", "gated_xattn", "cross_lingual_adapter", DOMAIN, "structured_prompt"]
-)
+@pytest.mark.parametrize("method", sorted(registry.METHODS))
 def test_the_callback_says_it_under_the_stock_trainer(method: str, tmp_path: Path):
-    family = FAMILIES["llava" if method == "gated_xattn" else "clip"]
+    family = FAMILIES["clip" if "clip" in declared()[method].families() else "llava"]
     model = wrap(family, method, stirred=False, adapter_name="mine")
     low, high = model.base_model.learning_rates
     rows = Rows(family, model, copies=1)
@@ -711,7 +711,7 @@ def test_the_callback_says_it_under_the_stock_trainer(method: str, tmp_path: Pat
         assert text is None or text in found[0]
 
 
-CLASSES = r"(AuroraModeApprox|CrossLingualAdapter|GatedXAttn|HardSampleDomainAdapter|StructuredPrompt)Config\("
+CLASSES = rf"({'|'.join(m.title for m in registry.METHODS.values())})Config\("
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -725,14 +725,11 @@ def test_every_block_that_makes_arguments_names_a_sane_rate(page: str):
                 assert low <= float(rate[1]) <= high, f"{page}, line {block.line}: {name} at {rate[1]}"
 
 
-@pytest.mark.parametrize(
-    "method",
-    ["aurora-mode-approx", "cross-lingual-adapter", "gated-xattn", "hard-sample-domain-adapter", "structured-prompt"],
-)
+@pytest.mark.parametrize("method", sorted(registry.METHODS))
 def test_each_model_page_states_the_range(method: str):
-    name = "".join({"xattn": "XAttn"}.get(part, part.capitalize()) for part in method.split("-"))
-    low, high = getattr(peft_multimodal, f"{name}Model").learning_rates
-    text = (Path(__file__).parents[1] / "docs" / f"{method}.md").read_text()
+    registered = registry.METHODS[method]
+    low, high = registered.model.learning_rates
+    text = (Path(__file__).parents[1] / registered.docs).read_text()
     stated = re.search(r"[Ll]earning rates? from ([\d.e-]+\d) to ([\d.e-]+\d)", " ".join(text.split()))
     assert stated, f"{method}: Learning rates from {low:g} to {high:g}"
     assert (float(stated[1]), float(stated[2])) == (low, high)
