@@ -1,6 +1,6 @@
 """What the contract's tests do with each method alike; the methods' own test files declare their cases (`case.py`).
 
-python tests/methods.py FOLDER     # the fresh process: reloads what `save_all` saved, prints {family: difference}
+python tests/methods.py FOLDER     # the fresh process: reloads what `save_all` saved, prints {method/family: difference}
 """
 
 from __future__ import annotations
@@ -193,22 +193,26 @@ def trace(model: nn.Module) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------- a fresh process
 
 
-def save_all(method: str, folder: Path) -> None:
-    """An adapter of each family and its outputs."""
-    for name in declared()[method].families():
-        family = FAMILIES[name]
-        model = wrap(family, method)
-        model.save_pretrained(folder / name)
-        torch.save({"base": run(family, family.build()), "adapted": run(family, model)}, folder / name / "outputs.pt")
+def save_all(folder: Path) -> None:
+    """An adapter of each method and family, and its outputs."""
+    for method, case in declared().items():
+        for name in case.families():
+            family, path = FAMILIES[name], folder / method / name
+            model = wrap(family, method)
+            model.save_pretrained(path)
+            torch.save({"base": run(family, family.build()), "adapted": run(family, model)}, path / "outputs.pt")
 
 
 def reload_all(folder: Path) -> dict[str, list[float]]:
-    """{family: [distance to the output that was saved, to the base model's]}."""
+    """{method/family: [distance to the output that was saved, to the base model's]}."""
     result = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.glob("*/*")):
         family, saved = FAMILIES[path.name], torch.load(path / "outputs.pt")
         output = run(family, PeftModel.from_pretrained(family.build(), path))
-        result[path.name] = [distance(output, saved["adapted"]), distance(output, saved["base"])]
+        result[f"{path.parent.name}/{path.name}"] = [
+            distance(output, saved["adapted"]),
+            distance(output, saved["base"]),
+        ]
     return result
 
 
