@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from benchmark_cases import one_a_method
 from families import text_tower
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -93,7 +94,7 @@ def small(name: str) -> experiments.Experiment:
     return item
 
 
-@pytest.mark.parametrize("name", experiments.names("captioning"))
+@pytest.mark.parametrize("name", one_a_method("captioning"))
 def test_every_experiment_trains_and_is_measured(name, tiny, tmp_path):
     item = small(name)
     found = captioning.run(item, 0, "validation")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmark_cases import one_a_method
 from families import FAMILIES
 from methods import word_tokenizer
 from test_benchmarks import tiny_clip
@@ -66,7 +67,7 @@ def small(name: str, **task):
     return item
 
 
-@pytest.mark.parametrize("name", experiments.names("few_shot"))
+@pytest.mark.parametrize("name", one_a_method("few_shot"))
 def test_every_experiment_trains_and_is_tested(name, tiny):
     item = small(name)
     outcome = few_shot.run(item, 0, "test")
