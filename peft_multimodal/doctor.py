@@ -242,7 +242,7 @@ def _adapter(report: Report, model: nn.Module | None, name: str | Path, kwargs: 
     if not isinstance(config, MultimodalConfig):
         return report.warning(
             f"{str(name)!r} is an adapter of {written['peft_type']}, which is PEFT's own and not looked at here.",
-            "It loads by PEFT's PeftModel.from_pretrained.",
+            "It loads by PEFT's PeftModel.from_pretrained. Would a server load it? --serve vllm looks at any LoRA.",
         )
     report.adapter["format"] = {
         "version": config.format_version,

@@ -349,6 +349,11 @@ def test_layers_give_factors_where_the_method_promises_them(method: str):
         (LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), "use_dora"),
         (LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only"), "bias"),
         (LoraConfig(r=2, target_modules=["embed_tokens"]), "embed_tokens"),
+        (LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"), "init_lora_weights='pissa'"),
+        (
+            LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [4]}),
+            "trainable_token_indices",
+        ),
     ],
 )
 def test_kinds_of_lora_that_are_not_written(config: PeftConfig, says: str, tmp_path: Path):

@@ -31,7 +31,7 @@ from .card import BEGIN, CARD, END
 from .factors import WHOLE, Contents, Factors, contents_of, plain_path
 from .released import released_names
 from .saving import AdapterError, written_aside
-from .servers import LANGUAGE_MODEL, SERVERS, Server
+from .servers import LANGUAGE_MODEL, SERVERS, Server, changes_base
 
 PREFIX = "base_model.model."
 TARGETS = ("peft", *SERVERS)
@@ -121,6 +121,18 @@ def _check_folder(folder: Path) -> None:
         )
 
 
+# Of a LoRA of PEFT's what is more than its factors.
+_ODD = (
+    *("use_dora", "lora_bias", "bias", "trainable_token_indices", "target_parameters", "layer_replication"),
+    "alora_invocation_tokens",
+)
+
+
+def _inits(config: Any) -> list[str]:
+    """The init, where it has changed the base's weights, which the exported LoRA would miss."""
+    return [f"init_lora_weights={config.init_lora_weights!r}"] if changes_base(vars(config)) else []
+
+
 def _check_is_lora(name: str, config: Any) -> None:
     method = method_of(config)
     if method is not None:
@@ -134,7 +146,7 @@ def _check_is_lora(name: str, config: Any) -> None:
             f"Adapter {name!r} is of {config.peft_type.value}, which is PEFT's own: peft.convert_to_lora approximates some of "
             "these by LoRA, merge_and_unload() merges most."
         )
-    elif odd := [n for n in ("use_dora", "lora_bias") if getattr(config, n)] + ["bias"] * (config.bias != "none"):
+    elif odd := [n for n in _ODD if getattr(config, n, None) not in (None, False, "none", [], {})] + _inits(config):
         raise ValueError(
             f"Adapter {name!r} is a LoRA with {', '.join(odd)}, which isn't written here. Save it by save_pretrained, or merge it."
         )
