@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_multimodal import describe
 from peft_multimodal.core import anatomy
-from peft_multimodal.core.anatomy import TOWERS, is_below
+from peft_multimodal.core.anatomy import SCREEN, TOWERS, is_below
 
 VISUAL = {n: f for n, f in FAMILIES.items() if n != "llama"}  # which is one tower as a whole
 EVERY = pytest.mark.parametrize("family", [pytest.param(f, id=n) for n, f in VISUAL.items()])
@@ -115,9 +115,12 @@ def test_the_table_is_readable(family: Family):
     assert lines[0] == type(model).__name__
     assert lines[1].split() == ["tower", "module", "class", "attentions", "width", "parameters"]
     for tower, line in zip(found.towers, lines[3:], strict=False):
-        assert line.split()[:3] == [tower.name, tower.path, tower.class_name]
+        name, path, class_name = line.split()[:3]
+        assert name == tower.name
+        assert tower.path.endswith(path.removeprefix("…"))  # what is too long for a screen loses its beginning
+        assert tower.class_name.endswith(class_name.removeprefix("…"))
         assert line.endswith(f"{tower.parameters:,}")
-    assert max(map(len, lines)) <= 160
+    assert max(map(len, lines)) <= SCREEN
     assert not any(line != line.rstrip() for line in lines)
 
 
