@@ -14,17 +14,21 @@ from .core.anatomy import describe
 from .core.companions import CardNotes
 from .core.config import MultimodalConfig
 from .core.matching import matched_modules
+from .core.scaling import adapter_scale
 from .files.export import export_lora
 from .files.saving import AdapterError, load, push_to_hub, save
 from .methods import *  # noqa: F403  the configs and models of all methods
 from .methods import __all__ as _METHODS
+from .policy import TowerPolicy, Train
 
 if TYPE_CHECKING:
     from .data import FiniteBatches, ImageTextCollator, LanguageProcessor, QuestionAnswerCollator
-    from .evaluation import RetrievalRecall, VQAAccuracy
+    from .evaluation import RetrievalRecall, VQAAccuracy, scale_curve
     from .images import read_image
     from .interleaved import InterleavedProcessor
     from .training.callback import AdapterCallback
+    from .training.check import check_training
+    from .training.checking import CheckTraining
     from .training.checkpoints import last_checkpoint
     from .training.contrastive import ContrastiveTrainer
     from .training.distillation import CrossLingualTrainer, DistillationLoss
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "AdapterCallback": "training.callback",
+    "CheckTraining": "training.checking",
     "ContrastiveTrainer": "training.contrastive",
     "FiniteBatches": "data",
     "HardSampleBank": "training.hard_samples",
@@ -45,6 +50,8 @@ _LAZY = {
     "QuestionAnswerCollator": "data",
     "read_image": "images",
     "RetrievalRecall": "evaluation",
+    "scale_curve": "evaluation",
+    "check_training": "training.check",
     "last_checkpoint": "training.checkpoints",
     "parameter_groups": "training.learning_rates",
     "VQAAccuracy": "evaluation",
@@ -55,6 +62,7 @@ __all__ = [
     "AdapterCallback",
     "AdapterError",
     "CardNotes",
+    "CheckTraining",
     "ContrastiveTrainer",
     "CrossLingualTrainer",
     "DistillationLoss",
@@ -67,8 +75,12 @@ __all__ = [
     "MultimodalConfig",
     "QuestionAnswerCollator",
     "RetrievalRecall",
+    "TowerPolicy",
+    "Train",
     "VQAAccuracy",
     "__version__",
+    "adapter_scale",
+    "check_training",
     "describe",
     "export_lora",
     "last_checkpoint",
@@ -78,6 +90,7 @@ __all__ = [
     "push_to_hub",
     "read_image",
     "save",
+    "scale_curve",
 ]
 __all__ += _METHODS
 

@@ -1,4 +1,4 @@
-"""python -m peft_multimodal doctor MODEL_OR_PATH [ADAPTER] [--serve SERVER] [--json]"""
+"""python -m peft_multimodal doctor MODEL_OR_PATH [ADAPTER] [--serve SERVER] [--step] [--json]"""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.add_argument(
         "--serve", metavar="SERVER", help="would it load the adapter? vllm, sglang or llama.cpp; of any LoRA"
     )
+    doctor.add_argument(
+        "--step", action="store_true", help="load both and take a step: does everything of the adapter train?"
+    )
     doctor.add_argument("--json", action="store_true", help="print the report as JSON")
     given = parser.parse_args(arguments)
 
@@ -32,13 +35,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .doctor import examine
     from .files.servers import SERVERS
     from .serving import check_serving
+    from .stepping import take_step
 
     if given.serve is not None and (given.serve not in SERVERS or given.adapter is None):
         doctor.error(f"--serve takes one of {', '.join(SERVERS)}, and an ADAPTER before it")
+    if given.step and given.adapter is None:
+        doctor.error("--step takes an ADAPTER before it")
     logging.set_verbosity_error()
     place = {key: value for key in ("subfolder", "revision") if (value := getattr(given, key)) is not None}
     if given.serve is not None:
         report: Any = check_serving(given.model, given.adapter, given.serve, **place)
+    elif given.step:
+        report = take_step(given.model, given.adapter, **place)
     else:
         report = examine(given.model, given.adapter, **place)
     print(json.dumps(report.as_dict(), indent=2) if given.json else report)

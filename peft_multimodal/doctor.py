@@ -31,6 +31,7 @@ from .core.matching import matched_modules
 from .core.parts import MultimodalLayer
 from .core.registry import METHODS, Method, method_of
 from .core.storage import fault_of_saving
+from .core.switching import layer_names
 from .files.saving import UNCLEAR, AdapterError, check_files, find_adapter
 
 PACKAGE = "peft-multimodal"
@@ -297,8 +298,8 @@ def _counts(parameters: Collection[nn.Parameter]) -> dict[str, int]:
     }
 
 
-def _by_tower(model: nn.Module, adapter_name: str) -> dict[str, list[nn.Parameter]]:
-    """{tower: an adapter's parameters in it}; of those that all towers share, "shared"."""
+def _by_tower(model: nn.Module, *adapter_names: str) -> dict[str, list[nn.Parameter]]:
+    """{tower: the parameters that adapters have in it}; of those that all towers share, "shared"."""
     towers: dict[str, list[nn.Parameter]] = {}
     roots = {t.path: t.name for t in anatomy.describe(model).towers}
     for path, layer in model.named_modules():
@@ -309,7 +310,8 @@ def _by_tower(model: nn.Module, adapter_name: str) -> dict[str, list[nn.Paramete
         else:  # of a method of PEFT's own
             inside = [(len(root), name) for root, name in roots.items() if anatomy.is_below(path, root)]
             tower = max(inside)[1] if inside else "other"
-        parameters = [p for n in layer.adapter_layer_names for p in _parameters(getattr(layer, n, None), adapter_name)]
+        containers = [getattr(layer, name, None) for name in layer.adapter_layer_names]
+        parameters = [p for container in containers for name in adapter_names for p in _parameters(container, name)]
         if parameters:
             towers.setdefault(tower, []).extend(parameters)
     return towers
@@ -319,7 +321,7 @@ def _adapters(report: Report, model: PeftModel) -> None:
     """What a model's adapters hold, and towers in which one has no parameter that trains while elsewhere it has."""
     base, attending = anatomy.base_model(model), [t.name for t in anatomy.describe(model).towers if t.attentions]
     for name, config in model.peft_config.items():
-        counts = {tower: _counts(parameters) for tower, parameters in _by_tower(base, name).items()}
+        counts = {tower: _counts(held) for tower, held in _by_tower(base, *layer_names(config, name)).items()}
         method = method_of(config)
         report.adapters[name] = {
             "method": method.title if method else str(getattr(config.peft_type, "value", config.peft_type)),

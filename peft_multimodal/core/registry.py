@@ -117,7 +117,7 @@ def method(
     """
 
     def register(model: Tuner) -> Tuner:
-        _tell_peft(name, config, model)
+        tell_peft(name, config, model)
         METHODS[name] = Method(name, config, model, summary, use, docs, promises, smallest or config)
         return model
 
@@ -161,7 +161,12 @@ class Prefix(str):
         return False
 
 
-def _tell_peft(name: str, config: type, model: Any) -> None:
+def tell_peft(name: str, config: type, model: Any) -> None:
+    """Let PEFT know a config and its model under a name; again, where a module is reloaded.
+
+    Raises:
+        RuntimeError: another package has registered this name.
+    """
     peft_type: Any = add_peft_type(name.upper())
     known = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
     if known is not None:

@@ -158,11 +158,17 @@ def check_modules_to_save(model: nn.Module, config: MultimodalConfig) -> None:
                 )
 
 
-def without_modules_to_save(model: nn.Module, adapter_name: str) -> None:
-    """Put the original modules back in the places of those that one adapter trains as a whole."""
+def without_modules_to_save(model: nn.Module, adapter_name: str, alone: bool = True) -> None:
+    """Put the original modules back in the places of those that one adapter trains as a whole.
+
+    Args:
+        alone: Only where no other adapter trains them, too.
+    """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, ModulesToSaveWrapper) and set(child._adapters) == {adapter_name}:
+            if not isinstance(child, ModulesToSaveWrapper) or adapter_name not in child._adapters:
+                continue
+            if not alone or set(child._adapters) == {adapter_name}:
                 setattr(parent, name, child.original_module)
 
 

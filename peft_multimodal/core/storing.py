@@ -27,11 +27,16 @@ class StoringTuner(SwitchingTuner):
         return checkpoint_keys(model, cls.tuner_layer_cls, adapter_name)
 
     @classmethod
+    def file_of(cls, config: Any) -> Any:
+        """What has the `checkpoint_keys`, `scalars`, `prefix` and `owns_token_rows` of an adapter's file: the class itself."""
+        return cls
+
+    @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         if fault := fault_of_saving(model, adapter_name):
             raise ValueError(fault)
         announce_save(model, config, adapter_name)
-        return gathered(cls, model, config, adapter_name, state_dict)
+        return gathered(cls.file_of(config), model, config, adapter_name, state_dict)
 
     @classmethod
     def save_companions(cls, model: nn.Module, config: Any, adapter_name: str, folder: Path) -> None:
@@ -50,7 +55,7 @@ class StoringTuner(SwitchingTuner):
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         record = record_of(config)
         try:
-            tensors = fitted(cls, model, config, adapter_name, state_dict)
+            tensors = fitted(cls.file_of(config), model, config, adapter_name, state_dict)
         except WeightsDontFit:
             # PEFT has made the adapter for this file by now, and after this error it calls nothing of ours.
             if record.awaits_weights:

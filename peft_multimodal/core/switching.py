@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -128,6 +129,10 @@ class SwitchingTuner(BaseTuner):
                 raise ValueError(reason)
         self._check_untied()
 
+    def check_merge(self, adapter_names: list[str], safe: bool) -> None:
+        """Refuse to merge these adapters of this method where that can't be, before any weight is touched."""
+        self._check_mergeable()
+
     def _check_untied(self) -> None:
         """Refuse to merge into a weight that another module uses, too."""
         users: dict[int, list[tuple[str, nn.Module]]] = {}
@@ -215,5 +220,25 @@ def detach(parts: list[tuple[nn.Module, str, AttachedPart]]) -> None:
 
 def tuner_of(config: Any) -> type | None:
     """The class of a config's model; None for methods that are PEFT's own."""
-    method = method_of(config)
-    return None if method is None else method.model
+    tuner: Any = dict[Any, Any](PEFT_TYPE_TO_TUNER_MAPPING).get(config.peft_type)
+    return tuner if isinstance(tuner, type) and issubclass(tuner, SwitchingTuner) else None
+
+
+def adapters_of(model: Any) -> Iterator[tuple[str, Any]]:
+    """(name, config) of a model's adapters as its layers know them: of a policy, the adapter of each tower."""
+    for name, config in getattr(model, "peft_config", {}).items():
+        members = getattr(config, "members", None)
+        yield from [(name, config)] if members is None else members(name).values()
+
+
+def layer_names(config: Any, adapter_name: str) -> list[str]:
+    """What the layers call an adapter: its name, or of a policy a name for each tower."""
+    members = getattr(config, "members", None)
+    return [adapter_name] if members is None else [name for name, _ in members(adapter_name).values()]
+
+
+def adapter_towers(model: Any) -> dict[str, str]:
+    """{name: tower} of the adapters that a policy keeps to one tower."""
+    configs = getattr(model, "peft_config", {}).items()
+    policies = [config.members(name) for name, config in configs if hasattr(config, "members")]
+    return {name: tower for members in policies for tower, (name, _) in members.items()}

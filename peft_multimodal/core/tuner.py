@@ -119,6 +119,14 @@ class MultimodalTuner(StoringTuner):
         """What `target_modules=None` means."""
         return candidates
 
+    @classmethod
+    def linear_tensors(cls, config: Any) -> str | None:
+        """Regular expression of the adapter's tensors (`container.name`) in which what it adds is linear; None: there are none.
+
+        Multiplied by a, they make what the adapter adds a times as large, which is what `adapter_scale` does.
+        """
+        return None
+
     def check(self, config: Any, sites: list[Any], anatomy: Anatomy) -> None:
         """Refuse what this method can't do on this model. Nothing is changed or loaded yet, nor here."""
 

@@ -10,12 +10,14 @@ from .embeddings import compute_embeddings
 from .general_ability import Forgetting, forgetting, retention
 from .metrics import RetrievalRecall, VQAAccuracy
 from .retrieval import embedding_ranks, rerank_recall, retrieval_ranks, retrieval_recall
+from .scale_curve import ScaleCurve, scale_curve
 
 __all__ = [
     "BootstrapEstimate",
     "Forgetting",
     "PairedDifference",
     "RetrievalRecall",
+    "ScaleCurve",
     "VQAAccuracy",
     "bootstrap_error",
     "compute_embeddings",
@@ -26,6 +28,7 @@ __all__ = [
     "retention",
     "retrieval_ranks",
     "retrieval_recall",
+    "scale_curve",
     "vqa_accuracy",
     "vqa_scores",
 ]

@@ -93,7 +93,7 @@ def renew_card(model: Any, folder: Path, name: str, notes: CardNotes | None = No
         return
     known = [m.model.card_notes(model, n) for n, c in configs.items() for m in [method_of(c)] if m is not None]
     languages = notes.languages or [language for note in known for language in note.languages]
-    notes = replace(notes, languages=languages, classes=notes.classes or known[0].classes)
+    notes = replace(notes, languages=languages, classes=notes.classes or (known[0].classes if known else ()))
     base = adapters[0].config.get("base_model_name_or_path")
     # Seen from another folder the path of a local base may look like a Hub id.
     local = not is_hub_id(base) or base in {record_of(config).local_base for config in configs.values()}

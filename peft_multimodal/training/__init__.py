@@ -16,6 +16,8 @@ _WHERE = {
     "dual_embeddings": "losses",
     "pair_losses": "losses",
     "AdapterCallback": "callback",
+    "CheckTraining": "checking",
+    "check_training": "check",
     "last_checkpoint": "checkpoints",
     "ContrastiveTrainer": "contrastive",
     "CrossLingualTrainer": "distillation",

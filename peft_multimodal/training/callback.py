@@ -16,6 +16,7 @@ from ..core import companions
 from ..core.checks import COMPANIONS
 from ..core.companions import record_of
 from ..core.registry import method_of
+from ..core.switching import adapters_of
 from .temperature import ScaleBounds
 
 
@@ -115,7 +116,7 @@ def rate_messages(model: Any, optimizer: Any) -> list[str]:
     if "adam" not in type(optimizer).__name__.lower():
         return []
     messages = []
-    for name, config in getattr(model, "peft_config", {}).items():
+    for name, config in adapters_of(model):
         method = method_of(config)
         if method is None or method.model.learning_rates is None:
             continue

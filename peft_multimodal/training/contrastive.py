@@ -53,8 +53,10 @@ class ContrastiveTrainer(RememberingTrainer):
             embeddings first, then the loss of the whole batch, then each part again with its share of the gradient.
         chunk_size: Draws of the sampler between two looks at the difficulties; None draws an epoch at once.
         encode: `(model, batch) -> (image, text)` for models whose output has no `image_embeds` and `text_embeds`.
-        loss: "softmax" (InfoNCE) or "sigmoid"; None takes the one that the model was trained by: sigmoid where it has a
-            `logit_bias`, as SigLIP has.
+        loss: "infonce" (also called "softmax") or "sigmoid"; None takes the one that the model was trained by: sigmoid
+            where it has a `logit_bias`, as SigLIP has.
+        multi_positive: Pairs of a batch that share an image or a text are each other's matches; otherwise they are
+            left out as negatives of each other. Images are known by the collator's `id_column`, texts by themselves.
         kwargs: The other arguments of `Trainer`, and `saved_modules_lr`, `tower_lr` and `role_lr` of
             `parameter_groups`.
 
@@ -81,17 +83,19 @@ class ContrastiveTrainer(RememberingTrainer):
         rows_at_once: int | None = None,
         chunk_size: int | None = 1024,
         encode: Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]] | None = None,
-        loss: Literal["softmax", "sigmoid"] | None = None,
+        loss: Literal["infonce", "softmax", "sigmoid"] | None = None,
+        multi_positive: bool = False,
         **kwargs: Any,
     ) -> None:
         if not (isinstance(keep_close, (int, float)) and 0 <= keep_close < float("inf")):
             raise ValueError(f"keep_close must be a number >= 0, got {keep_close!r}.")
-        if loss not in (None, "softmax", "sigmoid"):
-            raise ValueError(f"loss must be 'softmax', 'sigmoid' or None, got {loss!r}.")
+        if loss not in (None, "infonce", "softmax", "sigmoid"):
+            raise ValueError(f"loss must be 'infonce', 'sigmoid' or None, got {loss!r}.")
         for name, value in (("rows_at_once", rows_at_once), ("chunk_size", chunk_size)):
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be a positive integer or None, got {value!r}.")
         self.keep_close, self.rows_at_once, self.loss = keep_close, rows_at_once, loss
+        self.multi_positive = multi_positive
         self.encode = encode or dual_embeddings
         kwargs |= {"hard_samples": hard_samples, "chunk_size": chunk_size}
         super().__init__(model, args, data_collator, train_dataset, *fixed, **kwargs)
@@ -134,7 +138,7 @@ class ContrastiveTrainer(RememberingTrainer):
         """What stands between cosines and the loss: the scale, and for the sigmoid loss the bias."""
         module = self._module(model)
         scale, bias = logit_scale(module).float(), logit_bias(module)
-        return [scale] if bias is None or self.loss == "softmax" else [scale, bias]
+        return [scale] if bias is None or self.loss in ("infonce", "softmax") else [scale, bias]
 
     def _embed(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Unit embeddings, float32 (B, d) each."""
@@ -162,7 +166,10 @@ class ContrastiveTrainer(RememberingTrainer):
         first = self.args.process_index * len(image) if gather is gather_with_gradients else 0
         with torch.autocast(image.device.type, enabled=False):
             of_pairs: Any = sigmoid_pair_losses if len(temper) == 2 else pair_losses
-            losses = of_pairs(image, text, every_image, every_text, *temper, every["image"], every["text"], first)
+            ids = every["image"], every["text"]
+            losses = of_pairs(
+                image, text, every_image, every_text, *temper, *ids, first, multi_positive=self.multi_positive
+            )
         if training and self.bank is not None:
             scale = temper[0].detach()
             weights = self._visit(every_image.detach(), every_text.detach(), scale, every, first, len(image))

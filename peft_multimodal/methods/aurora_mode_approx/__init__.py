@@ -157,6 +157,10 @@ class AuroraModeApproxModel(MultimodalTuner):
     wraps = True
 
     @classmethod
+    def linear_tensors(cls, config: Any) -> str | None:
+        return None if config.use_gqt else r"aurora_mode_approx_V\.|gamma_norm$"  # a gate of GQT saturates
+
+    @classmethod
     def default_targets(cls, config: AuroraModeApproxConfig, candidates: list[Matrix]) -> list[Matrix]:
         return [m for m in candidates if m.letter in ("q", "k", "v", "qkv")]
 
@@ -289,6 +293,10 @@ class AuroraModeApproxModel(MultimodalTuner):
             for module in self.model.modules():
                 if isinstance(module, AuroraMatrixLayer):
                     module.check_merge(adapter_names)
+
+    def check_merge(self, adapter_names: list[str], safe: bool) -> None:
+        super().check_merge(adapter_names, safe)
+        self._check_merge(adapter_names, safe, False, "by get_peft_model without a policy")
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, cp_only: bool = False

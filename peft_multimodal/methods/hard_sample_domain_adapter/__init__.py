@@ -129,6 +129,10 @@ class HardSampleDomainAdapterModel(MultimodalTuner):
         "A decoder, which generates from a cache of past tokens, and layers of another build are adapted by AuroraModeApprox"
     )
 
+    @classmethod
+    def linear_tensors(cls, config: Any) -> str | None:
+        return r"\.up\.weight$"
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # {adapter: the bank of hard samples that it is trained with}; training sets it, inference doesn't need it.

@@ -141,6 +141,10 @@ class UniAdapterModel(MultimodalTuner):
     places = "UniAdapter stands beside the FFNs of layers with an attention, and none was found"
 
     @classmethod
+    def linear_tensors(cls, config: UniAdapterConfig) -> str | None:
+        return r"\.up\.(weight|bias)$|gate_norm$"
+
+    @classmethod
     def candidates(cls, config: UniAdapterConfig, model: nn.Module, anatomy: Anatomy) -> list[Site]:
         """Every branch that there can be: of a layer, of the images in it, of the fusion in it."""
         sites: list[Site] = []

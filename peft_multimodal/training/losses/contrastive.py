@@ -67,6 +67,7 @@ def pair_losses(
     image_ids: Tensor,
     text_ids: Tensor,
     first: int = 0,
+    multi_positive: bool = False,
 ) -> Tensor:
     """Each pair's ITC among the pairs of several processes: the equation of `losses`, `(b,)`.
 
@@ -81,10 +82,16 @@ def pair_losses(
         logit_scale: 1 / temperature.
         image_ids: Integers `(B,)`, of all.
         text_ids: Integers `(B,)`.
+        multi_positive: Such pairs are each other's matches: of P matches each is a target of weight 1 / P (UniCL, Yang et al.
+            2022), so an image learns from all of its captions in the batch.
     """
     warn_of_one(len(all_images))
     target = torch.arange(first, first + len(image_embeds), device=image_embeds.device)
     same = (image_ids[target, None] == image_ids) | (text_ids[target, None] == text_ids)
+    if multi_positive:
+        weights = same / same.sum(dim=1, keepdim=True)
+        logits = [one @ other.T * logit_scale for one, other in ((image_embeds, all_texts), (text_embeds, all_images))]
+        return sum(F.cross_entropy(side, weights.to(side), reduction="none") for side in logits) / 2  # type: ignore[return-value]
     same[torch.arange(len(target), device=same.device), target] = False
     losses = [
         F.cross_entropy((one @ other.T * logit_scale).masked_fill(same, -torch.inf), target, reduction="none")

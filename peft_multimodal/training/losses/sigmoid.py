@@ -60,11 +60,12 @@ def sigmoid_pair_losses(
     text_ids: Tensor,
     first: int = 0,
     chunk_size: int = CHUNK,
+    multi_positive: bool = False,
 ) -> Tensor:
     """Each pair's share of the sigmoid loss among the pairs of several processes, `(b,)`: see `pair_losses`.
 
     A pair's share is the mean of its image's terms with all texts and of its text's with all images, so their mean over
-    all pairs is the equation of `losses`. Logits are made for `chunk_size` columns at a time, and again in backward.
+    all pairs is the equation of `losses`. With `multi_positive` pairs that share an image or a text have y = 1. Logits are made for `chunk_size` columns at a time, and again in backward.
     """
     warn_of_one(len(all_images))
     local = torch.arange(first, first + len(image_embeds), device=image_embeds.device)
@@ -73,8 +74,8 @@ def sigmoid_pair_losses(
         image, text, images, texts, scale, bias = tensors
         match = local[:, None] == columns
         same = (image_ids[local, None] == image_ids[columns]) | (text_ids[local, None] == text_ids[columns])
-        y = match.to(image.dtype) * 2 - 1
-        left_out = same & ~match
+        y = (same if multi_positive else match).to(image.dtype) * 2 - 1
+        left_out = torch.zeros_like(same) if multi_positive else same & ~match
         terms = [
             F.softplus(-y * (one @ other.T * scale + bias)).masked_fill(left_out, 0).sum(dim=1)
             for one, other in ((image, texts), (text, images))
