@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import json
 import math
@@ -24,7 +25,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_multimodal import AuroraModeApproxConfig, AuroraModeApproxModel
+from peft_multimodal import AuroraModeApproxConfig, AuroraModeApproxModel, describe
 from peft_multimodal.core.parts import CallScope
 from peft_multimodal.methods.aurora_mode_approx.fusion import ContextBank, GatedQueryTransformation
 
@@ -33,8 +34,13 @@ BOTH = ["query", "cross"]
 close = torch.testing.assert_close
 
 
+def config_of(**changes) -> AuroraModeApproxConfig:
+    """One group a shape and P drawn from N(0, 1): what the most matrices share, and nothing that is nearly one."""
+    return AuroraModeApproxConfig(**{"share": "per_shape", "init_weights": "gauss", "r": 4, "dropout": 0.0, **changes})
+
+
 def adapt(base: nn.Module, *, stirred: bool = True, **config) -> PeftModel:
-    model = get_peft_model(base, AuroraModeApproxConfig(**{"r": 4, "dropout": 0.0, **config}))
+    model = get_peft_model(base, config_of(**config))
     fill(BLIP, model)
     return stir(model) if stirred else model
 
@@ -223,7 +229,7 @@ def test_counts_at_full_size():
     with torch.device("meta"):
         blip, clip = hf.BlipForImageTextRetrieval(hf.BlipConfig()), hf.CLIPModel(hf.CLIPConfig())
     for base, regex, n, total in ((blip, None, 108, 105_280), (clip, r".*\.([qkv]|out)_proj", 96, 170_112)):
-        model = get_peft_model(base, AuroraModeApproxConfig(r=64, target_modules=regex), low_cpu_mem_usage=True)
+        model = get_peft_model(base, config_of(r=64, target_modules=regex), low_cpu_mem_usage=True)
         assert sum(len(p) for name, p in adapter(model).items() if "P_norm" in name) == n
         assert model.get_nb_trainable_parameters()[0] == total
     assert (count([(768, 768, 108)], 64), count([(768, 768, 48), (512, 512, 48)], 64)) == (105_280, 170_112)
@@ -458,7 +464,7 @@ def test_from_lora(kind, r):
     start = output(base)
     lora, deltas = lora_of_rank(base, targets, 3)
     expected = output(lora)
-    model, errors = AuroraModeApproxModel.from_lora(lora, AuroraModeApproxConfig(r=r, alpha=7.0))
+    model, errors = AuroraModeApproxModel.from_lora(lora, config_of(r=r, alpha=7.0))
     assert errors.keys() == deltas.keys()
     for path, delta in deltas.items():
         mine = dense(model, path, [(delta.shape[1],) * 2] * (len(delta) // delta.shape[1])).float()
@@ -475,7 +481,7 @@ def test_from_lora_of_an_untrained_tower():
     lora, deltas = lora_of_rank(CLIP.build(), ["q_proj"], 2)
     for path in (p for p in deltas if "vision" in p):
         lora.get_base_model().get_submodule(path).lora_B["default"].weight.data.zero_()
-    model, errors = AuroraModeApproxModel.from_lora(lora, AuroraModeApproxConfig(r=2))
+    model, errors = AuroraModeApproxModel.from_lora(lora, config_of(r=2))
     assert max(errors.values()) < 1e-3
     assert all(not dense(model, p, [(48, 48)]).any() for p in errors if "vision" in p)
 
@@ -525,9 +531,7 @@ def test_tensorly_backend_is_left_alone():
             tensorly.set_backend(own, local_threadsafe=True)
         adapt(Stack(Attention()), init_weights="inherit").merge_and_unload()
         adapt(Stack(Attention()), core="tucker").merge_and_unload()
-        AuroraModeApproxModel.from_lora(
-            lora_of_rank(Stack(Attention(6, 6)), ["q_proj"], 2)[0], AuroraModeApproxConfig(r=2)
-        )
+        AuroraModeApproxModel.from_lora(lora_of_rank(Stack(Attention(6, 6)), ["q_proj"], 2)[0], config_of(r=2))
         seen.append(tensorly.get_backend())
 
     everything()
@@ -541,7 +545,7 @@ def test_tensorly_backend_is_left_alone():
 
 def test_add_weighted_adapter_is_the_exact_sum():
     model, by_hand = adapt(BLIP.build(), alpha=6.0), BLIP.build()
-    model.add_adapter("other", AuroraModeApproxConfig(r=3, dropout=0.0))
+    model.add_adapter("other", config_of(r=3))
     stir(model, "other", seed=1)
     model.base_model.add_weighted_adapter(["default", "other"], [0.7, -1.3], "sum")
     assert model.active_adapters == ["default"]
@@ -561,7 +565,7 @@ def test_what_is_refused():
     add = model.base_model.add_weighted_adapter
     others = {"gqt": {"use_gqt": True}, "ice": {"use_ice": True}, "tucker": {"core": "tucker"}}
     for name, options in {**others, "alone": {"share": "none"}, "vision": {"towers": ["vision"]}}.items():
-        model.add_adapter(name, AuroraModeApproxConfig(r=4, **options))
+        model.add_adapter(name, config_of(dropout=0.1, **options))
         with pytest.raises(ValueError, match="Only CP adapters"):
             add(["default", name], [1.0, 1.0], "sum")
     lora = get_peft_model(CLIP.build(), LoraConfig(target_modules=["q_proj", "patch_embedding"]))
@@ -831,27 +835,27 @@ def aurora_fusion(family: Family, **changes: Any) -> PeftConfig | None:
 
 
 def aurora_parameters(base: nn.Module, config: AuroraModeApproxConfig) -> int:
-    """(d_in + d_out) R + N R + R a group of N matrices of equal shape, 2 d + 1 a layer and branch, 1 for the context.
+    """(d_in + d_out) R + N R + R a group of N matrices of one tower, letter and shape, 2 d + 1 a layer and branch, 1 for the
+    context.
 
     Counted on the base model's own modules: the default targets are its attentions' q, k and v.
     """
-    shapes: dict[tuple[int, int], int] = {}
+    assert config.share == "per_letter"
+    towers = {matrix.module: matrix.tower for matrix in describe(base).matrices}
+    groups: collections.Counter[tuple[str, str, int, int]] = collections.Counter()
     for path, module in base.named_modules():
         leaf = path.rpartition(".")[2]
         if isinstance(base, hf.LlavaForConditionalGeneration) and "vision_tower.encoder.layers.2" in path:
             continue  # the last layer of three, behind the one that is read
         if isinstance(module, nn.MultiheadAttention):
-            shape, count = (module.embed_dim, module.embed_dim), 3
+            groups.update((towers[path], letter, module.embed_dim, module.embed_dim) for letter in "qkv")
         elif not isinstance(module, nn.Linear):
             continue
         elif leaf == "qkv":
-            shape, count = (module.in_features, module.out_features // 3), 3
+            groups.update((towers[path], letter, module.in_features, module.out_features // 3) for letter in "qkv")
         elif re.fullmatch("[qkv]|[qkv]_proj|query|key|value", leaf):
-            shape, count = (module.in_features, module.out_features), 1
-        else:
-            continue
-        shapes[shape] = shapes.get(shape, 0) + count
-    total = sum((d_in + d_out) * config.r + n * config.r + config.r for (d_in, d_out), n in shapes.items())
+            groups[towers[path], leaf[0], module.in_features, module.out_features] += 1
+    total = sum((d_in + d_out + n + 1) * config.r for (_, _, d_in, d_out), n in groups.items())
     if config.use_gqt:
         widths = [
             next(m.in_features for p, m in layer.named_modules() if re.search("(query|q_proj)$", p))

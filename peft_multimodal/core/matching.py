@@ -70,7 +70,10 @@ def matched_modules(model: nn.Module, config: MultimodalConfig) -> MatchTable:
     method = method_of(config) if isinstance(config, PeftConfig) else None
     if method is None:
         raise TypeError(f"matched_modules takes a config of this package, got {type(config).__name__}")
-    return MatchTable(method.model.sites(config, base_model(model), describe(model)))
+    base = base_model(model)
+    while base is not (below := base_model(base)):  # an adapter on a model with an adapter
+        base = below
+    return MatchTable(method.model.sites(config, base, describe(base)))
 
 
 # --- which sites a config means --------------------------------------------------------------------------------------

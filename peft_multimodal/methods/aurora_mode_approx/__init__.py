@@ -86,12 +86,12 @@ class AuroraModeApproxConfig(TargetedConfig):
         >>> AuroraModeApproxConfig(r=64, towers=["vision", "text"])
     """
 
-    r: int = 64
+    r: int = 16
     alpha: float | None = None
     dropout: float = 0.1
-    share: str = "per_shape"
+    share: str = "per_letter"
     core: str = "cp"
-    init_weights: str = "gauss"
+    init_weights: str = "ones"
     use_gqt: bool = False
     gqt_branches: list[str] | None = None
     use_ice: bool = False
