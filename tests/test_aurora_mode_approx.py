@@ -873,7 +873,7 @@ CASES = [
         aurora,
         aurora_parameters,
         anywhere=lambda: AuroraModeApproxConfig(r=2, alpha=4.0, dropout=0.0),
-        whole=lambda: AuroraModeApproxConfig(r=64, dropout=0.0),
+        whole=lambda: AuroraModeApproxConfig(dropout=0.0),
         merge={},
     ),
     Case("aurora_mode_approx-fusion", aurora_fusion, aurora_parameters, merge={"cp_only": True}),

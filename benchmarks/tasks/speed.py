@@ -37,7 +37,9 @@ SIDES = ("relative_to_floor", "relative_to_lora_64")
 
 
 def aurora(**kwargs: Any) -> AuroraModeApproxConfig:
-    return AuroraModeApproxConfig(r=64, dropout=0.0, target_modules=TARGETS, **kwargs)
+    return AuroraModeApproxConfig(
+        **{"r": 64, "share": "per_shape", "dropout": 0.0, "target_modules": TARGETS, **kwargs}
+    )
 
 
 METHODS: dict[str, Callable[[], Any]] = {

@@ -9,8 +9,8 @@ d_out x d_in is made:
 
     y = W_n x + b + (drop(x U)) (s V diag(lambda * P_n))^T
 
-At the start V = 0, hence y is the frozen model's. Matrices of equal shape share a group of factors (`share`). The q, k
-and v of one attention read the same x, and share the product x U.
+At the start V = 0, hence y is the frozen model's. The matrices of one letter (q, k, v, o) and tower share a group of
+factors; `share` has other groups, and in those that hold q, k and v of one attention, these share the product x U.
 
 Two parts serve models with a fusion encoder (BLIP and its like); both are the identity at the start:
 
@@ -56,9 +56,9 @@ class AuroraModeApproxConfig(TargetedConfig):
         r: Rank R of the CP tensor.
         alpha: The update is scaled by s = alpha / r; None means alpha = r, that is s = 1.
         dropout: Probability of dropping an entry of x U in training.
-        share: Which matrices share U, V and lambda. "per_shape": those of equal (d_in, d_out). "per_modality":
-            those of one tower and shape. "per_letter": of one tower, shape and kind, so that queries, keys, values and
-            outputs have factors of their own; an r of a quarter then has as many parameters. "none": each has its own.
+        share: Which matrices share U, V and lambda. "per_letter": the queries of a tower, its keys, its values, its outputs.
+            "per_modality": all of one tower and shape. "per_shape", the paper's: all of equal (d_in, d_out), in any tower; an
+            r four times as large has as many parameters then. "none": each has its own.
         core: "cp", or "tucker" for the form of the authors' released code (R^3 more parameters a group).
         init_weights: How U and P start; V is 0 in any case.
 
@@ -83,7 +83,7 @@ class AuroraModeApproxConfig(TargetedConfig):
         ValueError: a field has a wrong value.
 
     Examples:
-        >>> AuroraModeApproxConfig(r=64, towers=["vision", "text"])
+        >>> AuroraModeApproxConfig(r=16, towers=["vision", "text"])
     """
 
     r: int = 16
@@ -127,7 +127,7 @@ class AuroraModeApproxConfig(TargetedConfig):
     use=Use(
         have="images with captions, or questions with answers",
         want="your task, in the smallest file",
-        cost="0.7 MB for CLIP ViT-B/32",
+        cost="0.5 MB for CLIP ViT-B/32",
         compare="PEFT's LoRA: ahead by a little, in ten times the file",
     ),
     docs="docs/aurora-mode-approx.md",
@@ -147,7 +147,7 @@ class AuroraModeApproxModel(MultimodalTuner):
         >>> from peft import get_peft_model
         >>> from transformers import CLIPModel
         >>> clip = CLIPModel.from_pretrained("openai/clip-vit-base-patch32")
-        >>> model = get_peft_model(clip, peft_multimodal.AuroraModeApproxConfig(r=64))
+        >>> model = get_peft_model(clip, peft_multimodal.AuroraModeApproxConfig(r=16))
     """
 
     tuner_layer_cls = AuroraModeApproxLayer
