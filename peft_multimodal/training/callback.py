@@ -17,6 +17,7 @@ from ..core.checks import COMPANIONS
 from ..core.companions import record_of
 from ..core.registry import method_of
 from ..core.switching import adapters_of
+from .summary import summary
 from .temperature import ScaleBounds
 
 
@@ -29,6 +30,7 @@ class AdapterCallback(TrainerCallback):
       default of 5e-5 most methods hardly learn.
     - `push_to_hub=True` pushes adapters of any name with each checkpoint, their companion files and their card.
     - A temperature that is trained stays within its family's bounds.
+    - When training ends, the main process prints once what was trained, where it is saved, and the next command.
 
     Raises:
         ValueError: when training starts, if the stock Trainer's own loading of the best model would mix adapters up.
@@ -41,6 +43,7 @@ class AdapterCallback(TrainerCallback):
     """
 
     stock = True  # whether the trainer is; one of this package loads no adapter into another
+    saved: Path | None = None  # the last checkpoint of this training
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Raises ValueError where the stock Trainer's own loading of the best model would mix adapters up."""
@@ -60,6 +63,10 @@ class AdapterCallback(TrainerCallback):
         for message in rate_messages(model, kwargs.get("optimizer")):
             warnings.warn(message, stacklevel=2)
         self.bounds = ScaleBounds(model)
+        self.saved = None
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bounds()
@@ -68,6 +75,9 @@ class AdapterCallback(TrainerCallback):
         # FSDP and DeepSpeed keep whole states, which `Trainer` finds.
         if args.load_best_model_at_end and state.best_model_checkpoint and not (args.fsdp or args.deepspeed):
             load_adapters(model, Path(state.best_model_checkpoint))
+        if state.is_world_process_zero and not state.is_hyper_param_search:
+            best = state.best_model_checkpoint if args.load_best_model_at_end else None
+            print(summary(model, state, self.saved if best is None else Path(best)))
 
     def on_push_begin(
         self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any
