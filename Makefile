@@ -1,4 +1,4 @@
-# make quickstart   install, then adapt a real model to real images (two jobs, minutes)
+# make quickstart   install, then adapt a real model to real languages and images, minutes
 # make test         install, then the test suite
 # make docs         the documentation's site, in build/site/index.html
 VENV   ?= .venv
@@ -36,7 +36,6 @@ lock:
 
 quickstart: install
 	$(BIN)/python -m benchmarks.quickstart
-	$(BIN)/python -m benchmarks.quickstart_language
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not full"
