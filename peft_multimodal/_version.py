@@ -1,2 +1,2 @@
 INSTALL = "pip install ."  # in the folder of its sources: the package is on no index yet
-__version__ = "0.1.0"
+__version__ = "0.2.0"
