@@ -19,7 +19,13 @@ from peft_multimodal.core.registry import METHODS
 from peft_multimodal.core.tuner import MultimodalTuner
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md")  # pages that aren't in docs/
+OUTSIDE = (
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "benchmarks/README.md",
+    "examples/README.md",
+)  # pages that aren't in docs/
 REFERENCE = {  # title of a page of the API reference: the modules that its names are defined in
     "Models": ("core",),
     "Methods": ("methods", "nn"),
