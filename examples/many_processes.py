@@ -35,7 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         max_steps=options.steps,
         per_device_train_batch_size=options.batch,
         lr_scheduler_type="cosine",
-        dataloader_drop_last=True,  # batches of one size: the last one would have fewer negatives
         save_strategy="no",
         use_cpu=not torch.cuda.is_available(),
     )
