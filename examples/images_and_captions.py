@@ -9,6 +9,7 @@ By default a CLIP learns a style of images that it has never seen, and is tested
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from peft import get_peft_model
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
@@ -28,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     collator = ImageTextCollator(AutoProcessor.from_pretrained(name), model=model)
 
     def recall() -> float:
-        return retrieval_recall(**compute_embeddings(model, data["test"], collator, progress=False))["mean_recall"]
+        embeds: Any = compute_embeddings(model, data["test"], collator, progress=False)
+        return retrieval_recall(**embeds)["mean_recall"]
 
     before = recall()  # a new adapter changes nothing
     args = TrainingArguments(

@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bank.report(options.output / "hard.html", pool)  # look at it: are the hardest pairs hard, or wrong?
 
     def recall(model: Any, rows: Dataset) -> float:
-        return retrieval_recall(**compute_embeddings(model, rows, collator, progress=False))["mean_recall"]
+        embeds: Any = compute_embeddings(model, rows, collator, progress=False)
+        return retrieval_recall(**embeds)["mean_recall"]
 
     before, general_before = recall(model, domain["test"]), recall(model, general["test"])
     args = TrainingArguments(
