@@ -145,12 +145,9 @@ def test_classes_of_a_folder_of_yours(tmp_path: Path):
     assert len(data["test"]) == 2
 
 
-def test_every_guide_has_its_example():
-    pages = {path.stem.replace("-", "_"): path.read_text("utf-8") for path in (ROOT / "docs/guides").glob("*.md")}
-    assert sorted(pages) == EXAMPLES
-    table = (ROOT / "examples/README.md").read_text("utf-8")
-    for name, page in pages.items():
-        assert f"../../examples/{name}.py" in page, f"the guide {name} doesn't name its example"
-        assert f"-m examples.{name}`" in table
-        lines = (ROOT / f"examples/{name}.py").read_text("utf-8").splitlines()
-        assert len(lines) <= 80, f"{name} is too long for an example"
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_example_has_its_guide(name: str):
+    page, table = (ROOT / path for path in (f"docs/guides/{name.replace('_', '-')}.md", "examples/README.md"))
+    assert f"../../examples/{name}.py" in page.read_text("utf-8"), f"the guide {page.name} doesn't name its example"
+    assert f"-m examples.{name}`" in table.read_text("utf-8")
+    assert len((ROOT / f"examples/{name}.py").read_text("utf-8").splitlines()) <= 80, "too long for an example"

@@ -11,10 +11,17 @@ import pytest
 import transformers as hf
 from families import FAMILIES
 from methods import adapter, wrap
+from peft import get_peft_model
 from test_hard_samples import Pairs
 from test_trainer import arguments
 
-from peft_multimodal import AdapterCallback, ContrastiveTrainer
+from peft_multimodal import (
+    AdapterCallback,
+    AuroraModeApproxConfig,
+    ContrastiveTrainer,
+    TowerPolicy,
+    UniAdapterConfig,
+)
 from peft_multimodal.__main__ import main
 
 
@@ -70,6 +77,18 @@ def test_a_model_without_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out
     assert f"Trained {sum(p.numel() for p in model.parameters()):,} parameters of CLIPModel." in printed
     assert printed.rstrip().endswith('Not saved yet. Next: trainer.save_model("my-model")')
+
+
+def test_a_policy_has_a_line_for_each_tower(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    policy = TowerPolicy(vision=AuroraModeApproxConfig(r=2), text=UniAdapterConfig())
+    model = get_peft_model(FAMILIES["clip"].build(), policy)
+    AdapterCallback().on_train_end(arguments(tmp_path), hf.TrainerState(), None, model=model)
+    printed = capsys.readouterr().out
+    sizes = [int(size.replace(",", "")) for size in re.findall(r"^Trained the adapter .*: ([\d,]+) of", printed, re.M)]
+    assert len(sizes) == 2
+    assert sum(sizes) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert "(AuroraModeApprox)" in printed
+    assert "(UniAdapter)" in printed
 
 
 def test_other_processes_and_searches_print_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -9,6 +9,7 @@ from typing import Any
 from peft.utils import CONFIG_NAME
 
 from ..core.registry import method_of
+from ..core.switching import adapters_of
 
 
 def summary(model: Any, state: Any, saved: Path | None) -> str:
@@ -26,15 +27,13 @@ def summary(model: Any, state: Any, saved: Path | None) -> str:
 def _trained(model: Any) -> list[str]:
     """A line for each adapter that was trained, or one for the model itself."""
     sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    adapters = {
-        name: sum(size for path, size in sizes.items() if name in path.split("."))
-        for name in getattr(model, "peft_config", {})
-    }
+    configs = dict(adapters_of(model))
+    adapters = {name: sum(size for path, size in sizes.items() if name in path.split(".")) for name in configs}
     if not any(adapters.values()):
         return [f"Trained {sum(sizes.values()):,} parameters of {type(model).__name__}."]
     total = sum(p.numel() for p in model.parameters())
     return [
-        f"Trained the adapter {name!r} ({_method(model.peft_config[name])}): {size:,} of {total:,} parameters ({100 * size / total:.2g} %)."
+        f"Trained the adapter {name!r} ({_method(configs[name])}): {size:,} of {total:,} parameters ({100 * size / total:.2g} %)."
         for name, size in adapters.items()
         if size
     ]
