@@ -10,7 +10,7 @@ from .embeddings import compute_embeddings
 from .general_ability import Forgetting, forgetting, retention
 from .metrics import RetrievalRecall, VQAAccuracy
 from .retrieval import embedding_ranks, rerank_recall, retrieval_ranks, retrieval_recall
-from .scale_curve import ScaleCurve, scale_curve
+from .scales import ScaleCurve, scale_curve
 
 __all__ = [
     "BootstrapEstimate",
