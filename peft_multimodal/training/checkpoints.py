@@ -46,9 +46,9 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
 
     Examples:
         >>> from transformers import Trainer, TrainingArguments
-        >>> args = TrainingArguments("out", learning_rate=1e-3, remove_unused_columns=False, label_names=[])
+        >>> args = TrainingArguments("resumable", learning_rate=1e-3, remove_unused_columns=False, label_names=[])
         >>> trainer = Trainer(model, args, train_dataset=dataset, data_collator=collator)
-        >>> trainer.train(resume_from_checkpoint=last_checkpoint("out"))
+        >>> trainer.train(resume_from_checkpoint=last_checkpoint("resumable"))
     """
     folder = Path(output_dir)
     checkpoints = {int(m[1]): p for p in folder.glob("checkpoint-*") if (m := _NUMBER.fullmatch(p.name)) and p.is_dir()}
