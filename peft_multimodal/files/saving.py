@@ -259,7 +259,7 @@ def load(model: nn.Module, name_or_path: str | os.PathLike, **kwargs: Any) -> Pe
 
     Examples:
         >>> save(model, "my-adapter")
-        >>> model = load(CLIPModel.from_pretrained("openai/clip-vit-base-patch32"), "my-adapter")
+        >>> loaded = load(CLIPModel.from_pretrained("openai/clip-vit-base-patch32"), "my-adapter")
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
