@@ -128,7 +128,7 @@ class AuroraModeApproxConfig(TargetedConfig):
         have="images with captions, or questions with answers",
         want="your task, in the smallest file",
         cost="0.5 MB for CLIP ViT-B/32",
-        compare="PEFT's LoRA: ahead by a little, in ten times the file",
+        compare="PEFT's LoRA, of r=64 and of r=3",
     ),
     docs="docs/aurora-mode-approx.md",
     promises=Promises(lora=True),

@@ -173,9 +173,9 @@ def count_parameters(config: GatedXAttnConfig, width: int, blocks: int) -> int:
     summary="A frozen language model sees: images and videos between its words, in context and in generation.",
     use=Use(
         have="a language model, and images or videos",
-        want="a language model that sees, in context and in generation",
+        want="a language model that uses images, also in context",
         cost="8.4M parameters for SmolLM2-135M",
-        compare="a model that sees already (LLaVA, Qwen-VL) with LoRA: these blocks start from nothing and need more data",
+        compare="a model that sees already (LLaVA, Qwen-VL) with LoRA: GatedXAttn starts untrained and needs more data",
     ),
     docs="docs/gated-xattn.md",
     promises=Promises(acts_on="decoder"),

@@ -95,9 +95,9 @@ class HardSampleDomainAdapterConfig(TargetedConfig):
     summary="A narrow domain from little data, hard pairs first.",
     use=Use(
         have="image-text pairs of a narrow domain among general ones",
-        want="the domain, and general knowledge kept",
-        cost="bank and sampler: 0.2 % of a training step",
-        compare="full fine-tuning of the same layers: it learns more; mismatched captions are hard pairs, too",
+        want="the domain, and what the model knew",
+        cost="0.2 % more time a step",
+        compare="full fine-tuning of the same layers, which learns more. Clean your captions: wrong ones count as hard pairs",
     ),
     docs="docs/hard-sample-domain-adapter.md",
     promises=Promises(acts_on="layers", rows=True),

@@ -165,8 +165,8 @@ class StructuredPromptConfig(MultimodalConfig):
     use=Use(
         have="a few labelled images of each class",
         want="a classifier whose class names may change",
-        cost="a text for each class and image; with `num_instance=0` for each class",
-        compare="zero-shot, and a linear probe that starts from the text: ahead where class names never change",
+        cost="the text tower runs for each class and image; with `num_instance=0` once for each class",
+        compare="zero-shot, and a linear probe that starts from the class texts. The probe wins where names never change",
     ),
     docs="docs/structured-prompt.md",
     promises=Promises(starts_as="images", acts_on="tower", classes=True),
