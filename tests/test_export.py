@@ -16,11 +16,11 @@ from case import declared
 from exported import tensors
 from families import FAMILIES, text_tower, tiny
 from methods import METHODS, distance, home, run, stir, wrap
-from peft import LoraConfig, PeftConfig, PeftModel, convert_to_lora, get_peft_model, save_as_lora
+from peft import LoHaConfig, LoraConfig, PeftConfig, PeftModel, convert_to_lora, get_peft_model, save_as_lora
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peft_multimodal import AdapterError, AuroraModeApproxConfig, export_lora
+from peft_multimodal import AdapterError, AuroraModeApproxConfig, TowerPolicy, export_lora
 from peft_multimodal.files.servers import SERVERS
 
 HERE = Path(__file__).parent
@@ -108,14 +108,15 @@ def test_the_factors_are_the_update(changes: dict[str, Any], tmp_path: Path):
     assert_equal(products(tmp_path), updates(model, "default"))
 
 
-def test_grouped_queries_in_one_matrix_have_the_ranks_of_their_groups(tmp_path: Path):
-    """Phi-3 keeps q, k and v in one matrix; with grouped queries k and v are narrower, hence of another group than q."""
+@pytest.mark.parametrize(("share", "rank"), [("per_letter", 12), ("per_modality", 8)])
+def test_letters_in_one_matrix_have_the_ranks_of_their_groups(share: str, rank: int, tmp_path: Path):
+    """Phi-3 keeps q, k and v in one matrix: three groups by letter. By shape k and v, narrower than q, are of one group."""
     config = hf.Phi3Config(**text_tower(32, num_key_value_heads=2))
     base = tiny(hf.Phi3ForCausalLM, config)()
-    model = stir(get_peft_model(base, AuroraModeApproxConfig(r=4, alpha=8.0, dropout=0.0)))
+    model = stir(get_peft_model(base, AuroraModeApproxConfig(r=4, alpha=8.0, dropout=0.0, share=share)))
     export_lora(model, tmp_path / "peft")
     written, _ = files(tmp_path / "peft")
-    assert written["r"] == written["lora_alpha"] == 8
+    assert written["r"] == written["lora_alpha"] == rank
     assert_equal(products(tmp_path / "peft"), updates(model, "default"))
     stock = PeftModel.from_pretrained(tiny(hf.Phi3ForCausalLM, config)(), tmp_path / "peft")
     tokens = torch.arange(4, 12)[None]
@@ -211,6 +212,41 @@ def test_a_lora_beside_it_is_written_too(tmp_path: Path):
     export_lora(model, tmp_path, adapter_name=["default", "stock"])
     stock = PeftModel.from_pretrained(LLAVA.build(), tmp_path)
     assert distance(run(LLAVA, stock), expected) < 1e-5
+
+
+@pytest.mark.parametrize("outer", ["aurora", "lora"])
+def test_an_adapter_of_the_inner_model_is_not_left_out(outer: str, tmp_path: Path):
+    """The outer PeftModel names its own adapters alone as active."""
+    stock = LoraConfig(r=2, lora_alpha=6, target_modules=["o_proj"], init_lora_weights=False)
+    steps = [("default", AuroraModeApproxConfig(r=4, dropout=0.0)), ("stock", stock)]
+    model: Any = LLAVA.build()
+    for name, config in steps if outer == "lora" else steps[::-1]:
+        model = get_peft_model(model, config, name)
+    stir(model.base_model.model if outer == "lora" else model)
+    assert len(model.active_adapters) == 1
+    export_lora(model, tmp_path)
+    assert distance(run(LLAVA, PeftModel.from_pretrained(LLAVA.build(), tmp_path)), run(LLAVA, model)) < 1e-5
+
+
+def test_a_lora_inside_a_module_that_is_trained_whole(tmp_path: Path):
+    inner = get_peft_model(LLAVA.build(), LoraConfig(r=2, target_modules=["linear_1"]), "stock")
+    model = get_peft_model(inner, AuroraModeApproxConfig(r=4, modules_to_save=["multi_modal_projector"]))
+    with pytest.raises(ValueError, match=r"multi_modal_projector is trained whole.*'stock' acts inside.*Merge"):
+        export_lora(model, tmp_path / "x", adapter_name=["default", "stock"])
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), torch.float32), (6e4, torch.float16)])
+def test_numbers_that_are_not_finite_are_not_written(value: float, dtype: torch.dtype, tmp_path: Path):
+    config = AuroraModeApproxConfig(r=4, alpha=16.0, dropout=0.0)
+    model = get_peft_model(LLAVA.build().to(dtype), config, autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "aurora_mode_approx_V" in name:
+                parameter.fill_(value)
+    with pytest.raises(ValueError, match=rf"not finite in {str(dtype).removeprefix('torch.')}.*float\(\)"):
+        export_lora(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -313,6 +349,22 @@ def test_a_tower_that_the_server_does_not_take(tmp_path: Path):
         export_lora(model, tmp_path / "none", drop=["vision", "decoder"])
 
 
+def test_the_connector_is_none_of_the_language_model_and_the_head_is(tmp_path: Path):
+    config = LoraConfig(r=2, target_modules=["linear_1", "lm_head"])
+    model = get_peft_model(LLAVA.build(), config)
+    with pytest.raises(ValueError, match=r"'connector': LoRA in 1 modules of the connector.*drop=\['connector'\]"):
+        export_lora(model, tmp_path / "lora", target="sglang")
+    export_lora(model, tmp_path / "lora", target="sglang", drop=["connector"])
+    assert files(tmp_path / "lora")[0]["target_modules"] == ["lm_head"]
+
+
+def test_a_policy_is_told_the_way_out(tmp_path: Path):
+    model = TowerPolicy(decoder=AuroraModeApproxConfig(r=4)).apply(LLAVA.build())
+    with pytest.raises(ValueError, match=r"is a TowerPolicy.*merge_and_unload"):
+        export_lora(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 def test_names_that_are_not_there(tmp_path: Path):
     model = wrap(LLAVA, "aurora_mode_approx")
     with pytest.raises(ValueError, match=r"drop=\['vison'\].*'vision'"):
@@ -370,6 +422,17 @@ def test_the_trained_adapter_is_not_written_over(tmp_path: Path):
     before = (tmp_path / "adapter_model.safetensors").read_bytes()
     with pytest.raises(AdapterError, match=r"holds an adapter of AURORA_MODE_APPROX.*another folder"):
         export_lora(model, tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "other", [TowerPolicy(decoder=AuroraModeApproxConfig(r=4)), LoHaConfig(target_modules=["q_proj"])]
+)
+def test_no_other_adapter_is_written_over(other: Any, tmp_path: Path):
+    get_peft_model(LLAVA.build(), other).save_pretrained(tmp_path)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(AdapterError, match="another folder"):
+        export_lora(wrap(LLAVA, "aurora_mode_approx"), tmp_path)
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
 
 

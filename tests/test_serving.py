@@ -129,7 +129,7 @@ WRONG: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "another base": ("vllm", lambda f: rewrite(lora(f), str, lambda k, v: v[:, :24] if "lora_A" in k else v), "another base"),
     "half of a pair": ("vllm", lambda f: rewrite(lora(f), str, drop_b), "lora_B is missing"),
     "a tensor of another kind": (
-        "vllm", lambda f: add(lora(f), "base_model.model.language_model.model.norm.weight"), "no lora_A or lora_B",
+        "vllm", lambda f: add(lora(f), "base_model.model.language_model.model.norm.weight"), "aren't called MODULE.lora_A.weight",
     ),
     "image tower": ("sglang", lambda f: lora(f, target_modules=["q_proj", "v_proj"]), "6 of 10 modules refused"),
     "image tower, lost": ("llama.cpp", lambda f: lora(f, target_modules=["q_proj", "v_proj"]), "6 of 10 modules ignored"),
@@ -154,6 +154,92 @@ def test_folders_that_will_not_be_served(name: str, base: Path, tmp_path: Path):
     assert any(says in f"{p.what} {p.way_out}" for p in problems), str(report)
     assert all(problem.way_out for problem in problems)
     assert "it won't be served as it was trained" in str(report)
+
+
+HOSTILE: list[tuple[str, Any]] = [
+    *(("r", value) for value in ("8", [8], 0, -1, 10**400, 10**12, 1.5, None, True, float("inf"), float("nan"))),
+    *(("lora_alpha", value) for value in ("x", None, 10**400, float("nan"))),
+    *(("rank_pattern", value) for value in (["a"], {"(": 2}, {"q_proj": "x"}, {"q_proj": 0})),
+    *(("modules_to_save", value) for value in (5, "lm_head", [{"a": 1}], [1, "a"])),
+    *[("alpha_pattern", "x"), ("use_rslora", "no"), ("target_modules", 5)],
+]
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_values_that_make_no_sense(server: str, base: Path, tmp_path: Path):
+    lora(tmp_path)
+    whole = (tmp_path / "adapter_config.json").read_text()
+    for name, value in HOSTILE:
+        configure(tmp_path, **{name: value})
+        report = check_serving(base, tmp_path, server)
+        (problem,) = report.findings
+        assert problem.what.startswith(f"{name} in adapter_config.json must be ")
+        assert len(str(report)) < 1000
+        (tmp_path / "adapter_config.json").write_text(whole)
+    for name in ("r", "lora_alpha"):
+        without = {key: value for key, value in json.loads(whole).items() if key != name}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(without))
+        (problem,) = check_serving(base, tmp_path, server).findings
+        assert problem.what == f"adapter_config.json has no {name}."
+
+
+def of_rank_0(key: str, value: Tensor) -> Tensor:
+    return value[:0] if "lora_A" in key else value[:, :0]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda f: rewrite(f, str, lambda k, v: v[0, 0] if "layers.0" in k else v), "don't belong together"),
+        (lambda f: rewrite(f, str, of_rank_0), "don't belong together"),
+        (lambda f: configure(f, r=4), "has rank 8 in the file, 4 by the config"),
+        (lambda f: rewrite(f, lambda k: k.replace("layers.1", "layers.\x1b[2J")), r"layers.\x1b[2J"),
+        (lambda f: configure(f, bias="\x1b[2J" + "x" * 1000), r"bias='\x1b[2Jxx"),
+        (lambda f: rewrite(f, lambda k: k.replace(".weight", ".default.weight")), "aren't called MODULE.lora_A.weight"),
+    ],
+)
+def test_files_that_make_no_sense(change: Callable[[Path], Any], says: str, base: Path, tmp_path: Path):
+    change(lora(tmp_path))
+    report = check_serving(base, tmp_path, "vllm")
+    assert not report.healthy
+    assert says in str(report)
+    assert "\x1b" not in str(report)
+    assert "x" * 100 not in str(report)
+
+
+def test_a_connector_is_no_language_model(base: Path, tmp_path: Path):
+    lora(tmp_path, target_modules=r".*(linear_1|lm_head)")
+    configure(tmp_path, target_modules=["linear_1", "lm_head"])
+    for server, verdict in (("vllm", "conditional"), ("sglang", "refused"), ("llama.cpp", "ignored")):
+        found = {m.name.rpartition(".")[2]: m.verdict for m in check_serving(base, tmp_path, server).modules}
+        assert found == {"linear_1": verdict, "lm_head": "loaded"}
+
+
+def test_nothing_is_called_loaded_that_was_not_looked_at(tmp_path: Path):
+    report = check_serving(tmp_path / "no-base", lora(tmp_path / "lora"), "vllm")
+    assert {module.verdict for module in report.modules} == {"unchecked"}
+    (problem,) = report.findings
+    assert "no model that transformers can read" in problem.what
+
+
+def test_weights_that_are_no_file(base: Path, tmp_path: Path):
+    file = lora(tmp_path) / "adapter_model.safetensors"
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    (problem,) = check_serving(base, tmp_path, "vllm").findings
+    assert problem.way_out == "Save or download the adapter again."
+
+
+def test_a_config_that_may_not_be_read(base: Path, tmp_path: Path, monkeypatch):
+    lora(tmp_path)
+
+    def forbidden(*args: Any, **kwargs: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", forbidden)
+        (problem,) = check_serving(base, tmp_path, "vllm").findings
+    assert "Permission denied" in problem.what
 
 
 @pytest.mark.parametrize("server", SERVERS)

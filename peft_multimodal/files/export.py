@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -25,8 +26,10 @@ from transformers.pytorch_utils import Conv1D
 
 from .._version import __version__
 from ..core.anatomy import base_model, unwrapped
+from ..core.config import MultimodalConfig
 from ..core.registry import method_of
 from ..core.storage import is_hub_id
+from ..core.towers import CONNECTOR
 from .card import BEGIN, CARD, END
 from .factors import WHOLE, Contents, Factors, contents_of, plain_path
 from .released import released_names
@@ -56,13 +59,14 @@ def export_lora(
         target: "peft" for PEFT's `from_pretrained`, under the module paths of this release of transformers. A server's name
             ("vllm", "sglang", "llama.cpp") takes the released checkpoint's names, one rank for all modules, filled up with
             zeros to one that the server can reserve, and only what this server takes.
-        adapter_name: One or several; None takes the active ones.
+        adapter_name: One or several; None takes all that act, those of PEFT's own methods below ours too.
         drop: What may be left out, by its name in the message that refuses it: "modules_to_save", a tower ("vision"), or a part
             that is no update of a weight ("gqt").
 
     Raises:
-        ValueError: the method is no LoRA; or the adapter has what the target doesn't take and `drop` doesn't name.
-        AdapterError: the folder holds an adapter of another kind, which would be lost.
+        ValueError: the method is no LoRA; the adapter has what the target doesn't take and `drop` doesn't name; or its numbers
+            are not finite.
+        AdapterError: the folder holds an adapter that is no LoRA and would be lost.
 
     Examples:
         >>> export_lora(model, "served")  # for a server: target="vllm", drop=["vision"]
@@ -74,10 +78,11 @@ def export_lora(
     configs = _configs(model, adapter_name)
     for name, of in configs.items():
         _check_is_lora(name, of)
-    base, server = base_model(model), SERVERS.get(target)
+    base, server = _base(model), SERVERS.get(target)
     contents = contents_of(base, list(configs))
     _check_complete(contents, server, drop)
     kept = {path: f for path, f in contents.modules.items() if f.tower not in drop}
+    _check_finite(kept)
     config, tensors = _peft_files(base, kept) if server is None else _server_files(base, kept, server)
     if WHOLE not in drop and contents.whole:
         tensors |= {PREFIX + key: value.detach().clone().cpu().contiguous() for key, value in contents.whole.items()}
@@ -99,13 +104,28 @@ def _configs(model: Any, adapter_name: str | Sequence[str] | None) -> dict[str, 
     known = getattr(model, "peft_config", None)
     if not isinstance(model, PeftModel) or not known:
         raise TypeError(f"export_lora takes a PeftModel with an adapter, got {type(model).__name__}.")
-    names = model.active_adapters if adapter_name is None else adapter_name
+    names = _acting(model) if adapter_name is None else adapter_name
     names = [names] if isinstance(names, str) else list(names)
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"No such adapter: {unknown}. There are {list(known)}.")
     if not names:
         raise ValueError(f"No adapter is active. Name one: adapter_name={next(iter(known))!r}.")
     return {name: known[name] for name in names}
+
+
+def _base(model: Any) -> nn.Module:
+    """The base, also where PEFT was put on a PeftModel."""
+    base = base_model(model)
+    while isinstance(base, PeftModel):
+        base = base_model(base)
+    return base
+
+
+def _acting(model: Any) -> list[str]:
+    """The active adapters; where PEFT was put on a model twice, the outer PeftModel names its own alone."""
+    layers = (m for m in _base(model).modules() if isinstance(m, BaseTunerLayer))
+    acting = dict.fromkeys(name for layer in layers for name in layer.active_adapters if name in model.peft_config)
+    return list(dict.fromkeys([*model.active_adapters, *acting]))
 
 
 def _check_folder(folder: Path) -> None:
@@ -115,7 +135,7 @@ def _check_folder(folder: Path) -> None:
         there = json.loads(file.read_text(encoding="utf-8")).get("peft_type") if file.is_file() else None
     except (ValueError, AttributeError):
         return
-    if method_of(there) is not None:
+    if isinstance(there, str) and there != PeftType.LORA.value:
         raise AdapterError(
             f"{folder} holds an adapter of {there}, which the LoRA would replace.", "Name another folder for the LoRA."
         )
@@ -141,6 +161,12 @@ def _check_is_lora(name: str, config: Any) -> None:
                 f"Adapter {name!r} ({method.title}) is no LoRA, and servers read nothing else. {method.model.not_mergeable} To "
                 "serve it, run transformers with the adapter loaded: peft_multimodal.load(model, folder)."
             )
+    elif isinstance(config, MultimodalConfig):
+        raise ValueError(
+            f"Adapter {name!r} is a {type(config).__name__}, which may train towers whole, and export_lora writes one LoRA. Merge "
+            "it: model.merge_and_unload().save_pretrained(folder). Or train the tower that is served by a config of its own, "
+            "without a policy."
+        )
     elif config.peft_type != PeftType.LORA:
         raise ValueError(
             f"Adapter {name!r} is of {config.peft_type.value}, which is PEFT's own: peft.convert_to_lora approximates some of "
@@ -181,7 +207,17 @@ def _check_complete(contents: Contents, server: Server | None, drop: set[str]) -
             f"keep it, serve the adapter with transformers{elsewhere}."
         )
     if server is not None and (others := sorted(kept.keys() - {LANGUAGE_MODEL})):
-        warnings.warn(f"LoRA in the {' and '.join(others)} tower: {server.towers_note}.", stacklevel=3)
+        warnings.warn(f"LoRA in the {' and the '.join(map(_called, others))}: {server.towers_note}.", stacklevel=3)
+
+
+def _check_finite(modules: Mapping[str, Factors]) -> None:
+    if wrong := [path for path, f in modules.items() if not (f.A.isfinite().all() and f.B.isfinite().all())]:
+        dtype = str(modules[wrong[0]].B.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"The update of {len(wrong)} of {len(modules)} modules ({wrong[0]}) is not finite in {dtype}. Either the adapter holds NaN "
+            "or infinite numbers, and an earlier checkpoint has to be taken; or its numbers are too large for this dtype, and "
+            "model.float() before the export helps."
+        )
 
 
 def _not_taken(contents: Contents, towers: Mapping[str, int], server: Server) -> dict[str, str]:
@@ -191,8 +227,12 @@ def _not_taken(contents: Contents, towers: Mapping[str, int], server: Server) ->
     if not {path.rpartition(".")[2] for path in modules} <= server.whole:
         lost[WHOLE] = f"modules that are trained whole ({', '.join(modules)})"
     if server.other_towers != "conditional":
-        lost |= {t: f"LoRA in {n} modules of the {t} tower" for t, n in towers.items() if t != LANGUAGE_MODEL}
+        lost |= {t: f"LoRA in {n} modules of the {_called(t)}" for t, n in towers.items() if t != LANGUAGE_MODEL}
     return lost
+
+
+def _called(tower: str) -> str:
+    return tower if tower == CONNECTOR else f"{tower} tower"
 
 
 def _peft_files(base: nn.Module, modules: dict[str, Factors]) -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -225,11 +265,12 @@ def _peft_files(base: nn.Module, modules: dict[str, Factors]) -> tuple[LoraConfi
 
 def _server_files(base: nn.Module, modules: dict[str, Factors], server: Server) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Every module with the same rank, that the server has room for, under its name in the released checkpoint."""
-    largest = max(f.rank for f in modules.values())
-    r = server.rank_for(largest)
+    largest = max(modules.values(), key=lambda f: f.rank)
+    r = server.rank_for(largest.rank)
     if r is None:
         raise ValueError(
-            f"The LoRA has rank {largest}, and {server.title} takes at most {server.ranks[-1]}. Merge the adapter."
+            f"The LoRA of {largest.path} has rank {largest.rank} (a matrix that holds several has their ranks together), and "
+            f"{server.title} takes at most {server.ranks[-1]}. Merge the adapter: model.merge_and_unload().save_pretrained(folder)."
         )
     names = released_names(base, modules)
     if stuck := [path for path, f in modules.items() if f.is_read or names[path] is None]:

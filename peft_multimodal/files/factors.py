@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..core.anatomy import describe, is_linear, unwrap
+from ..core.anatomy import is_linear, unwrap
 from ..core.parts import MultimodalLayer
+from ..core.towers import TowerMap
+from .servers import LANGUAGE_MODEL
 
 WHOLE = "modules_to_save"
 
@@ -63,16 +65,23 @@ class Contents:
 
 def contents_of(base: nn.Module, names: list[str]) -> Contents:
     found = Contents()
-    towers = {matrix.module: matrix.tower for matrix in describe(base).matrices}
+    tower_of = towers_of(base)
+    whole: list[str] = []
     for path, module in base.named_modules():
         path = plain_path(path)
         for name in names if isinstance(module, BaseTunerLayer) else ():
             for A, B in _factors(found, module, name, path):
+                if outer := next((w for w in whole if path.startswith(f"{w}.")), None):
+                    raise ValueError(
+                        f"{outer} is trained whole (modules_to_save), and the adapter {name!r} acts inside of it, which a LoRA's files have "
+                        "no place for. Merge instead: model.merge_and_unload().save_pretrained(folder)."
+                    )
                 if path in found.modules:
                     found.modules[path].join(A, B)
                 else:
-                    found.modules[path] = Factors(path, towers.get(path, "other"), _innermost(module), A, B)
+                    found.modules[path] = Factors(path, tower_of(path), _innermost(module), A, B)
         if isinstance(module, ModulesToSaveWrapper):
+            whole.append(path)
             copies = [module.modules_to_save[n] for n in names if n in module.modules_to_save]
             if len(copies) > 1:
                 raise ValueError(
@@ -81,6 +90,13 @@ def contents_of(base: nn.Module, names: list[str]) -> Contents:
                 )
             found.whole |= {f"{path}.{key}": value for copy in copies for key, value in copy.state_dict().items()}
     return found
+
+
+def towers_of(base: nn.Module) -> Callable[[str], str]:
+    """The tower of a module, by its path; the head that predicts tokens is the language model's."""
+    towers = TowerMap(base)
+    elsewhere = LANGUAGE_MODEL if LANGUAGE_MODEL in towers.names() else "other"
+    return lambda path: towers.place(path) or elsewhere
 
 
 def _factors(found: Contents, layer: Any, name: str, path: str) -> Iterator[tuple[Tensor, Tensor]]:

@@ -230,12 +230,10 @@ def push_to_hub(
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made, "adapter")
-        try:
+        with suppress(EntryNotFoundError):
             card = hf_hub_download(repo_id, CARD, revision=revision, token=token)
             folder.mkdir()
             shutil.copyfile(card, folder / CARD)
-        except EntryNotFoundError:
-            pass
         _save(model, folder, repo_id, notes, **kwargs)
         return api.upload_folder(
             repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message, create_pr=create_pr
@@ -367,7 +365,7 @@ def check_files(folder: Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, a number of thousands of digits
+    except (OSError, ValueError, RecursionError) as error:  # unreadable, not UTF-8, a number of thousands of digits
         raise AdapterError(f"{config_file} is no JSON file ({error}).", restore) from None
     if not isinstance(config, dict):
         raise AdapterError(f"{config_file} must hold a JSON object, not a {type(config).__name__}.", restore)
@@ -384,7 +382,8 @@ def check_files(folder: Path) -> dict[str, Any]:
             "Import the package that defines it, or upgrade peft and peft-multimodal.",
         )
     if not weights_file.is_file():
-        others = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".safetensors"))
+        found = (f for f in folder.iterdir() if f.is_file())
+        others = sorted(f.name for f in found if f.suffix in (".bin", ".pt", ".pth", ".safetensors"))
         raise AdapterError(
             f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}; other formats are not loaded.",
             f"There is {', '.join(others)}: if you trust where it is from, load it by PEFT's PeftModel.from_pretrained and save "

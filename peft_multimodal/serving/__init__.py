@@ -22,6 +22,7 @@ from ..core.registry import method_of
 from ..files.export import PREFIX
 from ..files.saving import AdapterError, check_files, find_adapter
 from ..files.servers import SERVERS, Server, changes_base, odd_fields
+from .config import faults_of, shown
 from .modules import check_modules
 from .report import OR_MERGE, Module, ServingReport
 
@@ -54,6 +55,10 @@ def check_serving(model: nn.Module | str | Path, adapter: str | Path, server: st
         report.problem(error.what, error.way_out)
         return report
     if not _is_lora(report, config):
+        return report
+    if faults := list(faults_of(config)):
+        for fault in faults:
+            report.problem(fault, "Correct it, or restore adapter_config.json from where the adapter was saved.")
         return report
     modules, others = _read(folder)
     report.modules = list(modules.values())
@@ -107,19 +112,19 @@ def _read(folder: Path) -> tuple[dict[str, Module], list[str]]:
 
 def _check_config(report: ServingReport, rules: Server, config: Mapping[str, Any]) -> None:
     for name, why in odd_fields(config, rules.refuses).items():
-        report.problem(f"{name}={config[name]!r}: {why}. {rules.title} refuses the adapter.")
+        report.problem(f"{name}={shown(config[name])}: {why}. {rules.title} refuses the adapter.")
     for name, why in odd_fields(config, rules.ignores).items():
-        report.problem(f"{name}={config[name]!r}: {rules.title} doesn't read it: {why}.")
+        report.problem(f"{name}={shown(config[name])}: {rules.title} doesn't read it: {why}.")
     if changes_base(config):
         report.problem(
-            f"init_lora_weights={config['init_lora_weights']!r} makes PEFT change the base's weights as it loads the adapter, and "
+            f"init_lora_weights={shown(config['init_lora_weights'])} makes PEFT change the base's weights as it loads the adapter, and "
             f"{rules.title} serves the base as it is.",
             "Save it by PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA.",
         )
     targets = config.get("target_modules")
     if not rules.by_path and not isinstance(targets, list) and targets not in ("all", "all-linear"):
         report.problem(
-            f"target_modules={targets!r}: {rules.title} reads a list of names alone, and refuses the adapter.",
+            f"target_modules={shown(targets)}: {rules.title} reads a list of names alone, and refuses the adapter.",
             "Write the last names of the modules into adapter_config.json, as a list.",
         )
 
@@ -130,8 +135,12 @@ def _check_others(report: ServingReport, rules: Server, config: Mapping[str, Any
     others = [key for key in others if not any(f".{name}." in key for name in rules.whole)]
     if not whole and not others:
         return
-    named = f"modules_to_save={sorted(whole)}" if whole else "The file holds tensors that are no lora_A or lora_B"
-    examples = f" ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''})" if others else ""
+    named = (
+        f"modules_to_save={shown(sorted(whole))}"
+        if whole
+        else "The file holds tensors that aren't called MODULE.lora_A.weight or .lora_B.weight"
+    )
+    examples = f" ({', '.join(_some(others))})" if others else ""
     refused = rules.others == "refused"
     verdict = "refuses the adapter" if refused else "ignores them without a word: the base's own act instead"
     report.problem(f"{named}{examples}: {rules.title} {verdict}.", f"Train without them. {OR_MERGE}")
@@ -141,11 +150,20 @@ def _check_ranks(report: ServingReport, rules: Server, config: Mapping[str, Any]
     ranks = [module.rank for module in report.modules if module.rank is not None]
     if not ranks:
         return
-    room = rules.rank_for(max(*ranks, int(config.get("r") or 0)))
+    largest = max(*ranks, config["r"])
+    room = rules.rank_for(largest)
     if room is None:
-        report.problem(f"The rank is {max(ranks)}, and {rules.title} takes at most {rules.ranks[-1]}.")
+        report.problem(f"The rank is {largest}, and {rules.title} takes at most {rules.ranks[-1]}.")
     else:
         report.start = rules.start.format(rank=room)
+    if odd := [m for m in report.modules if m.rank not in (None, _of(config, "r", m))]:
+        module = odd[0]
+        report.problem(
+            f"{module.name!a} has rank {module.rank} in the file, {_of(config, 'r', module)} by the config, and so {len(odd)} of "
+            f"{len(report.modules)} modules: PEFT refuses to load the adapter.",
+            "Restore config and weights from one save.",
+        )
+        return
     off = [(m, *_scales(m, rules, config)) for m in report.modules if m.rank is not None]
     if rules.scale == "config" and (other := sorted({r for r in ranks if r != config["r"]})):
         report.problem(
@@ -156,7 +174,7 @@ def _check_ranks(report: ServingReport, rules: Server, config: Mapping[str, Any]
     elif wrong := [(m, ours, theirs) for m, ours, theirs in off if abs(ours - theirs) > 1e-6 * abs(ours)]:
         module, ours, theirs = wrong[0]
         report.problem(
-            f"{rules.title} scales {len(wrong)} of {len(off)} modules otherwise than PEFT does ({module.name}: {theirs:.4g}, not "
+            f"{rules.title} scales {len(wrong)} of {len(off)} modules otherwise than PEFT does ({module.name!a}: {theirs:.4g}, not "
             f"{ours:.4g}), as it doesn't read {_why(config)}.",
             f"Multiply lora_B by the scale and set lora_alpha = r. {OR_MERGE}",
         )
@@ -164,14 +182,16 @@ def _check_ranks(report: ServingReport, rules: Server, config: Mapping[str, Any]
 
 def _scales(module: Module, rules: Server, config: Mapping[str, Any]) -> tuple[float, float]:
     """What PEFT and the server multiply a module's B A with."""
-    r, alpha = config["r"], config["lora_alpha"]
-    of: dict[str, Any] = {}
-    for name, value in (("rank", r), ("alpha", alpha)):
-        pattern: dict[str, Any] = config.get(f"{name}_pattern") or {}
-        of[name] = pattern.get(get_pattern_key(list(pattern), module.name), value)
-    ours = of["alpha"] / (of["rank"] ** 0.5 if config.get("use_rslora") else of["rank"])
+    r, alpha, rank = config["r"], config["lora_alpha"], _of(config, "r", module)
+    ours = _of(config, "lora_alpha", module) / (rank**0.5 if config.get("use_rslora") else rank)
     theirs = {"peft": ours, "config": alpha / r, "file": alpha / (module.rank or r)}[rules.scale]
     return ours, theirs
+
+
+def _of(config: Mapping[str, Any], name: str, module: Module) -> Any:
+    """A module's rank or alpha, by the config and its pattern."""
+    pattern: dict[str, Any] = config.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[name]) or {}
+    return pattern.get(get_pattern_key(list(pattern), module.name), config[name])
 
 
 def _why(config: Mapping[str, Any]) -> str:
@@ -182,7 +202,7 @@ def _sum_up(report: ServingReport) -> None:
     """Findings of the modules' verdicts, one for each reason."""
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for module in report.modules:
-        if module.verdict != "loaded":
+        if module.verdict not in ("loaded", "unchecked"):
             reasons.setdefault((module.verdict, module.why, module.way_out), []).append(module.name)
     for (verdict, why, way_out), names in reasons.items():
         what = f"{len(names)} of {len(report.modules)} modules {verdict}: {why} ({', '.join(_some(names))})."
@@ -194,11 +214,11 @@ def _sum_up(report: ServingReport) -> None:
         report.problem(
             "The file holds no lora_A and lora_B of any module: nothing would be loaded.", "Save the adapter again."
         )
-    elif report.base and not any(module.verdict in ("loaded", "conditional") for module in report.modules):
+    elif all(module.verdict in ("ignored", "refused") for module in report.modules):
         report.problem("Nothing of the adapter would be loaded: the base model answers.")
 
 
 def _some(names: list[str]) -> Iterator[str]:
-    yield from names[:2]
+    yield from (ascii(name)[1:-1] for name in names[:2])  # a file's names may hold anything, commands to a terminal too
     if len(names) > 2:
         yield "..."

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from ..core.anatomy import describe, is_linear, linear_shape, own_modules
+from ..core.towers import CONNECTOR
+from ..files.factors import towers_of
 from ..files.released import released_names
 from ..files.servers import LANGUAGE_MODEL, Server
 from .report import LEAVE_OUT, OR_MERGE, Module, ServingReport
@@ -31,16 +33,14 @@ class Place:
 
 
 def _places(base: nn.Module) -> list[Place]:
-    towers = {matrix.module: matrix.tower for matrix in describe(base).matrices}
+    tower_of = towers_of(base)
     found = {
         path: module
         for path, module in own_modules(base).items()
         if is_linear(module) or isinstance(module, nn.Embedding)
     }
     names = released_names(base, found)
-    return [
-        Place(path, names[path], towers.get(path, LANGUAGE_MODEL), _shape(module)) for path, module in found.items()
-    ]
+    return [Place(path, names[path], tower_of(path), _shape(module)) for path, module in found.items()]
 
 
 def _shape(module: Any) -> tuple[int, int]:
@@ -60,6 +60,7 @@ def check_modules(report: ServingReport, rules: Server, base: nn.Module) -> None
     leaves = {place.leaf for place in places}
     renamed = 0
     for module in report.modules:
+        module.verdict = "loaded"
         place = find(module.name)
         if place is None:
             _judge_unknown(module, rules, leaves)
@@ -68,7 +69,8 @@ def check_modules(report: ServingReport, rules: Server, base: nn.Module) -> None
         if fault := _fault(module, place):
             module.judge("refused", fault)
         elif place.tower != LANGUAGE_MODEL:
-            module.judge(rules.other_towers, f"LoRA in the {place.tower} tower: {rules.towers_note}", LEAVE_OUT)
+            where = place.tower if place.tower == CONNECTOR else f"{place.tower} tower"
+            module.judge(rules.other_towers, f"LoRA in the {where}: {rules.towers_note}", LEAVE_OUT)
     if not rules.by_path:
         _check_stacked(report.modules)
     if renamed:
@@ -109,7 +111,7 @@ def _fault(module: Module, place: Place) -> str | None:
     if missing := {"A", "B"} - module.shapes.keys():
         return f"lora_{missing.pop()} is missing"
     A, B = module.shapes["A"], module.shapes["B"]
-    if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
+    if len(A) != 2 or len(B) != 2 or A[0] != B[1] or not A[0]:
         return f"lora_A {A} and lora_B {B} don't belong together"
     if (A[1], B[0]) != place.shape:
         return (

@@ -24,19 +24,20 @@ class Module:
     Args:
         name: Without PEFT's prefix.
         shapes: {"A": (rank, d_in), "B": (d_out, rank)}.
-        verdict: "loaded", "conditional" (on how the server is started), "ignored" or "refused".
-        why, way_out: Of every verdict but "loaded".
+        verdict: "loaded", "conditional" (on how the server is started), "ignored" or "refused"; "unchecked" without a base
+            that LoRA is served for.
+        why, way_out: Of "conditional", "ignored" and "refused".
     """
 
     name: str
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    verdict: str = "loaded"
+    verdict: str = "unchecked"
     why: str = ""
     way_out: str = ""
 
     @property
     def rank(self) -> int | None:
-        return self.shapes["A"][0] if "A" in self.shapes else None
+        return self.shapes["A"][0] if len(self.shapes.get("A", ())) == 2 else None
 
     def judge(self, verdict: str, why: str, way_out: str = OTHER_BASE) -> None:
         if self.verdict in ("loaded", "conditional"):
