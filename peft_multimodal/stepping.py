@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from .core.anatomy import base_model, media_tokens
 from .files.saving import load
-from .training.check import TrainingReport, check_training
+from .training.check import check_training
+from .training.check_report import TrainingReport
 
 _TEXTS = ("a red square", "two blue circles on a table")
 _IMAGE = (64, 64)

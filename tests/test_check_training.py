@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from peft_multimodal import AuroraModeApproxConfig, CheckTraining, TowerPolicy, Train, check_training
 from peft_multimodal.__main__ import main
-from peft_multimodal.training.check import BEHIND_ZERO
+from peft_multimodal.training.check_report import BEHIND_ZERO
 
 LLAVA, CLIP = FAMILIES["llava"], FAMILIES["clip"]
 
@@ -166,6 +166,15 @@ def test_lora_a_lies_behind_a_zero_start() -> None:
         "text": (4, 0.5),
     }
     assert "behind a zero start (4)" in str(report)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_made_where_they_are_switched_off(mode: type) -> None:
+    model = lora(CLIP)
+    batch = CLIP.train_inputs(model)
+    assert batch is not None
+    with mode():
+        assert check_training(model, batch, strict=True).healthy
 
 
 def test_a_policy_and_full_fine_tuning_are_looked_at_too() -> None:

@@ -286,6 +286,8 @@ def test_a_misspelt_tower_is_an_error_that_lists_what_exists() -> None:
         ({"text": StructuredPromptConfig()}, "isn't an adapter of one tower"),
         ({"text": LoraConfig(bias="all")}, "bias must be 'none'"),
         ({"text": LoraConfig(target_modules=["q"], trainable_token_indices=[1])}, "beyond a tower"),
+        ({"text": LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[1])}, "beyond a tower"),
+        ({"text": {"peft_type": "LORA", "cls": "os.system"}}, "isn't the config of a LORA adapter"),
         ({"text": {"peft_type": "os.system"}}, "isn't known here"),
         ({"text": {"peft_type": "TOWER_POLICY"}}, "isn't known here"),
     ],

@@ -107,7 +107,7 @@ def test_every_method_is_in_the_one_list():
 
 @pytest.mark.parametrize("place", ["core", "encoders", "nn", "training", "files", "doctor.py"])
 def test_no_method_is_named_outside_its_own_files(place: str):
-    """Neither in code nor in a message, a docstring or a comment."""
+    """Neither in code nor in a message, a docstring or a comment; an example of `help()` needs one that exists."""
     names = [name for m in registry.METHODS.values() for name in (m.name, m.title, m.config.__name__, m.model.__name__)]
     root = Path(peft_multimodal.__file__).parent / place
     files = [root] if root.is_file() else list(root.rglob("*.py"))
@@ -116,7 +116,7 @@ def test_no_method_is_named_outside_its_own_files(place: str):
         (str(file.relative_to(root.parent)), name)
         for file in files
         for name in names
-        if re.search(rf"(?<![A-Za-z]){name}(?![a-z])", file.read_text(encoding="utf-8"))
+        if re.search(rf"(?<![A-Za-z]){name}(?![a-z])", re.sub(r"(?m)^ *(>>>|\.\.\.) .*$", "", file.read_text("utf-8")))
     }
     assert named == set()
 

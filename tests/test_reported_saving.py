@@ -499,6 +499,19 @@ def test_resized_embeddings_of_a_base_in_the_cache_are_saved(network: list[Any],
     assert network == []
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_unload_gives_the_base_also_where_a_module_was_trained_as_a_whole(method: str):
+    """PEFT's own methods leave the trained copy in the model; of these it is documented that the base comes back."""
+    family = home(method)
+    base = family.build()
+    whole = [path for path, m in base.named_modules() if not list(m.children()) and list(m.parameters())][-1]
+    model = stir(wrap(family, method, modules_to_save=[whole]))
+    assert any(isinstance(module, ModulesToSaveWrapper) for module in model.modules())
+    unloaded = model.unload()
+    assert unloaded.state_dict().keys() == base.state_dict().keys()
+    assert all(torch.equal(tensor, unloaded.state_dict()[key]) for key, tensor in base.state_dict().items())
+
+
 # ------------------------------------------------------------------------------------------- the Hub during training
 
 

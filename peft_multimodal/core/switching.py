@@ -170,10 +170,12 @@ class SwitchingTuner(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # PEFT would hand over a weight, which a whole layer doesn't have
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         """Takes out every adapter, as PEFT does, also those of other methods."""
         parts = list(self.attached_parts(MultimodalLayer))
-        super()._unload_and_optionally_merge(*args, **kwargs)
+        for name in list(self.peft_config) if not merge else ():  # PEFT would leave what has trained whole
+            without_modules_to_save(self.model, name, alone=False)
+        super()._unload_and_optionally_merge(merge, *args, **kwargs)
         while any(isinstance(m, BaseTunerLayer) and hasattr(m, "base_layer") for m in self.model.modules()):
             super()._unload_and_optionally_merge(merge=False)  # PEFT passes over layers inside of layers
         for method in METHODS.values():

@@ -23,8 +23,15 @@ from ..core.towers import PLACES
 NAME = "tower_policy"
 FROZEN = "frozen"
 
-# Fields of PEFT's configs that reach beyond the modules of a tower.
-_BEYOND = ("trainable_token_indices", "target_parameters", "layer_replication", "megatron_config")
+# Fields of PEFT's configs that reach beyond the modules of a tower: other weights, or hooks around the whole model's call.
+_BEYOND = (
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "megatron_config",
+    "alora_invocation_tokens",
+    "arrow_config",
+)
 
 Config = TypeVar("Config", bound=type)
 
@@ -234,7 +241,10 @@ def _from_json(place: str, values: Mapping[str, Any]) -> PeftConfig:
     kind = values.get("peft_type")
     if not isinstance(kind, str) or kind == NAME.upper() or kind not in dict[Any, Any](PEFT_TYPE_TO_CONFIG_MAPPING):
         raise ValueError(f"TowerPolicy.{place} is of the PEFT type {kind!r}, which isn't known here.")
-    return PeftConfig.from_peft_type(**values)
+    try:
+        return PeftConfig.from_peft_type(**values)
+    except (TypeError, AttributeError, LookupError) as error:
+        raise ValueError(f"TowerPolicy.{place} isn't the config of a {kind} adapter: {error}") from error
 
 
 def _as_json(value: Any) -> Any:

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .check import Look, TrainingReport, norm_of, tell
+from .check import Look, norm_of
+from .check_report import TrainingReport, tell
 
 _FIRST = 3  # steps after which what lies behind a zero start has a gradient
 

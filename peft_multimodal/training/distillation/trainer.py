@@ -32,7 +32,7 @@ class CrossLingualTrainer(AdapterTrainer):
     `cache=True` in the order of the targets' lengths.
 
     Args:
-        model: A `PeftModel` whose active adapter is a CrossLingualAdapter.
+        model: A `PeftModel` whose active adapter reads another language.
         args: `TrainingArguments`.
         processing_class: A `LanguageProcessor` with the tower's language first, and the adapter's.
         train_dataset: Rows with `source` and `target`; it may stream with `cache=False`.
@@ -46,7 +46,7 @@ class CrossLingualTrainer(AdapterTrainer):
         kwargs: The other arguments of `Trainer`.
 
     Raises:
-        ValueError: no CrossLingualAdapter is active, a language has no tokenizer, or a column is missing.
+        ValueError: no such adapter is active, a language has no tokenizer, or a column is missing.
 
     Examples:
         >>> from peft import get_peft_model
