@@ -1,7 +1,9 @@
 """Does what a page of the documentation says, block after block, in a process of its own.
 
-    python tests/docs_reader.py README.md         # in an empty folder; the last line is [the lines of the blocks it has done]
-    python tests/docs_reader.py peft_multimodal   # the examples of `help()`; the last line is [the names whose examples it has done]
+    python tests/docs_reader.py README.md docs/faq.md   # in an empty folder: each page in a process and a folder of its own
+    python tests/docs_reader.py peft_multimodal         # the examples of `help()`
+
+The last line is {page: {"done": [the lines of its blocks, or the names with examples], "error": what stopped it}}.
 
 Python blocks run in one namespace, and in a new one for each section of a page that says so: `STAND_ALONE`. Names that a
 page uses without making them are the reader's own data: `GIVEN`. An example of a docstring may also use a model that is at
@@ -17,10 +19,12 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,12 +256,12 @@ def few_steps() -> None:
     TrainingArguments.__init__ = init
 
 
-def main(page: str) -> None:
+def read(page: str) -> list[Any]:
+    """Do a page; gives the lines of its blocks, or the names with examples."""
     few_steps()
     folders_of_images()
     if page == "peft_multimodal":
-        print(json.dumps(do_examples()))
-        return
+        return do_examples()
     alone = STAND_ALONE in (ROOT / page).read_text(encoding="utf-8")
     namespace: dict[str, Any] = {}
     section, done = None, []
@@ -266,8 +270,34 @@ def main(page: str) -> None:
             section, namespace = block.section, {"__name__": "__main__"}
         do(page, block, namespace)
         done.append(block.line)
-    print(json.dumps(done))
+    return done
+
+
+def main(pages: list[str]) -> None:
+    """Each page in a fork of this process, which has loaded all that takes long."""
+    for slow in ("datasets", "peft", "torch", "transformers.trainer"):
+        importlib.import_module(slow)
+    results = {}
+    for number, page in enumerate(pages):
+        folder = Path(f"page-{number}").absolute()
+        folder.mkdir()
+        child = os.fork()
+        if child == 0:
+            os.chdir(folder)
+            result: dict[str, Any] = {"done": [], "error": ""}
+            try:
+                result["done"] = read(page)
+            except BaseException:
+                result["error"] = traceback.format_exc()
+            (folder / "result.json").write_text(json.dumps(result))
+            sys.stdout.flush()
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        file = folder / "result.json"
+        killed = {"done": [], "error": f"the process ended with status {status}"}
+        results[page] = json.loads(file.read_text()) if file.is_file() else killed
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

@@ -404,6 +404,8 @@ def one_step(folder: Path, rows: int, processes: int) -> None:
     """A step of plain gradient descent on the same pairs; what came out goes into `folder`."""
     from safetensors.torch import save_file
 
+    folder.mkdir(exist_ok=True)
+
     torch.manual_seed(0)
     model = stir(wrap(FAMILIES["clip"], METHOD, stirred=False))
     model.get_base_model().logit_scale.requires_grad_(True)
@@ -424,28 +426,31 @@ def one_step(folder: Path, rows: int, processes: int) -> None:
     (folder / f"log-{rank}.json").write_text(json.dumps(trainer.state.log_history))
 
 
-@pytest.mark.parametrize("way", ["whole", "parts", "stream"])
-def test_two_processes_equal_one_on_the_joint_batch(way: str, tmp_path: Path):
-    from safetensors.torch import load_file
+WAYS = ("whole", "parts", "stream")
 
-    folders = {n: tmp_path / f"{n}-{way}" for n in (1, 2)}
-    for processes, folder in folders.items():
-        folder.mkdir()
+
+@pytest.fixture(scope="module")
+def stepped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`one_step` each way, by one process and by two."""
+    folder = tmp_path_factory.mktemp("stepped")
+    for processes in (1, 2):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        launch = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            f"--nproc-per-node={processes}",
-            f"--master-port={port}",
-        ]
-        command = [*launch, __file__, str(folder), "8", str(processes)]
+        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+        command = [*launch, f"--master-port={port}", __file__, str(folder), "8", str(processes)]
         paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=900)
         assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_equal_one_on_the_joint_batch(way: str, stepped: Path):
+    from safetensors.torch import load_file
+
+    folders = {n: stepped / f"{n}-{way}" for n in (1, 2)}
     one, *two = (
         load_file(f / f"weights-{r}.safetensors") for f, r in ((folders[1], 0), (folders[2], 0), (folders[2], 1))
     )
@@ -470,4 +475,5 @@ def test_towers_may_be_a_tuple():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    one_step(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    for way in WAYS:
+        one_step(Path(sys.argv[1]) / f"{sys.argv[3]}-{way}", int(sys.argv[2]), int(sys.argv[3]))
