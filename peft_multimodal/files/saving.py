@@ -257,7 +257,7 @@ def load(model: nn.Module, name_or_path: str | os.PathLike, **kwargs: Any) -> Pe
 
     Examples:
         >>> save(model, "my-adapter")
-        >>> loaded = load(CLIPModel.from_pretrained("openai/clip-vit-base-patch32"), "my-adapter")
+        >>> loaded = load(clip, "my-adapter")
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
