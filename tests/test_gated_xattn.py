@@ -996,34 +996,36 @@ sys.path.insert(0, {tests!r})
 import torch.distributed as dist
 from test_gated_xattn import batch, wrap
 dist.init_process_group("gloo")
-rank, (share, checkpointing) = dist.get_rank(), ({share}, {checkpointing})
-model = wrap(share_blocks=share).train()
-if checkpointing:
-    model.gradient_checkpointing_enable({{"use_reentrant": False}})
-text = {{"input_ids": torch.tensor([[1, 11, 12, 13, 4, 5, 6, 7]] * 3)}}
-calls = [{{**inputs, "labels": inputs["input_ids"]}} for inputs in (batch(), text)]
-own = []
-for call in calls:
-    model.zero_grad()
-    model(**call).loss.backward()
-    own.append({{n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters() if p.requires_grad}})
-    model.zero_grad()
-assert not any(g.abs().sum() for n, g in own[1].items() if "resampler" in n or "attention." in n)
-wrapper = torch.nn.parallel.DistributedDataParallel(model)
-for step in range(2):  # a second one sees what the first left unfinished
-    model.zero_grad()
-    wrapper(**calls[(rank + step) % 2]).loss.backward()
-    for n, p in model.named_parameters():
-        if p.requires_grad:
-            torch.testing.assert_close(p.grad, (own[0][n] + own[1][n]) / 2, msg=n)
+rank = dist.get_rank()
+for share, checkpointing in ((False, False), (True, False), (False, True)):
+    case = f"share={{share}}, checkpointing={{checkpointing}}"
+    model = wrap(share_blocks=share).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({{"use_reentrant": False}})
+    text = {{"input_ids": torch.tensor([[1, 11, 12, 13, 4, 5, 6, 7]] * 3)}}
+    calls = [{{**inputs, "labels": inputs["input_ids"]}} for inputs in (batch(), text)]
+    own = []
+    trained = {{n: p for n, p in model.named_parameters() if p.requires_grad}}
+    for call in calls:
+        model.zero_grad()
+        model(**call).loss.backward()
+        own.append({{n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trained.items()}})
+        model.zero_grad()
+    assert not any(g.abs().sum() for n, g in own[1].items() if "resampler" in n or "attention." in n), case
+    wrapper = torch.nn.parallel.DistributedDataParallel(model)
+    for step in range(2):  # a second one sees what the first left unfinished
+        model.zero_grad()
+        wrapper(**calls[(rank + step) % 2]).loss.backward()
+        for n, p in trained.items():
+            torch.testing.assert_close(p.grad, (own[0][n] + own[1][n]) / 2, msg=f"{{case}}: {{n}}")
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize(("share", "checkpointing"), [(False, False), (True, False), (False, True)])
-def test_a_process_without_images_takes_part(share: bool, checkpointing: bool, tmp_path: Path):
+def test_a_process_without_images_takes_part(tmp_path: Path):
+    """With blocks of their own, with shared ones, and under gradient checkpointing."""
     tests = Path(__file__).parent
-    (tmp_path / "run.py").write_text(DDP.format(tests=str(tests), share=share, checkpointing=checkpointing))
+    (tmp_path / "run.py").write_text(DDP.format(tests=str(tests)))
     path = os.pathsep.join([str(tests.parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     run = subprocess.run(

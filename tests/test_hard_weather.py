@@ -206,7 +206,7 @@ def test_an_injection_that_fails_in_its_midst(method: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("which", [CONFIG, WEIGHTS])
 @pytest.mark.parametrize("method", NAMES)
 def test_fuzzed_files(method: str, which: str, tmp_path: Path):
-    """2,000 cases in all: an adapter loads, or there is a ValueError that says why, and the model is as it was."""
+    """A hundred cases a file: an adapter loads, or there is a ValueError that says why, and the model is as it was."""
     family = home(method)
     folder = save(wrap(family, method), tmp_path / "adapter")
     right = (folder / which).read_bytes()
@@ -215,7 +215,7 @@ def test_fuzzed_files(method: str, which: str, tmp_path: Path):
     strategy = configs(json.loads(right)) if which == CONFIG else weights(right)
     refusals: list[str | None] = []
 
-    @settings(max_examples=200, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=100, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(strategy)
     def check(content: bytes) -> None:
         (folder / which).write_bytes(content)
@@ -236,7 +236,7 @@ def test_fuzzed_files(method: str, which: str, tmp_path: Path):
     assert torch.equal(run(family, model), output)
     assert None in refusals, "what is right is still loaded"
     said = [message for message in refusals if message is not None]
-    assert len(said) >= 60  # of 200
+    assert len(said) >= 30  # of 100
     assert min(map(len, said)) > 20
 
 
