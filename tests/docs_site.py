@@ -30,7 +30,7 @@ REFERENCE = {  # title of a page of the API reference: the modules that its name
     "Models": ("core",),
     "Methods": ("methods", "nn"),
     "Data": ("data", "images", "interleaved"),
-    "Training": ("training",),
+    "Training": ("training", "policy"),
     "Evaluation": ("evaluation",),
     "Saving and loading": ("files", "_version"),
 }

@@ -323,21 +323,32 @@ ROWS_OF_P = {
     "blip_retrieval": ["text.[qkv].[01]", "fusion.[qkv].[01]", "vision.qkv.[01]"],
     "llava": ["decoder.[qkv].[01]", "vision.[qkv].[01]"],
 }
-GROUPS = {
-    "clip": ["32x32", "48x48"],
-    "blip_retrieval": ["32x32", "48x32", "48x48"],
-    "llava": ["32x16", "32x32", "48x48"],
+GROUPS = {  # by what shares the factors
+    "per_shape": {
+        "clip": ["32x32", "48x48"],
+        "blip_retrieval": ["32x32", "48x32", "48x48"],
+        "llava": ["32x16", "32x32", "48x48"],
+    },
+    "per_letter": {
+        "clip": [*(f"text-{letter}-32x32" for letter in "qkv"), *(f"vision-{letter}-48x48" for letter in "qkv")],
+        "llava": [
+            *("decoder-q-32x32", "decoder-k-32x16", "decoder-v-32x16"),
+            *(f"vision-{letter}-48x48" for letter in "qkv"),
+        ],
+    },
 }
 
 
-@pytest.mark.parametrize("family", ROWS_OF_P)
-def test_exact_keys_of_the_file(family: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("share", "family"), [(share, family) for share, groups in GROUPS.items() for family in groups]
+)
+def test_exact_keys_of_the_file(share: str, family: str, tmp_path: Path):
     """The format of the file is a promise to every adapter that was ever saved."""
     prefix = "base_model.model."
     expected = {
         f"{prefix}aurora_mode_approx_{factor}.{group}"
         for factor in ("U", "V", "lambda_norm")
-        for group in GROUPS[family]
+        for group in GROUPS[share][family]
     }
     for role in ROWS_OF_P[family]:
         tower, letters, indices = role.split(".")
@@ -345,7 +356,7 @@ def test_exact_keys_of_the_file(family: str, tmp_path: Path):
         expected |= {
             f"{prefix}{tower}.{letter}.{i}.aurora_mode_approx_P_norm" for letter in letters for i in indices.strip("[]")
         }
-    wrap(FAMILIES[family], "aurora_mode_approx").save_pretrained(tmp_path)
+    wrap(FAMILIES[family], "aurora_mode_approx", share=share).save_pretrained(tmp_path)
     assert set(load_file(tmp_path / "adapter_model.safetensors")) == expected
 
 

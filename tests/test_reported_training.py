@@ -835,7 +835,7 @@ def test_a_siglip_trains_by_its_own_loss(tmp_path: Path):
             torch.testing.assert_close(by_softmax.compute_loss(model, batch), expected)
     with pytest.raises(ValueError, match="CLIPModel has no logit_bias"):
         contrastive(tmp_path, loss="sigmoid")
-    with pytest.raises(ValueError, match="loss must be 'softmax', 'sigmoid' or None, got 'hinge'"):
+    with pytest.raises(ValueError, match="loss must be 'infonce', 'sigmoid' or None, got 'hinge'"):
         contrastive(tmp_path, loss="hinge")
 
 

@@ -577,7 +577,7 @@ def test_options_that_went(field: str, tmp_path):
     with pytest.raises(ValueError, match=f"{field} must be None, got .*is gone"):
         StructuredPromptConfig(**{field: "w12"})
     path.write_text(json.dumps(saved | {"domain": "per_group", "num_domains": 2}))
-    with pytest.raises(ValueError, match="got 'per_group', which is gone: train anew"):
+    with pytest.raises(ValueError, match="got 'per_group', which is gone: train a new adapter"):
         PeftConfig.from_pretrained(tmp_path)
 
 
