@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments, set_seed
 
 import peft_multimodal
-from peft_multimodal import ImageTextCollator
+from peft_multimodal import ImageTextCollator, parameter_groups
 from peft_multimodal.evaluation import compute_embeddings
 
 from . import experiment as experiments
@@ -35,8 +35,8 @@ from .measure import StepClock, footprint
 from .tasks import retrieval
 
 FOLDER, DOCS = Path("runs/quickstart"), Path("docs/quickstart.png")
-METHODS = {"LoRA r=64": "lora/r64", "Aurora R=64": "aurora_mode_approx/r64"}
-OURS = "Aurora R=64"
+METHODS = {"LoRA r=64": "lora/r64", "Aurora R=16": "aurora_mode_approx/r16_per_letter"}
+OURS = "Aurora R=16"
 SEED, THREADS = 0, 2
 CHECKED = 64
 """Images whose embeddings a reloaded adapter has to repeat."""
@@ -98,21 +98,24 @@ def adapt(name: str, experiment: experiments.Experiment, steps: int | None) -> A
     # The first layers are frozen for good: what they make of an image is computed once and stands for the image.
     retrieval.skip_lower_layers(model, settings["frozen_vision_layers"])
     clock = StepClock()
+    args = TrainingArguments(
+        output_dir=str(FOLDER / "trainer"),
+        remove_unused_columns=False,  # the collator reads the dataset's own columns
+        label_names=[],  # the model computes its loss by return_loss=True
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        seed=SEED,
+        **experiment.training | ({} if steps is None else {"max_steps": steps}),
+    )
+    groups = parameter_groups(model, args.learning_rate, args.weight_decay, **experiment.rates)
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(FOLDER / "trainer"),
-            remove_unused_columns=False,  # the collator reads the dataset's own columns
-            label_names=[],  # the model computes its loss by return_loss=True
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            seed=SEED,
-            **experiment.training | ({} if steps is None else {"max_steps": steps}),
-        ),
+        args=args,
         train_dataset=retrieval.KeptStates("train", settings["new_style"], settings["frozen_vision_layers"]),
         data_collator=retrieval.KeptStatesCollator(retrieval.load_processor()),
         callbacks=[clock],
+        optimizers=(torch.optim.AdamW(groups), None),
     )
     CONSOLE.print(f"Training {name}")
     trainer.train()
