@@ -126,9 +126,9 @@ class AuroraModeApproxConfig(TargetedConfig):
     summary="Image-text tasks at a fraction of LoRA's parameters: one CP tensor updates every attention of every tower.",
     use=Use(
         have="images with captions, or questions with answers",
-        want="your task, in the smallest file",
+        want="your task in a small file, and what the model knew",
         cost="0.5 MB for CLIP ViT-B/32",
-        compare="PEFT's LoRA, of r=64 and of r=3",
+        compare="PEFT's LoRA of r=3: as good here, in as small a file",
     ),
     docs="docs/aurora-mode-approx.md",
     promises=Promises(lora=True),
