@@ -27,6 +27,7 @@ from torch import nn
 from ._version import INSTALL, __version__
 from .core import anatomy
 from .core.config import FORMAT_VERSION, MultimodalConfig
+from .core.finding import Finding
 from .core.matching import matched_modules
 from .core.parts import MultimodalLayer
 from .core.registry import METHODS, Method, method_of
@@ -36,21 +37,6 @@ from .files.saving import UNCLEAR, AdapterError, check_files, find_adapter
 
 PACKAGE = "peft-multimodal"
 CHECKED = ("torch", "transformers", "peft", "safetensors", "tensorly")
-
-
-@dataclass
-class Finding:
-    """Something that the user should know.
-
-    Args:
-        level: "problem" (it won't work) or "warning".
-        what: What was found.
-        way_out: What to do.
-    """
-
-    level: str
-    what: str
-    way_out: str = ""
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..doctor import Finding
+from ..core.finding import Finding
 
 MERGE = "Merge the adapter and serve the merged model: model.merge_and_unload().save_pretrained(folder)."
 OR_MERGE = f"Or m{MERGE[1:]}"

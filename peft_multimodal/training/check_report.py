@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..core.anatomy import table
+from ..core.finding import Finding
 
 BEHIND_ZERO = "behind a zero start"
 
@@ -21,21 +22,6 @@ _WAYS_OUT = {
     "trains in eval mode alone": "Something is switched off by model.train(), such as a layer's drop rate of 1.",
     "the loss doesn't reach it": "What the module gives doesn't enter the loss: leave it out of the adapter, or check the loss.",
 }
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that the user should know.
-
-    Args:
-        level: "problem" (something won't train) or "warning".
-        what: What was found.
-        way_out: What to do.
-    """
-
-    level: str
-    what: str
-    way_out: str = ""
 
 
 @dataclass
